@@ -1,0 +1,30 @@
+"""Feature tests: what this build of PyTorch and this hardware can do, found by trying, never by version."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def cpu_has_fast_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively (AVX512-BF16 or AMX)."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def grouped_mm_works(device: str, dtype: torch.dtype) -> bool:
+    """Whether `F.grouped_mm` runs here and agrees with two plain products.
+
+    GPUs below compute capability 9.0 are refused although it runs: there it is a slow loop that waits for the host
+    at each expert.
+    """
+    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        return False
+    x = torch.ones(16, 16, device=device, dtype=dtype)
+    w = torch.ones(2, 16, 16, device=device, dtype=dtype)
+    offs = torch.tensor([8, 16], device=device, dtype=torch.int32)
+    try:
+        y = F.grouped_mm(x, w, offs=offs)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return bool((y == 16).all())

@@ -1,0 +1,1 @@
+"""A run's weights and a prompt flow in; text flows out, token by token."""

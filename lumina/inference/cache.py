@@ -1,0 +1,75 @@
+"""Keys and values of earlier tokens, one cache per layer, ragged: a routed block stores only the tokens it took.
+
+Row b of a layer holds `length[b]` entries, each with the position of its token. Slots beyond the length are never
+visible: filling holes with zeros would give them softmax mass.
+
+Shapes: B batch, S new tokens, N stored tokens, G key-value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lumina.config.schema.model import ModelConfig
+
+
+class LayerCache:
+    """One layer's keys, values and positions for up to `capacity` tokens of each of `batch` sequences."""
+
+    def __init__(self, batch: int, capacity: int, kv_heads: int, head_dim: int, like: Tensor) -> None:
+        self.k_BNGK = like.new_zeros(batch, capacity, kv_heads, head_dim)
+        self.v_BNGK = torch.zeros_like(self.k_BNGK)
+        self.position_BN = torch.zeros(batch, capacity, dtype=torch.int64, device=like.device)
+        self.length_B = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.next_position = 0
+
+    def extend(
+        self, k_BSGK: Tensor, v_BSGK: Tensor, keep_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stores the kept rows; returns the visible part of the cache and who may see what.
+
+        A query sees the stored tokens at or before its own position. A query that was not kept sees the same, or
+        nothing at all; its output is discarded by the caller, so it is given one slot to keep its softmax finite.
+        """
+        B, S = k_BSGK.shape[:2]
+        if keep_BS is None:
+            keep_BS = torch.ones(B, S, dtype=torch.bool, device=k_BSGK.device)
+        position_S = self.next_position + torch.arange(S, device=k_BSGK.device)
+        slot_BS = self.length_B.unsqueeze(1) + keep_BS.cumsum(1) - 1
+        b, s = keep_BS.nonzero(as_tuple=True)
+        n = slot_BS[b, s]
+        self.k_BNGK[b, n] = k_BSGK[b, s].to(self.k_BNGK.dtype)
+        self.v_BNGK[b, n] = v_BSGK[b, s].to(self.v_BNGK.dtype)
+        self.position_BN[b, n] = position_S[s]
+        self.length_B += keep_BS.sum(1)
+
+        N = max(1, int(self.length_B.max()))
+        stored_BN = torch.arange(N, device=k_BSGK.device) < self.length_B.unsqueeze(1)
+        before_BSN = self.position_BN[:, None, :N] <= position_S[None, :, None]
+        mask_BSN = stored_BN.unsqueeze(1) & before_BSN
+        mask_BSN[..., 0] |= ~mask_BSN.any(-1)
+        return self.k_BNGK[:, :N].to(k_BSGK.dtype), self.v_BNGK[:, :N].to(k_BSGK.dtype), mask_BSN
+
+
+class Cache:
+    """All layers' caches, advanced together."""
+
+    def __init__(self, config: ModelConfig, batch: int, like: Tensor) -> None:
+        self.layers = [
+            LayerCache(batch, config.seq_len, config.kv_heads, config.head_dim, like)
+            for _ in range(config.layers)
+        ]
+        self.capacity = config.seq_len
+        self.position = 0
+
+    def advance(self, tokens: int) -> None:
+        """Moves on, also the layers that took none of these tokens."""
+        self.position += tokens
+        for layer in self.layers:
+            layer.next_position = self.position
+
+    @property
+    def entries(self) -> list[int]:
+        """Stored tokens per layer, summed over the batch."""
+        return [int(layer.length_B.sum()) for layer in self.layers]

@@ -1,0 +1,81 @@
+"""A trained model that writes: loads a run's newest complete checkpoint and generates with a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from lumina.checkpoint import store
+from lumina.config.resolve import read
+from lumina.data.tokenizer import Tokenizer
+from lumina.errors import UserError
+from lumina.inference.cache import Cache
+from lumina.inference.sampler import Sampler
+from lumina.model.transformer import Transformer
+from lumina.run.folder import Run
+
+
+@dataclass
+class Model:
+    """A run's model, ready to generate; `step` is the checkpoint it came from, `skipped` the broken ones."""
+
+    transformer: Transformer
+    tokenizer: Tokenizer
+    step: int
+    skipped: list[str]
+
+    def generate(self, prompt: str, max_tokens: int = 200, *, seed: int = 0, **sampling: float) -> str:
+        """The continuation of `prompt` as one string; `sampling` as in `Sampler`."""
+        return "".join(self.stream(prompt, max_tokens, seed=seed, **sampling))
+
+    def stream(
+        self, prompt: str, max_tokens: int = 200, *, seed: int = 0, **sampling: float
+    ) -> Iterator[str]:
+        """Yields text as soon as its characters are complete.
+
+        Ends at the end token, after `max_tokens`, or when the context is full. A prompt longer than the context
+        keeps its end. Raises `UserError` for impossible sampling settings.
+        """
+        sampler = Sampler(**sampling)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(seed)
+        config, text = self.transformer.config, self.tokenizer.stream()
+        prompt_ids = [self.tokenizer.end_id, *self.tokenizer.encode(prompt)]
+        ids = torch.tensor([prompt_ids[-(config.seq_len - 1) :]])
+        cache = Cache(config, batch=1, like=self.transformer.embed.weight)
+        for _ in range(max_tokens):
+            logits_BV = self.transformer.next_logits(ids, cache.layers, cache.position)
+            cache.advance(ids.shape[1])
+            token = int(sampler.pick(logits_BV, generator)[0])
+            if token == self.tokenizer.end_id:
+                break
+            yield text.feed(token)
+            if cache.position == cache.capacity:
+                break
+            ids = torch.tensor([[token]])
+        yield text.flush()
+
+
+def load(run: Run) -> Model:
+    """Loads the newest complete checkpoint of a run, on the CPU in fp32.
+
+    Raises `UserError` if there is none yet, or if the run's tokenizer is not the one the weights were trained with.
+    """
+    found, skipped = store.newest(run.checkpoints)
+    if found is None:
+        raise UserError(
+            f"{run.path}: no complete checkpoint" + "".join(f"\n  {path.name}: {why}" for path, why in skipped),
+            fix=f"let it train until it saves one: lumina resume {run.path}",
+        )
+    tokenizer = Tokenizer.load(run.tokenizer)
+    if tokenizer.fingerprint != found.state["tokenizer"]:
+        raise UserError(
+            f"{run.tokenizer}: this tokenizer ({tokenizer.fingerprint}) is not the one that {found.path.name} "
+            f"was trained with ({found.state['tokenizer']})",
+            fix="restore the run's tokenizer/tokenizer.json",
+        )
+    transformer = Transformer(read(run.config).config.model)
+    store.load(found, transformer.tensors())
+    transformer.eval()
+    return Model(transformer, tokenizer, found.step, [f"{path.name}: {why}" for path, why in skipped])

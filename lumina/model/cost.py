@@ -1,0 +1,84 @@
+"""What a model costs, counted from its configuration alone: parameters, FLOPs per token, KV bytes. No torch.
+
+Conventions: *active* parameters are the matmul parameters met by a token that takes every block, output head
+included, embedding lookup excluded. A trained token costs 6 FLOPs per active parameter (2 forward, 4 backward)
+plus causal attention, half of the full square. A block routed by depth with capacity c costs c of its matmuls and
+c² of its attention; its router and predictor see every token. Recomputation is never counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lumina.config.schema.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters in numbers, FLOPs per trained token, bytes of KV cache per token of context."""
+
+    total: int
+    embedding: int
+    active: int
+    active_mean: float  # averaged over depth routing; equals `active` without it
+    flops_per_token: float
+    kv_bytes_per_token: float
+
+
+@dataclass(frozen=True)
+class _Block:
+    matmul: int  # matmul parameters a token meets
+    router: int  # of the depth router and predictor, met by every token
+    total: int
+
+
+def capacity(config: ModelConfig, sequence: int) -> float:
+    """The share of tokens a routed block really takes: ceil(c·S) / S."""
+    return math.ceil(config.mod.capacity * sequence) / sequence if config.mod else 1.0
+
+
+def is_routed(config: ModelConfig, layer: int) -> bool:
+    """Whether this block (from 0) is routed by depth."""
+    return config.mod is not None and layer % config.mod.every == config.mod.every - 1
+
+
+def count(config: ModelConfig, sequence: int | None = None, kv_bytes: int = 4) -> Cost:
+    """Counts one model; `sequence` (default: the configured length) sets the cost of attention."""
+    S = sequence or config.seq_len
+    c = capacity(config, S)
+    head = config.vocab * config.width
+    attention_flops = 6 * config.heads * config.head_dim * S
+    kv = 2 * config.kv_heads * config.head_dim * kv_bytes
+    total, active, mean, flops, kv_total = head + config.width, head, float(head), 6.0 * head, 0.0
+    if not config.tied:
+        total += head
+    for layer in range(config.layers):
+        routed = is_routed(config, layer)
+        block, share = _block(config, routed), c if routed else 1.0
+        total += block.total
+        active += block.matmul + block.router
+        mean += share * block.matmul + block.router
+        # a routed block sees c·S tokens: c of the rows, each over c of the keys
+        flops += 6 * (share * block.matmul + block.router) + share * share * attention_flops
+        kv_total += share * kv
+    return Cost(total, head, active, mean, flops, kv_total)
+
+
+def _block(config: ModelConfig, routed: bool) -> _Block:
+    D = config.width
+    attention = D * config.head_dim * 2 * (config.heads + config.kv_heads)
+    norms = 2 * D + 2 * config.head_dim
+    if config.moe is None:
+        met = stored = 3 * D * config.ffn
+    else:
+        expert, router = 3 * D * config.moe.ffn, D * config.moe.experts
+        met = expert * (config.moe.top_k + config.moe.shared) + router
+        stored = expert * (config.moe.experts + config.moe.shared) + router
+    hidden = D // 4  # the predictor's (model/mod.py)
+    router_matmul = D + D * hidden + hidden if routed else 0
+    return _Block(
+        matmul=attention + met,
+        router=router_matmul,
+        total=attention + stored + norms + (router_matmul + 1 if routed else 0),
+    )

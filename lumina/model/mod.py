@@ -1,0 +1,143 @@
+"""Mixture of Depths: a routed block computes only a share c of each sequence's tokens (Raposo et al. 2404.02258).
+
+Training (expert choice over time): r_s = w·x_s; the C = ceil(c·S) tokens with the largest r pass through the block,
+in their order and with their positions, seeing only each other; x_s + r_s·f(x)_s replaces x_s. The others are copied.
+
+That choice looks at the future, so generation cannot make it. A small *predictor* learns on a stop-gradient input
+whether its token is among the top C; a token is taken when the predictor's logit exceeds a moving average, kept in
+the checkpoint, of the logit's (1-c) quantile. Evaluation and generation both use this causal rule (`decode`), so
+that the reported loss is the loss of the model that writes.
+
+Shapes: B batch, S sequence, D width, C selected tokens, P predictor width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lumina.model.attention import NORM_EPS
+
+PREDICTOR_SHRINK = 4  # the predictor's hidden layer is width / 4
+QUANTILE_MEMORY = 0.99  # moving average over optimizer steps
+
+
+class Selection(NamedTuple):
+    """What a routed block's router decided in training, and what its predictor made of it."""
+
+    index_BC: Tensor  # positions of the selected tokens, ascending
+    weight_BC: Tensor  # their router outputs r
+    predictor_loss: Tensor  # binary cross-entropy, summed over B·S
+    agreement: Tensor  # tokens where the decode rule agrees with the top-C choice
+    quantile: Tensor  # the predictor's (1-c) quantile, summed over B
+
+
+class Predictor(nn.Module):
+    """Two layers on the normalised, detached input: will this token be among the top C?"""
+
+    def __init__(self, width: int, capacity: float) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(width // PREDICTOR_SHRINK, width))
+        self.w_out = nn.Parameter(torch.empty(width // PREDICTOR_SHRINK))
+        # The prior: a share c of the tokens is selected. c = 1 selects all and needs no prediction.
+        self.prior = math.log(capacity / (1 - capacity)) if capacity < 1 else 20.0
+        self.bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = F.rms_norm(x_BSD.detach(), x_BSD.shape[-1:], eps=NORM_EPS)
+        h_BSP = F.silu(F.linear(x_BSD, self.w_in))
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            return (h_BSP.float() @ self.w_out + self.bias).clamp(-30, 30)
+
+
+class DepthRouter(nn.Module):
+    """Decides which tokens of a sequence pass through the block."""
+
+    quantile: Tensor
+    seeded: Tensor
+
+    def __init__(self, width: int, capacity: float) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.weight = nn.Parameter(torch.empty(width))
+        self.predictor = Predictor(width, capacity)
+        self.register_buffer("quantile", torch.empty(1))  # decode rule: logit > quantile
+        self.register_buffer("seeded", torch.empty(1))  # 1 after the first training step
+
+    def reset(self) -> None:
+        """The rule before any data: the prior of a token being selected, for every token."""
+        with torch.no_grad():
+            self.predictor.bias.fill_(self.predictor.prior)
+        self.quantile.fill_(self.predictor.prior)
+        self.seeded.zero_()
+
+    def score(self, x_BSD: Tensor) -> Tensor:
+        """r in fp32: a near-tie must not fall differently in a recomputed forward."""
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            return x_BSD.float() @ self.weight
+
+    def select(self, x_BSD: Tensor) -> Selection:
+        """The training choice: exactly C tokens of each sequence, ties by position."""
+        B, S, _ = x_BSD.shape
+        C = math.ceil(self.capacity * S)
+        r_BS = self.score(x_BSD)
+        index_BC = r_BS.detach().argsort(dim=1, descending=True, stable=True)[:, :C].sort(dim=1).values
+        target_BS = torch.zeros_like(r_BS).scatter_(1, index_BC, 1.0)
+        logit_BS = self.predictor(x_BSD)
+        loss = F.binary_cross_entropy_with_logits(logit_BS, target_BS, reduction="sum")
+        with torch.no_grad():
+            agreement = ((logit_BS > self.quantile) == target_BS.bool()).sum()
+            # Half way between the last logit inside and the first outside: the rule then takes C of these S tokens.
+            ranked_BS = logit_BS.sort(dim=1, descending=True).values
+            quantile_B = (ranked_BS[:, C - 1] + ranked_BS[:, C]) / 2 if C < S else ranked_BS[:, -1] - 1.0
+        return Selection(index_BC, r_BS.gather(1, index_BC), loss, agreement.float(), quantile_B.sum())
+
+    def decode(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """The causal choice `keep_BS` (bool) and the router outputs `r_BS` of all tokens."""
+        return self.predictor(x_BSD) > self.quantile, self.score(x_BSD)
+
+    @torch.no_grad()
+    def follow(self, quantile: Tensor, live: Tensor) -> None:
+        """Moves the threshold towards this step's quantile where `live` (bool); the first live step seeds it."""
+        moved = quantile.lerp(self.quantile, QUANTILE_MEMORY * self.seeded)
+        # `where`, not a product with `live`: a skipped step's quantile may be NaN.
+        self.quantile.copy_(torch.where(live, moved, self.quantile))
+        self.seeded.copy_(torch.where(live, torch.ones_like(self.seeded), self.seeded))
+
+
+class _TakeRows(torch.autograd.Function):
+    """x[index] for an index without repetition, whose gradient is therefore a copy, not a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, index_R: Tensor) -> Tensor:
+        ctx.save_for_backward(index_R)
+        ctx.rows = x_TD.shape[0]
+        return x_TD.index_select(0, index_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (index_R,) = ctx.saved_tensors
+        g_RD = grads[0]
+        return g_RD.new_zeros(ctx.rows, g_RD.shape[1]).index_copy_(0, index_R, g_RD), None
+
+
+def flat_index(index_BC: Tensor, sequence: int) -> Tensor:
+    """Positions inside each sequence -> row numbers of the flattened batch."""
+    start_B1 = torch.arange(index_BC.shape[0], device=index_BC.device).unsqueeze(1) * sequence
+    return (index_BC + start_B1).flatten()
+
+
+def take(x_BSD: Tensor, index_BC: Tensor) -> Tensor:
+    """The selected tokens `[B, C, D]`."""
+    rows = _TakeRows.apply(x_BSD.flatten(0, 1), flat_index(index_BC, x_BSD.shape[1]))
+    return rows.view(*index_BC.shape, x_BSD.shape[-1])  # type: ignore[no-any-return]
+
+
+def put(x_BSD: Tensor, index_BC: Tensor, y_BCD: Tensor) -> Tensor:
+    """`x` with the selected rows replaced by `y`; all other rows are copied bit by bit."""
+    index = flat_index(index_BC, x_BSD.shape[1])
+    return x_BSD.flatten(0, 1).index_copy(0, index, y_BCD.flatten(0, 1)).view_as(x_BSD)

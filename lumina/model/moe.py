@@ -1,0 +1,115 @@
+"""Mixture of Experts: every token is computed by its A best experts out of E, and none is dropped.
+
+A token's way through the layer, for T tokens:
+
+1. *route*: scores = sigmoid(W x) in fp32; the A experts with the largest score + bias are chosen; the gates are
+   the chosen scores (without bias), normalised to sum to one (DeepSeek-V3, eq. 12 to 16).
+2. *dispatch*: the T·A pairs (token, expert) are sorted by expert; row r of the sorted block holds the token
+   `order[r] // A`. Experts now own contiguous rows.
+3. *compute*: two grouped products with SwiGLU between.
+4. *combine*: token t sums its A rows, found at `inverse[t]`, weighted by its gates.
+
+The bias is a buffer: it enters the choice only, gets no gradient, and after each optimizer step moves by
+`bias_rate` towards balance (Wang et al. 2024, 2408.15664). Counts are returned, not stored, so that
+recomputation cannot count twice.
+
+Shapes: T tokens, D width, E experts, A active experts, F feed-forward width of one expert, R = T·A rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lumina.config.schema.model import MoEConfig
+from lumina.model.feedforward import FeedForward, swiglu
+from lumina.model.grouped import grouped_linear
+
+
+class _Dispatch(torch.autograd.Function):
+    """x[token of row]; the gradient of a token is the sum of its A rows: a gather, no atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, row_TA: Tensor) -> Tensor:
+        ctx.save_for_backward(row_TA)
+        return x_TD.index_select(0, token_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (row_TA,) = ctx.saved_tensors
+        g_RD = grads[0]
+        return g_RD.index_select(0, row_TA.flatten()).unflatten(0, row_TA.shape).sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """sum over a of gate[t, a] · y[row of (t, a)]; both gradients are gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, gate_TA: Tensor, token_R: Tensor, row_TA: Tensor) -> Tensor:
+        y_TAD = y_RD.index_select(0, row_TA.flatten()).unflatten(0, row_TA.shape)
+        ctx.save_for_backward(y_RD, gate_TA, token_R, row_TA)
+        return torch.bmm(gate_TA.to(y_TAD.dtype).unsqueeze(1), y_TAD).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_RD, gate_TA, token_R, row_TA = ctx.saved_tensors
+        g_RD = grads[0].index_select(0, token_R)
+        # Row r is the pair order[r]; `row_TA` is the inverse permutation, so scattering pairs to rows is a gather
+        # of gates by the pair at each row.
+        gate_R = torch.empty_like(gate_TA.flatten()).index_copy_(0, row_TA.flatten(), gate_TA.flatten())
+        g_gate_R = (g_RD * y_RD).sum(-1, dtype=torch.float32)
+        g_gate_TA = g_gate_R.index_select(0, row_TA.flatten()).view_as(gate_TA).to(gate_TA.dtype)
+        return g_RD * gate_R.unsqueeze(1).to(g_RD.dtype), g_gate_TA, None, None
+
+
+class MoE(nn.Module):
+    """A feed-forward layer of E stacked experts, of which a token takes A, and optional shared experts."""
+
+    bias_E: Tensor
+
+    def __init__(self, width: int, config: MoEConfig) -> None:
+        super().__init__()
+        experts, ffn = config.experts, config.ffn
+        self.experts, self.top_k, self.kernel = experts, config.top_k, config.kernel
+        self.splits = (ffn, ffn)
+        self.router = nn.Parameter(torch.empty(experts, width))
+        self.register_buffer("bias_E", torch.empty(experts))
+        self.w_gate_up = nn.Parameter(torch.empty(experts, 2 * ffn, width))
+        self.w_down = nn.Parameter(torch.empty(experts, width, ffn))
+        self.shared = FeedForward(width, config.shared * ffn) if config.shared else None
+
+    def reset(self) -> None:
+        """A new layer prefers no expert."""
+        self.bias_E.zero_()
+
+    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen experts `expert_TA` (int64) and their gates `gate_TA` (fp32, rows sum to one)."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            score_TE = F.linear(x_TD.float(), self.router.float()).sigmoid()
+        expert_TA = (score_TE.detach() + self.bias_E).topk(self.top_k, dim=-1, sorted=False).indices
+        gate_TA = score_TE.gather(1, expert_TA)
+        return expert_TA, gate_TA / (gate_TA.sum(-1, keepdim=True) + 1e-20)
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output and `count_E`, how many of the T·A assignments each expert received (fp32)."""
+        x_TD = x_BSD.flatten(0, 1)
+        expert_TA, gate_TA = self.route(x_TD)
+        expert_R = expert_TA.flatten()
+        order_R = expert_R.argsort(stable=True)
+        row_TA = torch.empty_like(order_R).index_copy_(
+            0, order_R, torch.arange(order_R.numel(), device=order_R.device)
+        ).view_as(expert_TA)
+        count_E = F.one_hot(expert_R, self.experts).sum(0)
+        offs_E = count_E.cumsum(0).to(torch.int32)
+        token_R = order_R // self.top_k
+
+        x_RD = _Dispatch.apply(x_TD, token_R, row_TA)
+        h_RF = swiglu(grouped_linear(x_RD, self.w_gate_up, offs_E, self.kernel))
+        y_RD = grouped_linear(h_RF, self.w_down, offs_E, self.kernel)
+        y_BSD = _Combine.apply(y_RD, gate_TA, token_R, row_TA).view_as(x_BSD)
+        if self.shared is not None:
+            y_BSD = y_BSD + self.shared(x_BSD)
+        return y_BSD, count_E.float()

@@ -1,0 +1,144 @@
+"""The console: a listener that prints one readable line for what matters and stays quiet about the rest."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.markup import escape
+
+Event = dict[str, Any]
+
+
+def count(value: float) -> str:
+    """1234567 -> 1.23M"""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """4500 -> 1h15m"""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes}m{seconds:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m"
+
+
+def size(value: float) -> str:
+    """Bytes in binary units: 1.5 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def step_line(event: Event, remaining: float | None) -> str:
+    """The line of one training step."""
+    loss = event["loss"]
+    perplexity = math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
+    parts = [
+        f"[Step {event['step']}] Loss: {loss:.3f}",
+        f"Perplexity: {perplexity:.2f}",
+        f"Accuracy: {100 * event['acc']:.1f}%",
+        f"lr {event['lr']:.1e}",
+        f"gnorm {event['grad_norm']:.2f}",
+        f"{count(event['tok_s'])} tok/s",
+        f"MFU {100 * event['mfu']:.0f}%",
+        size(event["mem"]),
+        f"bal {event['bal']:.2f}",
+    ]
+    if remaining is not None:
+        parts.append(f"ETA {duration(remaining)}")
+    return " | ".join(parts)
+
+
+class Console:
+    """Prints events as they come. A step is printed every `log_every` steps, and the first and the last."""
+
+    def __init__(self, log_every: int = 10, write: Callable[[str], None] | None = None) -> None:
+        self.log_every = log_every
+        self.write = write or _terminal_writer()
+        self.steps = 0
+        self.step_time: float | None = None
+        self.last: tuple[int, float] | None = None
+
+    def __call__(self, event: Event) -> None:
+        handler = getattr(self, f"_on_{event['t']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _on_run(self, event: Event) -> None:
+        self.steps = event["steps"]
+        mean = "" if event["active_mean"] == event["active"] else f" ({count(event['active_mean'])} on average)"
+        data = event["data"]
+        resumed = event.get("parent_step") is not None
+        for name, reason in event["skipped_checkpoints"]:
+            self.write(f"! skipped {name}: {reason}")
+        self.write(f"{'resume' if resumed else 'run'}    {event['path']}" + (f" from step {event['step']}" if resumed else ""))
+        self.write(
+            f"model  {event['kind']}, {count(event['params'])} parameters, {count(event['active'])} active a token{mean}, "
+            f"{count(event['flops_per_token'])}FLOP a trained token"
+        )
+        self.write(
+            f"data   {count(data['train_tokens'])} tokens to train on, {count(data['heldout_tokens'])} held out, "
+            f"{data['bytes_per_token']:.2f} bytes a token, loader {count(event['loader_tok_s'])} tok/s"
+        )
+        self.write(
+            f"here   {event['device']}, {event['threads']} threads, {event['precision']}, "
+            f"matmul {count(event['matmul_flops'])}FLOP/s"
+        )
+        self.write(
+            f"plan   {event['steps']} steps of {count(event['batch_tokens'])} tokens = "
+            f"{count(event['steps'] * event['batch_tokens'])} tokens"
+        )
+
+    def _on_step(self, event: Event) -> None:
+        step = event["step"]
+        self._track(step, event["wall"])
+        if step % self.log_every and step not in (1, self.steps):
+            return
+        remaining = None if self.step_time is None else self.step_time * (self.steps - step)
+        self.write(step_line(event, remaining))
+
+    def _track(self, step: int, wall: float) -> None:
+        """A moving average of the step time, for the ETA."""
+        if self.last is not None and step > self.last[0]:
+            seconds = (wall - self.last[1]) / (step - self.last[0])
+            self.step_time = seconds if self.step_time is None else 0.9 * self.step_time + 0.1 * seconds
+        self.last = step, wall
+
+    def _on_eval(self, event: Event) -> None:
+        depth = event["mod_capacity"]
+        taken = f" | depth {sum(depth) / len(depth):.3f}" if depth else ""
+        warning = "" if event["comparable"] else " | NOT COMPARABLE: realised depth capacity is off its target"
+        self.write(
+            f"[Eval {event['step']}] Loss: {event['loss']:.3f} | Perplexity: {event['ppl']:.2f} | "
+            f"Accuracy: {100 * event['acc']:.1f}% | {event['bpb']:.3f} bits per byte over "
+            f"{count(event['tokens'])} held-out tokens, causal{taken} | {duration(event['seconds'])}{warning}"
+        )
+
+    def _on_checkpoint(self, event: Event) -> None:
+        self.write(f"[Save {event['step']}] {size(event['bytes'])} in {event['seconds']:.2f}s")
+
+    def _on_decision(self, event: Event) -> None:
+        evidence = ", ".join(f"{key} {value}" for key, value in event["evidence"].items())
+        self.write(f"! step {event['step']}: {event['rule']} -> {event['action']} ({evidence})")
+
+    def _on_end(self, event: Event) -> None:
+        signal = f" by {event['signal']}" if event.get("signal") else ""
+        self.write(f"end    {event['reason']}{signal} at step {event['step']}, {time.strftime('%H:%M:%S')}")
+
+
+def _terminal_writer() -> Callable[[str], None]:
+    terminal = Terminal(soft_wrap=True, highlight=False)
+    return lambda line: terminal.print(escape(line))

@@ -1,0 +1,61 @@
+"""Held-out quality, measured the way the model will be used: causal routing, every held-out token once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from lumina.data.loader import Batch
+from lumina.model.transformer import Transformer
+from lumina.training.precision import Precision
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`loss` in nats per token; `bpb` = nats over all held-out tokens / (ln 2 · bytes of held-out text).
+
+    `mod_capacity` is the share of tokens that each routed block really took, in order of depth; the evaluation is
+    `comparable` if each lies within [c/2, 2c] of the trained capacity c.
+    """
+
+    loss: float
+    ppl: float
+    acc: float
+    bpb: float
+    tokens: int
+    mod_capacity: list[float]
+    comparable: bool
+
+    def fields(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def evaluate(
+    model: Transformer, batches: Iterable[Batch], text_bytes: int, precision: Precision, capacity: float | None
+) -> Evaluation:
+    """Evaluates all of `batches`, which hold `text_bytes` of text. `capacity` is the trained share c, if any."""
+    device = model.embed.weight.device
+    sums = torch.zeros(3, dtype=torch.float64)
+    taken = torch.zeros(len(model.routers))
+    positions = 0
+    for batch in batches:
+        batch = batch.to(device)
+        with precision.autocast():
+            loss, taken_L = model.evaluate(batch.ids_BS, batch.segments_BS, batch.targets_BS)
+        sums += torch.stack([loss.nats, loss.correct, loss.count]).double().cpu()
+        taken += taken_L.cpu()
+        positions += batch.ids_BS.numel()
+    nats, correct, count = sums.tolist()
+    shares = [t / positions for t in taken.tolist()]
+    return Evaluation(
+        loss=nats / count,
+        ppl=math.exp(min(nats / count, 700.0)),
+        acc=correct / count,
+        bpb=nats / (math.log(2) * text_bytes),
+        tokens=int(count),
+        mod_capacity=[round(share, 4) for share in shares],
+        comparable=capacity is None or all(capacity / 2 <= share <= 2 * capacity for share in shares),
+    )

@@ -1,0 +1,86 @@
+"""One optimizer step, start to end, without waiting for the device.
+
+    micro-batches -> loss sums / tokens of the whole batch -> backward -> guard -> clip -> optimizer -> router state
+
+The guard decides on the device: a step whose loss or gradients are not finite moves nothing (weights, moments,
+router biases, thresholds), and says so in the metrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lumina.data.loader import Batch
+from lumina.model.transformer import RoutingStats, Transformer
+from lumina.training.optim import Optimizer, gradient_norm
+from lumina.training.precision import Precision
+
+METRICS = ("nats", "z", "correct", "count", "grad_norm", "skipped", "balance", "predictor", "agreement")
+
+
+@dataclass(frozen=True)
+class Step:
+    """The constants of training that a step needs."""
+
+    micro_batches: int
+    clip: float
+    z_loss: float
+    bias_rate: float
+
+
+def train_step(
+    model: Transformer,
+    optimizer: Optimizer,
+    batch: Batch,
+    lr: float,
+    plan: Step,
+    precision: Precision,
+    freeze_bias: bool,
+) -> Tensor:
+    """Takes one step and returns its metrics, a float32 vector on the device in the order of `METRICS`."""
+    optimizer.zero_grad()
+    device = model.embed.weight.device
+    sums = torch.zeros(4, device=device)
+    stats: list[RoutingStats] = []
+    for micro in batch.split(plan.micro_batches):
+        micro = micro.to(device)
+        with precision.autocast():
+            loss, routing = model(micro.ids_BS, micro.segments_BS, micro.targets_BS, plan.z_loss)
+        # Sums over the whole batch's tokens, not means of means: any split gives the same gradient.
+        ((loss.loss + routing.predictor_loss) / batch.targets).backward()
+        sums += torch.stack([loss.nats, loss.loss.detach(), loss.correct, loss.count])
+        stats.append(RoutingStats(*(value.detach() for value in routing)))
+    routing = RoutingStats(*(torch.stack(values).sum(0) for values in zip(*stats, strict=True)))
+
+    norm = gradient_norm(optimizer.groups.clipped)
+    finite = torch.isfinite(norm) & torch.isfinite(sums[1]) & torch.isfinite(routing.predictor_loss)
+    skip = (~finite).float()
+    gradients = [p.grad for p in optimizer.groups.clipped if p.grad is not None]
+    torch._foreach_mul_(gradients, (plan.clip / (norm + 1e-6)).clamp(max=1.0))
+    optimizer.step(lr, skip)
+    _update_routers(model, routing, finite, plan, 0.0 if freeze_bias else plan.bias_rate, batch)
+
+    return torch.stack([sums[0], sums[1], sums[2], sums[3], norm, skip, *_routing_metrics(model, routing, batch)])
+
+
+@torch.no_grad()
+def _update_routers(
+    model: Transformer, routing: RoutingStats, finite: Tensor, plan: Step, rate: float, batch: Batch
+) -> None:
+    for moe, load_E in zip(model.moes, routing.load_LE, strict=True):
+        move_E = rate * torch.sign(load_E.mean() - load_E)
+        moe.bias_E += torch.where(finite, move_E, 0.0)
+    for router, quantile in zip(model.routers, routing.quantile_L, strict=True):
+        router.follow(quantile / len(batch.ids_BS), finite)
+
+
+def _routing_metrics(model: Transformer, routing: RoutingStats, batch: Batch) -> list[Tensor]:
+    """Largest over mean expert load (mean over layers), predictor loss and agreement per routed token."""
+    load_LE = routing.load_LE
+    one = torch.ones((), device=routing.predictor_loss.device)
+    balance = (load_LE.amax(1) / load_LE.mean(1)).mean() if len(load_LE) else one
+    tokens = max(1, len(model.routers)) * batch.ids_BS.numel()
+    return [balance, routing.predictor_loss / tokens, routing.agreement / tokens]

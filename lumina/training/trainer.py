@@ -1,0 +1,298 @@
+"""The trainer: a run from its first step to its last, or from where it stopped, to the bit.
+
+    batch index -> loader -> train_step -> (one step later) observe -> maybe evaluate -> maybe save
+
+Metrics are observed at a fixed lag of one step, so that no step waits for the host; the metrics not yet observed
+are part of the checkpoint. Everything a reader wants goes through one `EventWriter`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lumina.checkpoint import retention, store
+from lumina.config.resolve import Resolved, read, request_hash, resolve, write
+from lumina.data.loader import heldout
+from lumina.data.shards import Corpus, data_fingerprint
+from lumina.errors import UserError
+from lumina.events import EventWriter
+from lumina.run import index
+from lumina.run.folder import Run
+from lumina.run.lock import RunLock
+from lumina.run.signals import StopRequest
+from lumina.training import machine, setup
+from lumina.training.evaluate import Evaluation, evaluate
+from lumina.training.schedule import decay_start, learning_rate
+from lumina.training.state import Lagged, Progress, pack, unpack
+from lumina.training.step import METRICS, train_step
+
+Listener = Callable[[dict[str, Any]], None]
+EVAL_TOKENS = 16384  # tokens evaluated at once
+
+
+class Trainer:
+    """`Trainer("debug", data="x.txt", **{"train.steps": 300}).fit()` trains and returns the `Run`.
+
+    `source` is a preset or a YAML file; `settings` are `key=value` strings or a mapping, and keyword arguments
+    are dotted keys. Raises `UserError` for anything wrong with them. `listeners` receive every event.
+    """
+
+    def __init__(
+        self,
+        source: str | Path = "debug",
+        settings: Sequence[str] | Mapping[str, Any] = (),
+        *,
+        data: str | Sequence[str] | None = None,
+        root: str | Path = "runs",
+        fresh: bool = False,
+        listeners: Sequence[Listener] = (),
+        **keys: Any,
+    ) -> None:
+        if data is not None:
+            keys["data.train"] = data
+        self.resolved = resolve(source, settings or keys)
+        self.root, self.fresh, self.listeners = Path(root), fresh, listeners
+
+    def fit(self) -> Run:
+        """Trains to the end, going on with an unfinished run of the same request unless `fresh`."""
+        data = self.resolved.config.data
+        request = request_hash(self.resolved, data_fingerprint(data.train, data.eval))
+        if not self.fresh:
+            known, status = index.newest(self.root, request)
+            if known is not None and status == "finished":
+                return known
+            if known is not None:
+                return resume(known, self.listeners)
+        corpus = setup.load_data(self.resolved.config)
+        settled = setup.settle_all(self.resolved, corpus)
+        parts = setup.build(settled.config, corpus)
+        run = Run.create(self.root, settled.source)
+        with RunLock(run.lock):
+            write(settled, run.config)
+            corpus.tokenizer.save(run.tokenizer)
+            rate = machine.matmul_rate(parts.config.parallel.device, parts.precision.dtype)
+            facts = machine.facts(parts.config.parallel.device)
+            run.write_meta({"request": request, "machine": facts, "matmul_flops": rate, "data": corpus.fingerprint})
+            Session(run, settled, parts, self.listeners).train()
+        return run
+
+
+def resume(run: Run, listeners: Sequence[Listener] = ()) -> Run:
+    """Goes on with a run from its newest complete checkpoint (from the start if it has none)."""
+    resolved = read(run.config)
+    with RunLock(run.lock):
+        corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer))
+        meta = run.read_meta()
+        if corpus.fingerprint != meta["data"]:
+            raise UserError(
+                f"{run.path}: its training data or tokenizer changed since it was started",
+                fix="restore the files, or start a new run with --fresh",
+            )
+        Session(run, resolved, setup.build(resolved.config, corpus), listeners).train()
+    return run
+
+
+class Session:
+    """One attempt of a run: restores, steps to the end or to a stop request, and leaves everything saved."""
+
+    def __init__(self, run: Run, resolved: Resolved, parts: setup.Parts, listeners: Sequence[Listener]) -> None:
+        self.run, self.config, self.parts, self.listeners = run, resolved.config, parts, listeners
+        self.source = resolved.source
+        self.meta = run.read_meta()
+        self.identity = {
+            "tokenizer": parts.corpus.tokenizer.fingerprint,
+            "data": parts.corpus.fingerprint,
+            "kind": self.config.model.kind,
+        }
+        self.freeze_from = decay_start(self.config.train, parts.steps)
+        self.progress = Progress()
+        self.pending: Lagged | None = None
+        self.last_eval: tuple[int, Evaluation] | None = None
+        self.saved_step: int | None = None
+
+    def train(self) -> None:
+        """Runs the attempt. A first SIGINT or SIGTERM saves and raises `Stopped`."""
+        attempt = self.run.next_attempt()
+        skipped = self._restore() if attempt else []
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            self.events = stack.enter_context(EventWriter(self.run.events, attempt, self.listeners))
+            self._announce(skipped)
+            self.started = self.last = time.perf_counter()
+            while self.progress.step < self.parts.steps:
+                self._step()
+                if stop.requested:
+                    self._stop(stop.requested)
+            self._finish()
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        """The next step, then what is due after it."""
+        parts, progress, train = self.parts, self.progress, self.config.train
+        step = progress.step + 1
+        metrics = train_step(
+            parts.model,
+            parts.optimizer,
+            parts.loader.batch(step - 1),
+            learning_rate(train, step, parts.steps),
+            parts.plan,
+            parts.precision,
+            freeze_bias=step > self.freeze_from,
+        )
+        self._observe()
+        progress.step, progress.tokens = step, progress.tokens + train.batch_tokens
+        self.pending = Lagged(metrics)
+        if step == parts.steps:
+            return
+        if train.eval_every and step % train.eval_every == 0:
+            self._evaluate()
+        if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
+            self._save()
+
+    def _observe(self) -> None:
+        """Turns the metrics of the previous step into its event."""
+        values = self.pending.read() if self.pending else self.progress.pending
+        self.progress.pending = None
+        if values is None:
+            return
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        self.progress.wall += seconds
+        metrics, step = dict(zip(METRICS, values, strict=True)), self.progress.step
+        tok_s = self.config.train.batch_tokens / seconds
+        self.events.emit(
+            "step",
+            step=step,
+            tokens=self.progress.tokens,
+            wall=round(self.progress.wall, 3),
+            loss=metrics["nats"] / metrics["count"],
+            acc=metrics["correct"] / metrics["count"],
+            lr=learning_rate(self.config.train, step, self.parts.steps),
+            grad_norm=metrics["grad_norm"],
+            tok_s=round(tok_s, 1),
+            mfu=round(tok_s * self.parts.cost.flops_per_token / self.meta["matmul_flops"], 4),
+            mem=machine.memory_used(self.config.parallel.device),
+            bal=metrics["balance"],
+            agree=metrics["agreement"],
+        )
+        if metrics["skipped"]:
+            self.events.emit(
+                "decision",
+                step=step,
+                kind="act",
+                rule="non_finite",
+                evidence={"loss": metrics["nats"] / metrics["count"], "grad_norm": metrics["grad_norm"]},
+                action="skip_step",
+            )
+
+    def _evaluate(self) -> None:
+        """Evaluates all held-out tokens with the causal routing; its time is not training time."""
+        parts, start = self.parts, time.perf_counter()
+        seq_len, end_id = self.config.model.seq_len, parts.corpus.tokenizer.end_id
+        result = evaluate(
+            parts.model,
+            heldout(parts.corpus.heldout, seq_len, max(1, EVAL_TOKENS // seq_len), end_id),
+            parts.corpus.heldout.text_bytes,
+            parts.precision,
+            self.config.model.mod.capacity if self.config.model.mod else None,
+        )
+        seconds = time.perf_counter() - start
+        self.events.emit(
+            "eval",
+            step=self.progress.step,
+            tokens=self.progress.tokens,
+            split="heldout",
+            routing="causal",
+            seconds=round(seconds, 3),
+            **result.fields(),
+        )
+        self.last_eval = self.progress.step, result
+        self.last += seconds
+
+    # -- saving, stopping, restoring ----------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Publishes a checkpoint of this step and points `latest`, and perhaps `best`, at it."""
+        start, progress = time.perf_counter(), self.progress
+        if self.last_eval and self.last_eval[0] == progress.step and self.last_eval[1].comparable:
+            loss = self.last_eval[1].loss
+            if progress.best_loss is None or loss < progress.best_loss:
+                progress.best_loss, progress.best_step = loss, progress.step
+        progress.pending = self.pending.read() if self.pending else None
+        receipt = store.save(
+            self.run.checkpoints,
+            progress.step,
+            self.parts.model.tensors(),
+            self.parts.optimizer.tensors(),
+            pack(progress, self.parts.optimizer, self.identity),
+        )
+        if progress.best_step == progress.step:
+            store.point(self.run.checkpoints, "best", progress.step)
+        retention.prune(self.run.checkpoints, self.config.checkpoint.keep_last, protect=set())
+        self.saved_step = progress.step
+        self.events.emit(
+            "checkpoint", step=progress.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes
+        )
+        self.last += time.perf_counter() - start
+
+    def _stop(self, signal: str) -> None:
+        """Saves where we are, then says how to go on."""
+        if self.saved_step != self.progress.step:
+            self._save()
+        self._observe()
+        self.events.emit("end", step=self.progress.step, reason="stopped", signal=signal)
+        raise Stopped(self.run, self.progress.step, signal)
+
+    def _finish(self) -> None:
+        """The last observation, evaluation and checkpoint."""
+        if self.run.finished:
+            return
+        self._evaluate()
+        self._save()
+        self._observe()
+        self.events.emit("end", step=self.progress.step, reason="done")
+
+    def _restore(self) -> list[tuple[Path, str]]:
+        """Loads the newest complete checkpoint; returns those it had to pass over, with the reason."""
+        found, skipped = store.newest(self.run.checkpoints)
+        if found is None:
+            return skipped
+        for what, value in self.identity.items():
+            if found.state[what] != value:
+                raise UserError(
+                    f"{found.path}: saved with another {what} ({found.state[what]}) than the run now has ({value})",
+                    fix=f"restore the run's {what}, or start a new run with --fresh",
+                )
+        store.load(found, self.parts.model.tensors(), self.parts.optimizer.tensors())
+        self.progress = unpack(found.state, self.parts.optimizer)
+        self.saved_step = found.step
+        return skipped
+
+    def _announce(self, skipped: Sequence[tuple[Path, str]]) -> None:
+        self.events.emit(
+            "run",
+            step=self.progress.step,
+            path=str(self.run.path),
+            preset=self.source,
+            parent_step=self.progress.step if self.events.attempt else None,
+            skipped_checkpoints=[[path.name, reason] for path, reason in skipped],
+            loader_tok_s=round(self.parts.loader.throughput()),
+            machine=self.meta["machine"],
+            matmul_flops=self.meta["matmul_flops"],
+            **setup.description(self.parts),
+        )
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and saved itself
+    """The run was stopped by a signal after saving its state at `step`."""
+
+    def __init__(self, run: Run, step: int, signal: str) -> None:
+        super().__init__(f"stopped by {signal} at step {step}; state saved")
+        self.run, self.step, self.signal = run, step, signal

@@ -1,0 +1,16 @@
+"""Every test runs on one thread, on its own cache, and away from the user's folders."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["LUMINA_CACHE"] = str(tmp_path_factory.mktemp("cache"))

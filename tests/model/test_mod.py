@@ -1,0 +1,153 @@
+"""Mixture of Depths: exact capacity, bit-identical bypass, causal decoding (science: Raposo et al. 2404.02258)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tests_support import model_config
+
+from lumina.model.mod import DepthRouter, put, take
+from lumina.model.transformer import Transformer
+
+
+def batch(model: Transformer, sequences: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, model.config.vocab, (sequences, model.config.seq_len), generator=generator)
+    return ids, torch.zeros_like(ids), ids.roll(-1, 1)
+
+
+def spread(model: Transformer, seed: int = 1) -> None:
+    """Makes routers and predictors disagree about tokens, as they do after some training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for router in model.routers:
+            router.weight.copy_(torch.randn(router.weight.shape, generator=generator) * 5)
+            for parameter in (router.predictor.w_in, router.predictor.w_out):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("capacity", [0.125, 0.25, 0.3, 1.0])
+def test_selects_exactly_c_tokens_in_order_ties_included(capacity: float) -> None:
+    router = DepthRouter(16, capacity)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.zero_()  # every score ties
+    router.reset()
+    chosen = router.select(torch.randn(3, 20, 16))
+    assert chosen.index_BC.shape == (3, math.ceil(capacity * 20))
+    assert (chosen.index_BC.diff(dim=1) > 0).all()
+
+
+def test_bypassed_rows_are_bit_identical() -> None:
+    x = torch.randn(2, 10, 8)
+    x[0, 3] = -0.0
+    index = torch.tensor([[1, 4, 9], [0, 2, 3]])
+    y = put(x, index, take(x, index) + 1)
+    bypassed = torch.ones(2, 10, dtype=torch.bool).scatter_(1, index, False)
+    assert torch.equal(y[bypassed].view(torch.int32), x[bypassed].view(torch.int32))
+    assert not torch.equal(y[~bypassed], x[~bypassed])
+
+
+def test_bypassed_rows_are_bit_identical_in_a_whole_block() -> None:
+    model = Transformer(model_config("hybrid"))
+    spread(model)
+    seen = []
+    original = DepthRouter.select
+    block = next(b for b in model._blocks() if b.router is not None)
+    x = torch.randn(2, model.config.seq_len, model.config.width)
+    chosen = original(block.router, x)
+    inside = take(x, chosen.index_BC)
+    position = chosen.index_BC
+    from lumina.model.transformer import document_mask
+
+    y_in, _ = block.branch(inside, model._rope(position), document_mask(position, torch.zeros_like(position)))
+    y = put(x, position, inside + chosen.weight_BC.unsqueeze(-1) * y_in)
+    bypassed = torch.ones(x.shape[:2], dtype=torch.bool).scatter_(1, position, False)
+    assert torch.equal(y[bypassed], x[bypassed])
+    assert (y[~bypassed] != x[~bypassed]).any(dim=-1).all()
+    assert not seen
+
+
+def test_full_capacity_with_weight_one_is_the_dense_model() -> None:
+    routed = Transformer(model_config("mod", capacity=1.0))
+    dense = Transformer(model_config("dense"))
+    dense.load_state_dict({k: v for k, v in routed.state_dict().items() if ".router." not in k})
+    ids, segments, targets = batch(routed)
+    for router in routed.routers:
+        router.score = lambda x: torch.ones(x.shape[:2])  # type: ignore[method-assign]
+    torch.testing.assert_close(
+        routed(ids, segments, targets)[0].nats, dense(ids, segments, targets)[0].nats, rtol=1e-6, atol=0
+    )
+
+
+def test_router_learns_through_the_selected_tokens_only() -> None:
+    model = Transformer(model_config("mod"))
+    ids, segments, targets = batch(model)
+    loss, stats = model(ids, segments, targets)
+    loss.loss.backward(retain_graph=True)
+    router = model.routers[0]
+    assert router.weight.grad is not None
+    assert router.weight.grad.abs().sum() > 0
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in router.predictor.parameters())
+    model.zero_grad()
+    stats.predictor_loss.backward()
+    touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched
+    assert all(".predictor." in name for name in touched)
+
+
+def test_a_bypassed_token_changes_no_selected_token() -> None:
+    router = DepthRouter(8, 0.5)
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(8)[0])
+        for parameter in router.predictor.parameters():
+            parameter.zero_()
+    router.reset()
+    x = torch.randn(1, 10, 8)
+    changed = x.clone()
+    outside = [s for s in range(10) if s not in router.select(x).index_BC[0].tolist()]
+    changed[0, outside, 1:] += 1.0  # the router sees only the first feature
+    first, second = router.select(x), router.select(changed)
+    assert torch.equal(first.index_BC, second.index_BC)
+    assert torch.equal(take(x, first.index_BC), take(changed, second.index_BC))
+
+
+def test_threshold_is_seeded_then_follows_and_ignores_skipped_steps() -> None:
+    router = DepthRouter(8, 0.25)
+    router.reset()
+    live, skipped = torch.tensor(True), torch.tensor(False)
+    router.follow(torch.tensor(float("nan")), skipped)
+    assert router.seeded.item() == 0
+    assert router.quantile.item() == pytest.approx(math.log(0.25 / 0.75))
+    router.follow(torch.tensor(2.0), live)
+    assert router.quantile.item() == 2.0
+    router.follow(torch.tensor(3.0), live)
+    assert router.quantile.item() == pytest.approx(2.01)
+    router.follow(torch.tensor(float("nan")), skipped)
+    assert router.quantile.item() == pytest.approx(2.01)
+
+
+def test_decode_rule_takes_about_c_of_the_tokens_it_was_seeded_with() -> None:
+    model = Transformer(model_config("mod"))
+    spread(model)
+    ids, segments, targets = batch(model, sequences=8)
+    _, stats = model(ids, segments, targets)
+    for router, quantile in zip(model.routers, stats.quantile_L, strict=True):
+        router.follow(quantile / len(ids), torch.tensor(True))
+    _, taken_L = model.evaluate(ids, segments, targets)
+    share = (taken_L / ids.numel()).tolist()
+    assert all(0.12 < s < 0.5 for s in share), share
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "mod", "hybrid"])
+def test_the_future_changes_no_past_output_in_decode_mode(kind: str) -> None:
+    model = Transformer(model_config(kind))
+    spread(model)
+    ids, _, _ = batch(model, sequences=1)
+    cut = 30
+    changed = ids.clone()
+    changed[:, cut:] = (changed[:, cut:] + 7) % model.config.vocab
+    torch.testing.assert_close(model.logits(ids)[:, :cut], model.logits(changed)[:, :cut], rtol=0, atol=1e-5)
+    assert not torch.allclose(model.logits(ids)[:, cut:], model.logits(changed)[:, cut:], atol=1e-3)

@@ -1,0 +1,108 @@
+"""The expert layer against a plain loop: every token, every gradient, every count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lumina.config.schema.model import MoEConfig
+from lumina.model.feedforward import swiglu
+from lumina.model.grouped import grouped_linear
+from lumina.model.moe import MoE
+
+WIDTH = 16
+
+
+def layer(kernel: str = "grouped", shared: int = 0, experts: int = 4, top_k: int = 2, seed: int = 0) -> MoE:
+    moe = MoE(WIDTH, MoEConfig(experts=experts, top_k=top_k, ffn=24, shared=shared, kernel=kernel))
+    moe.reset()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return moe
+
+
+def plain(moe: MoE, x_TD: Tensor) -> Tensor:
+    """The definition: for each token, the gate-weighted sum of its experts' outputs."""
+    expert_TA, gate_TA = moe.route(x_TD)
+    rows = []
+    for x_D, experts, gates in zip(x_TD, expert_TA.tolist(), gate_TA, strict=True):
+        y_D = torch.zeros(WIDTH)
+        for expert, gate in zip(experts, gates, strict=True):
+            y_D = y_D + gate * (moe.w_down[expert] @ swiglu(moe.w_gate_up[expert] @ x_D))
+        rows.append(y_D if moe.shared is None else y_D + moe.shared(x_D))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kernel", ["grouped", "loop"])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_equals_the_definition_with_gradients(kernel: str, shared: int) -> None:
+    moe = layer(kernel, shared)
+    x = torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    weight = torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(2))
+    inputs = [x, *moe.parameters()]
+    ours = torch.autograd.grad((moe(x)[0] * weight).sum(), inputs)
+    theirs = torch.autograd.grad((plain(moe, x.flatten(0, 1)).view_as(x) * weight).sum(), inputs)
+    torch.testing.assert_close(moe(x)[0], plain(moe, x.flatten(0, 1)).view_as(x))
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(1, 40), experts=st.integers(2, 9), data=st.data())
+def test_conserves_assignments_and_normalises_gates(tokens: int, experts: int, data: st.DataObject) -> None:
+    top_k = data.draw(st.integers(2, experts))
+    moe = layer(experts=experts, top_k=top_k)
+    x = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
+    _, load_E = moe(x)
+    expert_TA, gate_TA = moe.route(x.flatten(0, 1))
+    assert load_E.sum() == tokens * top_k  # routed + dropped (none) = A·T
+    assert all(len(set(chosen)) == top_k for chosen in expert_TA.tolist())
+    torch.testing.assert_close(gate_TA.sum(-1), torch.ones(tokens))
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any))
+def test_grouped_kernel_equals_loop_also_with_empty_experts(sizes: list[int]) -> None:
+    generator = torch.Generator().manual_seed(len(sizes))
+    x = torch.randn(sum(sizes), 16, generator=generator, requires_grad=True)
+    w = torch.randn(len(sizes), 8, 16, generator=generator, requires_grad=True)
+    offs = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    results = []
+    for kernel in ("grouped", "loop"):
+        y = grouped_linear(x, w, offs, kernel)
+        results.append((y, *torch.autograd.grad(y.sum(), [x, w])))  # an expanded gradient, too
+    for grouped, loop in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, loop, rtol=1e-5, atol=1e-5)
+
+
+def test_grouped_kernel_follows_autocast() -> None:
+    x, w, offs = torch.randn(6, 16), torch.randn(2, 8, 16), torch.tensor([2, 6], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert grouped_linear(x, w, offs, "grouped").dtype == torch.bfloat16
+
+
+def test_bias_changes_the_choice_but_not_the_gates() -> None:
+    moe = layer()
+    x = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(3))
+    before, _ = moe.route(x)
+    moe.bias_E[0] = 10.0
+    chosen, gates = moe.route(x)
+    assert (before == 0).any(dim=1).float().mean() < 1
+    assert (chosen == 0).any(dim=1).all()
+    scores = torch.sigmoid(x @ moe.router.T).gather(1, chosen)
+    torch.testing.assert_close(gates, scores / scores.sum(-1, keepdim=True))
+
+
+def test_an_expert_that_is_not_chosen_gets_no_gradient() -> None:
+    moe = layer()
+    moe.bias_E[3] = -10.0
+    x = torch.randn(1, 20, WIDTH)
+    moe(x)[0].square().sum().backward()
+    assert moe.w_down.grad is not None
+    assert moe.w_down.grad[3].abs().sum() == 0
+    assert moe.w_down.grad[:3].abs().sum(dim=(1, 2)).min() > 0
