@@ -1,0 +1,1 @@
+"""The configuration keys, one file a section. Only keys that act exist; unknown ones are errors."""

@@ -1,0 +1,216 @@
+"""Files to documents. Every problem of the input is gathered, so that nobody mends them one run at a time.
+
+    specs -> `find_files` -> `read_files` -> documents
+
+A spec is a file, a glob, a folder (searched recursively; hidden entries are not looked at) or "sample", the embedded
+corpus. A `.jsonl` file holds one object a line with the string key `text`; any other file is one text document.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lumina.data.families import near_duplicates
+from lumina.data.sample import sample_files
+from lumina.errors import UserError
+
+SAMPLE = "sample"
+FOLDER_SUFFIXES = (".txt", ".md", ".jsonl", ".py")
+MAX_PROBLEMS = 20  # enough to see the pattern
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """`source` is "a.txt" or "b.jsonl:17"; documents of one `family` share their text and stay on one side of the split.
+
+    An empty text is kept here, so that it can be counted.
+    """
+
+    text: str
+    source: str
+    family: str
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file that a spec gives. `ignored` files lie in a folder but do not look like text."""
+
+    path: Path
+    name: str
+    kind: Literal["text", "jsonl", "sample", "ignored"]
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_documents(specs: Sequence[str]) -> Iterator[Document]:
+    """The documents of all `specs`, in their order. Raises `UserError` with all problems, after the last document."""
+    problems: list[str] = []
+    yield from read_files(find_files(specs, problems), problems)
+    raise_problems(problems)
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    if problems:
+        shown = list(problems[:MAX_PROBLEMS])
+        if len(problems) >= MAX_PROBLEMS:
+            shown.append("… reading stopped here; there may be more")
+        raise UserError.collect(shown, "the data cannot be read")
+
+
+def find_files(
+    specs: Sequence[str], problems: list[str], seen: dict[Path, str] | None = None
+) -> list[DataFile]:
+    """The files of all `specs`. `seen` maps the files that other specs gave to those specs: none may be given twice."""
+    seen = {} if seen is None else seen
+    files: list[DataFile] = []
+    for spec in specs:
+        found = _expand(spec, problems)
+        repeated = next((file for file in found if file.path.resolve() in seen), None)
+        if repeated:
+            first = seen[repeated.path.resolve()]
+            problems.append(f"{spec}: {repeated.name} is already given by {first!r}; give every file once")
+            continue
+        seen.update((file.path.resolve(), spec) for file in found)
+        files += found
+    return files
+
+
+def _expand(spec: str, problems: list[str]) -> list[DataFile]:
+    if spec == SAMPLE:
+        return [DataFile(path, name, "sample") for path, name in sample_files()]
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if path.stat().st_size == 0:
+            problems.append(f"{spec}: the file is empty")
+        return [_data_file(path)]
+    if path.is_dir():
+        return _folder(path, problems)
+    matches = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(spec) else []
+    if not matches:
+        problems.append(_missing(spec, path))
+    files: list[DataFile] = []
+    for match in map(Path, matches):
+        files += _folder(match, problems) if match.is_dir() else [_data_file(match)]
+    return files
+
+
+def _data_file(path: Path) -> DataFile:
+    return DataFile(path, path.as_posix(), "jsonl" if path.suffix == ".jsonl" else "text")
+
+
+def _folder(folder: Path, problems: list[str]) -> list[DataFile]:
+    files: list[DataFile] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+            known = path.suffix in FOLDER_SUFFIXES
+            files.append(_data_file(path) if known else DataFile(path, path.as_posix(), "ignored"))
+    if all(file.kind == "ignored" for file in files):
+        others = f"; it holds {len(files)} others, such as {files[0].name}" if files else ""
+        problems.append(f"{folder}: the folder has no {', '.join(FOLDER_SUFFIXES)} files{others}")
+    return files
+
+
+def _missing(spec: str, path: Path) -> str:
+    if glob.has_magic(spec):
+        return f"{spec}: no file matches (in {Path.cwd()})"
+    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f"; did you mean {(path.parent / close[0]).as_posix()}?" if close else f" (in {Path.cwd()})"
+    return f"{spec}: no such file or folder{hint}"
+
+
+def read_files(files: Sequence[DataFile], problems: list[str]) -> Iterator[Document]:
+    """The documents of `files`, in order. Problems are appended; reading stops once there are `MAX_PROBLEMS`."""
+    sample: list[tuple[str, str]] = []
+    for file in files:
+        if len(problems) >= MAX_PROBLEMS:
+            return
+        try:
+            if file.kind == "jsonl":
+                yield from _read_jsonl(file, problems)
+            elif file.kind == "text":
+                text = _read_text(file)
+                yield Document(text, file.name, digest(text))
+            elif file.kind == "sample":
+                sample.append((_read_text(file), file.name))
+        except OSError as error:
+            problems.append(f"{file.name}: {error.strerror}")
+        except ValueError as error:
+            problems.append(str(error))
+    leaders = near_duplicates([text for text, _ in sample])
+    for (text, name), leader in zip(sample, leaders, strict=True):
+        yield Document(text, name, digest(sample[leader][0]))
+
+
+def _read_text(file: DataFile) -> str:
+    raw = file.path.read_bytes()
+    try:
+        return raw.decode().removeprefix("\ufeff")  # a byte-order mark is no text
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(_not_utf8(f"{file.name}:{line}", raw, error.start)) from None
+
+
+def _not_utf8(where: str, raw: bytes, offset: int) -> str:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        hint = "it looks like UTF-16: convert it with iconv -f utf-16 -t utf-8"
+    elif b"\0" in raw:
+        hint = "it looks like a binary file: give text or .jsonl"
+    else:
+        hint = "convert it, for example with iconv -f latin1 -t utf-8"
+    return f"{where}: not UTF-8, byte 0x{raw[offset]:02x} at offset {offset}; {hint}"
+
+
+def _read_jsonl(file: DataFile, problems: list[str]) -> Iterator[Document]:
+    """One document a line; blank lines hold none."""
+    offset = 0
+    with file.path.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            where = f"{file.name}:{number}"
+            try:
+                if raw.strip():
+                    text = _record(raw, where, offset)
+                    yield Document(text, where, digest(text))
+            except ValueError as error:
+                problems.append(str(error))
+                if len(problems) >= MAX_PROBLEMS:
+                    return
+            offset += len(raw)
+
+
+def _record(raw: bytes, where: str, offset: int) -> str:
+    """The text of one JSON line. Raises `ValueError` saying what is wrong with it."""
+    try:
+        record = json.loads(raw.decode().removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        byte = raw[error.start]
+        raise ValueError(f"{where}: not UTF-8, byte 0x{byte:02x} at offset {offset + error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON, {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not readable JSON, nested too deeply") from None
+    if not isinstance(record, dict):
+        raise ValueError(f'{where}: must be an object such as {{"text": "…"}}, is a {type(record).__name__}')
+    if "text" not in record:
+        keys = ", ".join(record) or "none"
+        raise ValueError(f'{where}: must have the key "text"; its keys: {keys}')
+    text = record["text"]
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: "text" must be a string, is a {type(text).__name__}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise ValueError(f'{where}: "text" has half a surrogate pair, \\u{code:04x}, no character') from None
+    return text
