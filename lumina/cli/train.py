@@ -37,7 +37,9 @@ def train(
     if trainer.resolved.dropped:
         keys = ", ".join(trainer.resolved.dropped)
         typer.echo(f"note   a {config.model.kind} model has no {keys}: dropped from the preset")
-    finish(trainer.fit)
+    run = finish(trainer.fit)
+    if trainer.already_finished:
+        typer.echo(f"note   {run.path} answers this request and is finished; --fresh trains another")
 
 
 def resume(
@@ -50,6 +52,8 @@ def resume(
     from lumina.training import trainer
 
     found = index.find(root, run)
+    if found.finished:
+        typer.echo(f"note   {found.path} is finished: there is nothing to go on with")
     console = Console(read(found.config).config.telemetry.log_every)
     finish(lambda: trainer.resume(found, [console]))
 

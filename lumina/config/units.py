@@ -1,108 +1,100 @@
-"""Numbers as people write them: `2B` tokens, `2h`, `4k`, `5%`, `3e-4`; and YAML that reads them as numbers."""
+"""Numbers as people write them: `2B` tokens, `2h`, `4k`, `5%`, `3e-4`, `1_000`.
+
+Each parser takes what YAML or Python hands over (a number or a text) and raises ValueError with what is needed.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+from decimal import Decimal
 from typing import Any
 
-import yaml
-
-from lumina.errors import UserError
-
-COUNT_SUFFIX = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
-SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
-_NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_NUMBER = r"(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_DECIMAL = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_BINARY = {"": 1, "k": 2**10, "K": 2**10, "M": 2**20}
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "min": 60, "s": 1}
 
 
-def parse_count(value: Any, k: int = 1000) -> int:
-    """`2B` -> 2000000000. `k` is what the suffix k stands for (1024 for context lengths). Raises ValueError."""
-    if isinstance(value, bool):
-        raise ValueError("a whole number is needed, not true or false")
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        number, suffix = value, ""
-    else:
-        match = re.fullmatch(rf"({_NUMBER})\s*([kKMGBT]?)", str(value).strip())
-        if match is None:
-            raise ValueError("a whole number is needed, such as 300, 2_000, 4k or 2B")
-        number, suffix = float(match[1].replace("_", "")), match[2]
-    scaled = number * (k if suffix in ("k", "K") else COUNT_SUFFIX[suffix])
-    if scaled != round(scaled):
-        raise ValueError("a whole number is needed")
-    return round(scaled)
+def parse_count(value: Any) -> int:
+    """`300`, `1e6`, `2_000`, `1.5k`, `2B` (decimal suffixes) -> a whole number."""
+    return _whole(value, _DECIMAL, "a whole number is needed, such as 300, 4k or 2B")
 
 
 def parse_context(value: Any) -> int:
-    """As `parse_count`, but 4k is 4096: context lengths are powers of two everywhere."""
-    return parse_count(value, k=1024)
+    """As `parse_count`, but `4k` is 4096: context lengths are powers of two in everybody's mouth."""
+    return _whole(value, _BINARY, "a whole number is needed, such as 512 or 4k (4096)")
+
+
+def parse_auto_count(value: Any) -> int | str:
+    """`auto`, or a whole number of at least 1."""
+    need = "auto or a whole number of at least 1 is needed"
+    if value == "auto":
+        return "auto"
+    count = _whole(value, _DECIMAL, need)
+    if count < 1:
+        raise ValueError(need)
+    return count
+
+
+def parse_number(value: Any) -> float:
+    """`3e-4`, `0.1`, `5%` -> a float."""
+    text = _text(value, "a number is needed, such as 0.1, 3e-4 or 5%", rf"[-+]?{_NUMBER}%?")
+    return float(Decimal(text[:-1]) / 100 if text.endswith("%") else Decimal(text))
+
+
+def parse_span(value: Any) -> float | int:
+    """A share of the run (`0.05`, `5%`: below 1) or a number of steps (`1`, `200`, `2k`).
+
+    `100%` and `1.0` are refused: whoever writes them does not mean one step.
+    """
+    need = "a share of the run below 1 (0.05, 5%) or whole steps (200) are needed"
+    if value == 1.0 and isinstance(value, float):
+        raise ValueError(need)
+    if isinstance(value, str) and value.strip().endswith("%") or isinstance(value, float) and value < 1:
+        share = parse_number(value)
+        if share < 1:
+            return share
+        raise ValueError(need)
+    return _whole(value, _DECIMAL, need)
 
 
 def parse_seconds(value: Any) -> float:
-    """`90`, `90s`, `1h30m`, `1.5d` -> seconds. Raises ValueError."""
-    if isinstance(value, bool):
-        raise ValueError("a duration is needed, not true or false")
-    if isinstance(value, int | float):
-        return float(value)
-    text = str(value).strip().replace(" ", "")
-    parts = re.findall(rf"({_NUMBER})(min|[smhd])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise ValueError("a duration is needed, such as 90s, 2h, 1h30m or 1.5d")
-    return sum(float(number) * SECONDS[unit] for number, unit in parts)
+    """`90`, `90s`, `10m`, `2h`, `1h30m`, `1.5d` -> seconds."""
+    need = "a duration is needed, such as 90s, 2h, 1h30m or 1.5d"
+    part = rf"({_NUMBER})\s*(min|[smhd])\s*"
+    text = _text(value, need, rf"{_NUMBER}|(?:{part})+")
+    parts = re.findall(part, text)
+    return float(sum(Decimal(number) * _SECONDS[unit] for number, unit in parts) if parts else Decimal(text))
 
 
-def parse_float(value: Any) -> float:
-    """`3e-4`, `5%` -> float. Raises ValueError."""
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    if isinstance(value, int | float):
-        return float(value)
+def parse_betas(value: Any) -> tuple[float, float]:
+    """Two numbers."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError("two numbers are needed, such as [0.9, 0.95]")
+    return parse_number(value[0]), parse_number(value[1])
+
+
+def parse_paths(value: Any) -> tuple[str, ...]:
+    """One path or a list of paths."""
+    paths = [value] if isinstance(value, str | os.PathLike) else value
+    if not isinstance(paths, list | tuple) or not all(isinstance(p, str | os.PathLike) and str(p) for p in paths):
+        raise ValueError("a path or a list of paths is needed; quote a name that looks like a number")
+    return tuple(str(path) for path in paths)
+
+
+def _whole(value: Any, suffixes: dict[str, int], need: str) -> int:
+    text = _text(value, need, rf"[-+]?{_NUMBER}\s*[{''.join(suffixes)}]?")
+    digits = text.rstrip("".join(suffixes))
+    number = Decimal(digits.strip()) * suffixes[text[len(digits) :]]
+    if number != number.to_integral_value():
+        raise ValueError(need)
+    return int(number)
+
+
+def _text(value: Any, need: str, pattern: str) -> str:
+    """A number or text as text that matches `pattern`; true, false, lists, inf and nan never do."""
     text = str(value).strip()
-    if not re.fullmatch(_NUMBER + "%?", text):
-        raise ValueError("a number is needed, such as 0.1, 3e-4 or 5%")
-    return float(text.rstrip("%").replace("_", "")) / (100 if text.endswith("%") else 1)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars (`3e-4` is a number, `no` is a word, 010 is ten); a repeated key is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                mark = key.start_mark
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("int", r"[-+]?[0-9]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+0123456789."),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), [c if c != "\0" else "" for c in _first]
-    )
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(node.value, 16 if "0x" in node.value else 10)
-)
-_Loader.add_constructor(
-    "tag:yaml.org,2002:float",
-    lambda loader, node: float(node.value.replace(".inf", "inf").replace(".nan", "nan").lower()),
-)
-
-
-def load_yaml(text: str, where: str) -> Any:
-    """Parses YAML; `where` names the source in the `UserError` for bad syntax."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{where}{line}: not valid YAML: {problem}", fix="mend that line") from error
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or not re.fullmatch(pattern, text):
+        raise ValueError(need)
+    return text

@@ -2,8 +2,9 @@
 
     specs -> `find_files` -> `read_files` -> documents
 
-A spec is a file, a glob, a folder (searched recursively; hidden entries are not looked at) or "sample", the embedded
-corpus. A `.jsonl` file holds one object a line with the string key `text`; any other file is one text document.
+A spec is a file, a glob, a folder or "sample", the embedded corpus. A folder is searched with its subfolders,
+but not through links to folders and not in hidden ones. A `.jsonl` file holds one object a line with the
+string key `text`; any other file is one text document.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MAX_PROBLEMS = 20  # enough to see the pattern
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """`source` is "a.txt" or "b.jsonl:17"; documents of one `family` share their text and stay on one side of the split.
+    """`source` is "a.txt" or "b.jsonl:17"; documents of one `family` share their text and are split as one.
 
     An empty text is kept here, so that it can be counted.
     """
@@ -53,7 +54,7 @@ def digest(text: str) -> str:
 
 
 def read_documents(specs: Sequence[str]) -> Iterator[Document]:
-    """The documents of all `specs`, in their order. Raises `UserError` with all problems, after the last document."""
+    """The documents of all `specs`, in order. Raises `UserError` with all problems, after the last one."""
     problems: list[str] = []
     yield from read_files(find_files(specs, problems), problems)
     raise_problems(problems)
@@ -70,24 +71,31 @@ def raise_problems(problems: Sequence[str]) -> None:
 def find_files(
     specs: Sequence[str], problems: list[str], seen: dict[Path, str] | None = None
 ) -> list[DataFile]:
-    """The files of all `specs`. `seen` maps the files that other specs gave to those specs: none may be given twice."""
+    """The files of all `specs`. `seen` says which spec gave a file: no two may give the same one."""
     seen = {} if seen is None else seen
     files: list[DataFile] = []
     for spec in specs:
-        found = _expand(spec, problems)
-        repeated = next((file for file in found if file.path.resolve() in seen), None)
-        if repeated:
-            first = seen[repeated.path.resolve()]
-            problems.append(f"{spec}: {repeated.name} is already given by {first!r}; give every file once")
+        try:
+            found = {file.path.resolve(): file for file in _expand(spec, problems)}
+        except OSError as error:
+            problems.append(f"{spec}: {error.filename}: {error.strerror}")
             continue
-        seen.update((file.path.resolve(), spec) for file in found)
-        files += found
+        repeated = next((path for path in found if path in seen), None)
+        if repeated:
+            name = found[repeated].name
+            problems.append(f"{spec}: {name} is already given by {seen[repeated]!r}; give every file once")
+            continue
+        seen.update(dict.fromkeys(found, spec))
+        files += found.values()
     return files
 
 
 def _expand(spec: str, problems: list[str]) -> list[DataFile]:
     if spec == SAMPLE:
         return [DataFile(path, name, "sample") for path, name in sample_files()]
+    if not spec:  # Path would take it for the current folder
+        problems.append("'': an empty name gives no file")
+        return []
     path = Path(spec).expanduser()
     if path.is_file():
         if path.stat().st_size == 0:
@@ -110,15 +118,19 @@ def _data_file(path: Path) -> DataFile:
 
 def _folder(folder: Path, problems: list[str]) -> list[DataFile]:
     files: list[DataFile] = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
             known = path.suffix in FOLDER_SUFFIXES
             files.append(_data_file(path) if known else DataFile(path, path.as_posix(), "ignored"))
     if all(file.kind == "ignored" for file in files):
-        others = f"; it holds {len(files)} others, such as {files[0].name}" if files else ""
+        others = f", only others such as {files[0].name}" if files else ""
         problems.append(f"{folder}: the folder has no {', '.join(FOLDER_SUFFIXES)} files{others}")
     return files
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _missing(spec: str, path: Path) -> str:
@@ -131,7 +143,7 @@ def _missing(spec: str, path: Path) -> str:
 
 
 def read_files(files: Sequence[DataFile], problems: list[str]) -> Iterator[Document]:
-    """The documents of `files`, in order. Problems are appended; reading stops once there are `MAX_PROBLEMS`."""
+    """The documents of `files`, in order. Problems are appended; reading stops at `MAX_PROBLEMS` of them."""
     sample: list[tuple[str, str]] = []
     for file in files:
         if len(problems) >= MAX_PROBLEMS:
@@ -192,7 +204,7 @@ def _read_jsonl(file: DataFile, problems: list[str]) -> Iterator[Document]:
 def _record(raw: bytes, where: str, offset: int) -> str:
     """The text of one JSON line. Raises `ValueError` saying what is wrong with it."""
     try:
-        record = json.loads(raw.decode().removeprefix("\ufeff"))
+        record = json.loads(raw.rstrip().decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         byte = raw[error.start]
         raise ValueError(f"{where}: not UTF-8, byte 0x{byte:02x} at offset {offset + error.start}") from None

@@ -1,4 +1,4 @@
-"""Near-duplicate families: texts that share much of their lines, so that a split can keep them on one side."""
+"""Near-duplicate families: texts that share many of their lines, to be kept on one side of a split."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-SHINGLE = (
-    5  # consecutive lines: fewer match by accident (`return None` after `else:`), more miss edited copies
-)
-SHARE = 0.2  # of the smaller text's shingles; the standard library's copies lie above it, chance below 0.1
+SHINGLE = 5  # consecutive lines: fewer match by accident, more miss edited copies
+SHARE = 0.2  # of the smaller text's shingles; the standard library's copies lie above it
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def near_duplicates(texts: Sequence[str]) -> list[int]:
-    """For each text the index of its family's first text. Deterministic; exact over all shingles, not a sketch."""
+    """For each text the index of its family's first text. Exact: all shingles are compared, not a sketch."""
     shingles = [_shingles(text) for text in texts]
     leader = list(range(len(texts)))
 

@@ -1,7 +1,7 @@
 """Token streams to batches. Batch i is f(seed, data, i): no state, no history, no workers, O(1) for any i.
 
-Legend: B sequences of a batch, S tokens of a sequence. Sample j is tokens[j·S : j·S + S + 1], inputs and targets
-together; the last, incomplete sample is left out of training.
+Legend: B sequences of a batch, S tokens of a sequence. Sample j is tokens[j·S : j·S + S + 1], inputs and
+targets in one; the last, incomplete sample is left out of training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ THROUGHPUT_BATCHES = 20
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and targets (int64, -1 is not counted), the document of each input inside its window, and sample ids.
+    """Inputs and targets (int64; -1 is not counted), each input's document in its window (int32), and sample
+    ids.
 
     Attention must stay inside a segment. An end token is an input of the document it opens.
     """
@@ -36,7 +37,7 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """Counted targets. Read it before the batch moves to a device, where it would wait for that device."""
+        """Counted targets. Read it before the batch moves to a device: later it waits for that device."""
         return int((self.targets_BS != NOT_COUNTED).sum())
 
     def split(self, n_micro: int) -> list[Batch]:
@@ -63,15 +64,10 @@ class Loader:
         self.samples = (len(shard.tokens) - 1) // seq_len
         if self.samples < 1:
             raise ValueError(
-                f"{len(shard.tokens)} tokens are no sample of {seq_len} inputs and their targets"
+                f"{len(shard.tokens)} tokens hold no sample of {seq_len} inputs and their targets"
             )
-        self.shard, self.seq_len, self.sequences, self.seed, self.end_id = (
-            shard,
-            seq_len,
-            sequences,
-            seed,
-            end_id,
-        )
+        self.tokens, self.seq_len, self.sequences = shard.tokens, seq_len, sequences
+        self.seed, self.end_id = seed, end_id
 
     def ids(self, i: int) -> NDArray[np.int64]:
         """Global sample ids (B,) of batch `i`, the same for any number of processes."""
@@ -84,9 +80,8 @@ class Loader:
 
     def fetch(self, ids: NDArray[np.int64]) -> Batch:
         """The batch of these samples."""
-        windows = self.shard.tokens[ids[:, None] * self.seq_len + np.arange(self.seq_len + 1)].astype(
-            np.int64
-        )
+        where = ids[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        windows = self.tokens[where].astype(np.int64)
         return _batch(windows[:, :-1], windows[:, 1:], ids, self.end_id)
 
     def batch(self, i: int) -> Batch:
@@ -104,7 +99,7 @@ class Loader:
 def heldout(shard: Shard, seq_len: int, sequences: int, end_id: int) -> Iterator[Batch]:
     """Every token of the stream but the first is a counted target exactly once, in order.
 
-    The last window is filled up with end tokens whose targets are not counted; the last batch may have fewer windows.
+    The last window is filled up with end tokens whose targets are not counted; the last batch may be smaller.
     """
     windows = -(-(len(shard.tokens) - 1) // seq_len)
     for first in range(0, windows, sequences):
@@ -126,13 +121,14 @@ def _batch(
 
 
 def permute(positions: NDArray[np.int64], size: int, key: tuple[int, ...]) -> NDArray[np.int64]:
-    """Where a random permutation of range(`size`), chosen by `key`, sends `positions`; nothing of length `size` is made.
+    """Where a random permutation of range(`size`), chosen by `key`, sends `positions`, without making it
+    whole.
 
-    A Feistel network (Luby and Rackoff, 1988) permutes the next power of four; values outside are sent on until they
-    fall inside (cycle walking; Black and Rogaway, 2002), under four rounds of it on average.
+    A Feistel network (Luby and Rackoff, 1988) permutes the next power of four; values that fall outside are
+    sent on until they fall inside (cycle walking; Black and Rogaway, 2002), at most four times on average.
     """
     half = max(1, -(-(size - 1).bit_length() // 2))
-    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64).astype(np.uint64)
     values = _feistel(positions.astype(np.uint64), half, keys)
     while len(outside := np.flatnonzero(values >= size)):
         values[outside] = _feistel(values[outside], half, keys)

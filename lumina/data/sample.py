@@ -1,4 +1,4 @@
-"""The embedded corpus: the standard library's sources of the Python that runs, about 10 MB on every machine."""
+"""The embedded corpus: the standard library's sources of the running Python, about 10 MB on every machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lumina.errors import UserError
 
-# `encodings` and `pydoc_data` are near-identical tables; tests are data more than code; packages are not Python's own.
+# `encodings` and `pydoc_data` are near-identical tables, tests are data more than code, packages are not the
+# library.
 SKIPPED_FOLDERS = {
     "encodings",
     "pydoc_data",

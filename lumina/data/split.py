@@ -1,4 +1,4 @@
-"""Which text is held out: whole families, chosen by their hash alone, or the ends of the documents if those are few."""
+"""Which text is held out: whole families, chosen by hash, or the ends of the documents if those are few."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Rule = Literal["families", "tails"]
 
 
 def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document], Rule]:
-    """(training side, held-out side, rule). No family is on both sides, unless documents are too few for that.
+    """Training side, held-out side and the rule that fitted. Under "families" no family is on both sides.
 
     Files may move, be renamed or come in another order: the same texts are always split the same way.
     """

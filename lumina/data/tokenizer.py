@@ -17,7 +17,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from lumina.errors import UserError
 
-# A process that forks after encoding would print a warning unless this is set; it keeps the default, encoding in threads.
+# "true" is the default, encode in threads; but unless it is set, a process that forks later prints a warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 FILE_NAME = "tokenizer.json"
@@ -26,34 +26,36 @@ SPECIALS = (END, "<|system|>", "<|user|>", "<|assistant|>")  # ids 0 to 3
 BYTES = 256
 FOREIGN_ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 
-# Words take one leading mark, numbers come in pairs of digits, and a line's end joins the next line's indentation, also
-# after punctuation: `:\n        ` can be one token. On the sample at vocabulary 2048 this gives 3.36 bytes a token;
-# GPT-2's and Llama 3's patterns give 3.19.
+# Words take one leading mark, numbers come in pairs of digits, and the end of a line joins the next line's
+# indentation, also after punctuation: `:\n        ` can be one token. On the sample with 2048 ids this gives
+# 3.36 bytes a token; the patterns of GPT-2 and Llama 3 give 3.19.
 WORDS = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|[\r\n]+[ \t]*|\s+(?!\S)|\s+"
 )
-# A long text is encoded in pieces: in parallel, and within memory. `WORDS` always ends a word at such a border.
+# Long texts are handled in pieces, in parallel and within memory; `WORDS` ends a word at every such border.
 PIECE = 1 << 18  # characters
+BPE_CHARACTERS = 1 << 26  # that BPE is trained on: more text hardly changes the merges, but takes its time
 _PIECE_BORDER = re.compile(r"\S\r?\n(?=\S)")
 
 
 class Tokenizer:
-    """`vocab_size` ids from 0; `end_id` stands before and after every document; equal `fingerprint` = equal ids."""
+    """Ids are below `vocab_size`; `end_id` stands before and after each document; `fingerprint` names all."""
 
     def __init__(self, inner: tokenizers.Tokenizer, name: str = "this tokenizer") -> None:
-        """Raises `UserError`, calling the tokenizer `name`, if it has no usable token for the end of a document."""
+        """Raises `UserError` about `name` if there is no usable token for the end of a document."""
         inner.encode_special_tokens = True
         inner.no_truncation()  # published files often cut at 512 tokens, or pad
         inner.no_padding()
         self._inner = inner
-        self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-        end = next((token for token in FOREIGN_ENDS if inner.token_to_id(token) is not None), None)
-        if end is None:
+        ids = {token: inner.token_to_id(token) for token in FOREIGN_ENDS}
+        end, end_id = next(((token, i) for token, i in ids.items() if i is not None), (None, None))
+        if end is None or end_id is None:
             raise UserError(
                 f"{name} has no token for the end of a document; looked for {' '.join(FOREIGN_ENDS)}",
                 fix="add one of these to its added_tokens, as special",
             )
-        self.end_id: int = inner.token_to_id(end)
+        self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        self.end_id: int = end_id
         if self.end_id in self.encode(end):
             raise UserError(
                 f"{name}: the text {end!r} inside a document would end it",
@@ -64,7 +66,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a `tokenizer.json`, or the one in a folder. Raises `UserError` if there is none or it is not one."""
+        """Reads a `tokenizer.json`, or the one in a folder. Raises `UserError` if that cannot be done."""
         file = Path(path).expanduser()
         file = file / FILE_NAME if file.is_dir() else file
         if not file.is_file():
@@ -106,7 +108,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes id by id and gives out only whole characters: the parts joined, with `flush`, equal `decode` of all."""
+    """Decodes id by id into whole characters. All parts and `flush` together equal `decode` of all."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -134,9 +136,11 @@ class TextStream:
 
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE with at most `vocab` ids: 4 specials, 256 bytes, merges. Offline; equal texts, equal tokenizer.
+    """Byte-level BPE with at most `vocab` ids: 4 specials, 256 bytes, then merges. Equal texts, equal
+    tokenizer.
 
-    Small texts give fewer ids than `vocab`: only pairs that occur twice are merged. Raises `UserError` below 260.
+    Only pairs that occur twice are merged, so small texts give fewer ids. The first `BPE_CHARACTERS` are
+    looked at. Raises `UserError` if `vocab` cannot hold specials and bytes.
     """
     if vocab < len(SPECIALS) + BYTES:
         raise UserError(
@@ -145,13 +149,13 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
             fix=f"set model.vocab to {len(SPECIALS) + BYTES} or more",
         )
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(WORDS), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
         min_frequency=2,
@@ -159,8 +163,17 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(texts, trainer)
+    inner.train_from_iterator(_first_pieces(texts), trainer)
     return Tokenizer(inner)
+
+
+def _first_pieces(texts: Iterable[str]) -> Iterator[str]:
+    size = 0
+    for piece in (piece for text in texts for piece in _pieces(text)):
+        if size >= BPE_CHARACTERS:
+            return
+        yield piece
+        size += len(piece)
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lumina.model.attention import NORM_EPS
 
 PREDICTOR_SHRINK = 4  # the predictor's hidden layer is width / 4
-QUANTILE_MEMORY = 0.99  # moving average over optimizer steps
+QUANTILE_MEMORY = 0.9  # moving average over optimizer steps; longer ones lag behind a predictor that learns
 
 
 class Selection(NamedTuple):

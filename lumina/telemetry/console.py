@@ -90,7 +90,7 @@ class Console:
             f"{count(event['flops_per_token'])}FLOP a trained token"
         )
         self.write(
-            f"data   {count(data['train_tokens'])} tokens to train on, {count(data['heldout_tokens'])} held out, "
+            f"data   {count(data['tokens']['train'])} tokens to train on, {count(data['tokens']['heldout'])} held out, "
             f"{data['bytes_per_token']:.2f} bytes a token, loader {count(event['loader_tok_s'])} tok/s"
         )
         self.write(
@@ -124,7 +124,7 @@ class Console:
         self.write(
             f"[Eval {event['step']}] Loss: {event['loss']:.3f} | Perplexity: {event['ppl']:.2f} | "
             f"Accuracy: {100 * event['acc']:.1f}% | {event['bpb']:.3f} bits per byte over "
-            f"{count(event['tokens'])} held-out tokens, causal{taken} | {duration(event['seconds'])}{warning}"
+            f"{count(event['heldout_tokens'])} held-out tokens, causal{taken} | {duration(event['seconds'])}{warning}"
         )
 
     def _on_checkpoint(self, event: Event) -> None:

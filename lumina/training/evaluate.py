@@ -25,7 +25,7 @@ class Evaluation:
     ppl: float
     acc: float
     bpb: float
-    tokens: int
+    heldout_tokens: int
     mod_capacity: list[float]
     comparable: bool
 
@@ -55,7 +55,7 @@ def evaluate(
         ppl=math.exp(min(nats / count, 700.0)),
         acc=correct / count,
         bpb=nats / (math.log(2) * text_bytes),
-        tokens=int(count),
+        heldout_tokens=int(count),
         mod_capacity=[round(share, 4) for share in shares],
         comparable=capacity is None or all(capacity / 2 <= share <= 2 * capacity for share in shares),
     )

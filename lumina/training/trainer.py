@@ -58,6 +58,7 @@ class Trainer:
             keys["data.train"] = data
         self.resolved = resolve(source, settings or keys)
         self.root, self.fresh, self.listeners = Path(root), fresh, listeners
+        self.already_finished = False  # whether `fit` found the request answered by a finished run
 
     def fit(self) -> Run:
         """Trains to the end, going on with an unfinished run of the same request unless `fresh`."""
@@ -65,9 +66,8 @@ class Trainer:
         request = request_hash(self.resolved, data_fingerprint(data.train, data.eval))
         if not self.fresh:
             known, status = index.newest(self.root, request)
-            if known is not None and status == "finished":
-                return known
             if known is not None:
+                self.already_finished = status == "finished"
                 return resume(known, self.listeners)
         corpus = setup.load_data(self.resolved.config)
         settled = setup.settle_all(self.resolved, corpus)
@@ -84,7 +84,12 @@ class Trainer:
 
 
 def resume(run: Run, listeners: Sequence[Listener] = ()) -> Run:
-    """Goes on with a run from its newest complete checkpoint (from the start if it has none)."""
+    """Goes on with a run from its newest complete checkpoint (from the start if it has none).
+
+    A finished run is returned as it is.
+    """
+    if run.finished:
+        return run
     resolved = read(run.config)
     with RunLock(run.lock):
         corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer))
@@ -113,6 +118,7 @@ class Session:
         self.freeze_from = decay_start(self.config.train, parts.steps)
         self.progress = Progress()
         self.pending: Lagged | None = None
+        self.step_seconds = 0.0  # of the step not yet observed; 0 if another attempt took it
         self.last_eval: tuple[int, Evaluation] | None = None
         self.saved_step: int | None = None
 
@@ -122,9 +128,9 @@ class Session:
         skipped = self._restore() if attempt else []
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            self.events = stack.enter_context(EventWriter(self.run.events, attempt, self.listeners))
+            self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners))
             self._announce(skipped)
-            self.started = self.last = time.perf_counter()
+            self.last = time.perf_counter()
             while self.progress.step < self.parts.steps:
                 self._step()
                 if stop.requested:
@@ -147,7 +153,10 @@ class Session:
             freeze_bias=step > self.freeze_from,
         )
         self._observe()
+        now = time.perf_counter()
+        self.step_seconds, self.last = now - self.last, now
         progress.step, progress.tokens = step, progress.tokens + train.batch_tokens
+        progress.wall += self.step_seconds
         self.pending = Lagged(metrics)
         if step == parts.steps:
             return
@@ -162,11 +171,8 @@ class Session:
         self.progress.pending = None
         if values is None:
             return
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        self.progress.wall += seconds
         metrics, step = dict(zip(METRICS, values, strict=True)), self.progress.step
-        tok_s = self.config.train.batch_tokens / seconds
+        tok_s = self.config.train.batch_tokens / self.step_seconds if self.step_seconds else 0.0
         self.events.emit(
             "step",
             step=step,
@@ -180,7 +186,7 @@ class Session:
             mfu=round(tok_s * self.parts.cost.flops_per_token / self.meta["matmul_flops"], 4),
             mem=machine.memory_used(self.config.parallel.device),
             bal=metrics["balance"],
-            agree=metrics["agreement"],
+            agree=metrics["agreement"] if self.parts.model.routers else None,
         )
         if metrics["skipped"]:
             self.events.emit(
@@ -252,8 +258,6 @@ class Session:
 
     def _finish(self) -> None:
         """The last observation, evaluation and checkpoint."""
-        if self.run.finished:
-            return
         self._evaluate()
         self._save()
         self._observe()

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from lumina.config.units import parse_context, parse_count, parse_float, parse_seconds
+from lumina.config.units import (
+    parse_auto_count,
+    parse_betas,
+    parse_context,
+    parse_count,
+    parse_number,
+    parse_paths,
+    parse_seconds,
+    parse_span,
+)
 
 Count = Annotated[int, BeforeValidator(parse_count)]
 Context = Annotated[int, BeforeValidator(parse_context)]
+AutoCount = Annotated[int | Literal["auto"], BeforeValidator(parse_auto_count)]
+Number = Annotated[float, BeforeValidator(parse_number)]
+Span = Annotated[int | float, BeforeValidator(parse_span)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-Number = Annotated[float, BeforeValidator(parse_float)]
+Betas = Annotated[tuple[float, float], BeforeValidator(parse_betas)]
+Paths = Annotated[tuple[str, ...], BeforeValidator(parse_paths)]
+
+
+class Problem(NamedTuple):
+    """Values that do not go together: their dotted keys, and what is wrong and what to do."""
+
+    keys: tuple[str, ...]
+    message: str
 
 
 class Section(BaseModel):
@@ -19,6 +39,19 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
-    def problems(self) -> list[str]:
-        """What is wrong with the combination of this section's values, each as `key=value: what to do`."""
+    def problems(self) -> list[Problem]:
+        """What is wrong with the combination of this section's values; each value alone is valid already."""
         return []
+
+
+def nearest_multiple(value: int, of: int) -> str:
+    """`96 or 104`: the multiples on both sides of `value`, none of them 0."""
+    below = value // of * of
+    return " or ".join(str(n) for n in (below, below + of) if n)
+
+
+def nearest_divisor(value: int, of: int) -> str:
+    """`2 or 4`: the divisors of `of` on both sides of `value`."""
+    below = next(n for n in range(min(value, of), 0, -1) if of % n == 0)
+    above = next((n for n in range(value, of + 1) if of % n == 0), None)
+    return f"{below} or {above}" if above else str(below)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from lumina.config.schema.base import Section
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Paths = Annotated[list[str], BeforeValidator(_as_list)]
+from lumina.config.schema.base import Paths, Section
 
 
 class DataConfig(Section):
-    """`data`."""
+    """`data`. Paths are relative to where the command runs."""
 
-    train: Paths = Field(["sample"], min_length=1, description="files, globs or folders; `sample` is the embedded corpus")
-    eval: Paths = Field([], description="held-out files; empty holds a part of `train` back")
+    train: Paths = Field(("sample",), min_length=1, description="files, globs, folders; `sample` is embedded")
+    eval: Paths = Field((), description="held-out files; empty holds a part of `train` back")
     tokenizer: str = Field("bpe", min_length=1, description="`bpe` trains one on the data; or a tokenizer.json")

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lumina.config.schema.base import Context, Count, Number, Section
+from lumina.config.schema.base import Context, Count, Number, Problem, Section, nearest_divisor, nearest_multiple
 
 ROW = 8  # grouped matmul needs rows of 16 bytes: 8 values in bf16
+KINDS = ("dense", "moe", "mod", "hybrid")
+# Parts of `model` that only some kinds have.
+KINDS_OF = {"ffn": ("dense", "mod"), "moe": ("moe", "hybrid"), "mod": ("mod", "hybrid")}
 
 
 class MoEConfig(Section):
     """`model.moe`: experts in place of the dense feed-forward network (kinds moe and hybrid)."""
 
     experts: Count = Field(8, ge=2, description="experts per layer")
-    top_k: Count = Field(2, ge=1, description="experts that each token takes")
+    top_k: Count = Field(2, ge=2, description="experts that each token takes; a lone one would not train its router")
     ffn: Count = Field(384, ge=ROW, description="feed-forward width of one expert")
     shared: Count = Field(0, ge=0, description="experts that every token takes besides, as one network")
     bias_rate: Number = Field(1e-3, ge=0, description="how far a step moves an expert's selection bias")
     kernel: Literal["auto", "grouped", "loop"] = Field("auto", description="how the experts are multiplied")
 
-    def problems(self) -> list[str]:
-        found = []
-        if self.top_k == 1:
-            found.append("model.moe.top_k=1: a normalised top-1 gate gives its router no gradient; use 2 or more")
+    def problems(self) -> list[Problem]:
+        found = _not_rows("model.moe.ffn", self.ffn)
         if self.top_k > self.experts:
-            found.append(
-                f"model.moe.top_k={self.top_k}: more than model.moe.experts={self.experts}; use at most {self.experts}"
-            )
-        if self.ffn % ROW:
-            found.append(_multiple("model.moe.ffn", self.ffn))
+            keys = ("model.moe.top_k", "model.moe.experts")
+            found.append(Problem(keys, "a token cannot take more experts than there are; lower the first"))
         return found
 
 
@@ -42,39 +40,50 @@ class MoDConfig(Section):
 
 
 class ModelConfig(Section):
-    """`model`."""
+    """`model`. `moe` and `mod` are there exactly when the kind has them."""
 
-    kind: Literal["dense", "moe", "mod", "hybrid"] = Field("dense", description="which layers are sparse, and how")
+    kind: Literal["dense", "moe", "mod", "hybrid"] = Field("dense", description="which way the layers are sparse")
     width: Count = Field(256, ge=ROW, description="size of the residual stream")
     layers: Count = Field(6, ge=1, description="transformer blocks")
     heads: Count = Field(4, ge=1, description="query heads")
-    kv_heads: Count = Field(2, ge=1, description="key-value heads, shared by groups of query heads")
+    kv_heads: Count = Field(2, ge=1, description="key-value heads, each shared by a group of query heads")
     head_dim: Count = Field(64, ge=2, description="size of one head")
-    ffn: Count = Field(768, ge=ROW, description="feed-forward width of a dense block")
+    ffn: Count = Field(768, ge=ROW, description="feed-forward width of a block without experts")
     vocab: Count = Field(2048, ge=260, description="rows of the embedding: 256 bytes, 4 special tokens, merges")
     seq_len: Context = Field(256, ge=2, description="context length in tokens (4k is 4096)")
     tied: bool = Field(True, description="whether the output head is the embedding")
     rope_theta: Number = Field(10000.0, gt=0, description="base of the rotary frequencies")
-    moe: MoEConfig | None = Field(None, description="experts; only for kinds moe and hybrid")
-    mod: MoDConfig | None = Field(None, description="depth routing; only for kinds mod and hybrid")
+    moe: MoEConfig | None = Field(None, description="experts; kinds moe and hybrid")
+    mod: MoDConfig | None = Field(None, description="depth routing; kinds mod and hybrid")
 
-    def problems(self) -> list[str]:
-        found = []
+    @model_validator(mode="before")
+    @classmethod
+    def _give_sections(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {**{part: {} for part in ("moe", "mod") if values.get("kind") in KINDS_OF[part]}, **values}
+
+    @model_validator(mode="after")
+    def _refuse_sections(self) -> Self:
+        for part in ("moe", "mod"):
+            if getattr(self, part) and self.kind not in KINDS_OF[part]:
+                raise ValueError(f"a {self.kind} model has no model.{part}")
+        return self
+
+    def problems(self) -> list[Problem]:
+        found = _not_rows("model.width", self.width) + _not_rows("model.ffn", self.ffn)
         if self.heads % self.kv_heads:
-            found.append(
-                f"model.heads={self.heads}: not a multiple of model.kv_heads={self.kv_heads}; each key-value head "
-                "serves the same number of query heads"
-            )
+            use = nearest_divisor(self.kv_heads, self.heads)
+            keys = ("model.heads", "model.kv_heads")
+            found.append(Problem(keys, f"every key-value head serves the same number of heads; use kv_heads {use}"))
         if self.head_dim % 2:
-            found.append(f"model.head_dim={self.head_dim}: rotary positions turn pairs; use an even number")
-        found += [_multiple(f"model.{key}", getattr(self, key)) for key in ("width", "ffn") if getattr(self, key) % ROW]
+            use = nearest_multiple(self.head_dim, 2)
+            found.append(Problem(("model.head_dim",), f"rotary positions turn pairs; use {use}"))
         if self.mod and self.layers < self.mod.every:
-            found.append(
-                f"model.mod.every={self.mod.every}: no block is routed in model.layers={self.layers}; "
-                f"use at most {self.layers}"
-            )
-        return found + [p for section in (self.moe, self.mod) if section for p in section.problems()]
+            keys = ("model.mod.every", "model.layers")
+            found.append(Problem(keys, f"no block would be routed; use every {self.layers} or less"))
+        return found + [problem for part in (self.moe, self.mod) if part for problem in part.problems()]
 
 
-def _multiple(key: str, value: int) -> str:
-    return f"{key}={value}: not a multiple of {ROW}, which grouped matmul needs; use {-(-value // ROW) * ROW}"
+def _not_rows(key: str, value: int) -> list[Problem]:
+    if value % ROW == 0:
+        return []
+    return [Problem((key,), f"grouped matmul needs a multiple of {ROW}; use {nearest_multiple(value, ROW)}")]

@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lumina.config.schema.base import Count, Number, Seconds, Section
+from lumina.config.schema.base import AutoCount, Betas, Count, Number, Problem, Seconds, Section, Span
 
-Beta = Annotated[Number, Field(ge=0, lt=1)]
-LENGTHS = ("steps", "tokens", "time")
+LENGTHS = ("train.steps", "train.tokens", "train.time")
 
 
 class TrainConfig(Section):
@@ -17,42 +16,30 @@ class TrainConfig(Section):
 
     steps: Count | None = Field(None, ge=1, description="optimizer steps")
     tokens: Count | None = Field(None, ge=1, description="trained tokens, such as 2B")
-    time: Seconds | None = Field(None, gt=0, description="training time in seconds, or 2h")
+    time: Seconds | None = Field(None, gt=0, description="training time in seconds, or as 2h")
     batch_tokens: Count = Field(8192, ge=1, description="tokens of one optimizer step")
-    micro_batch: Count | Literal["auto"] = Field("auto", description="sequences computed at once")
+    micro_batch: AutoCount = Field("auto", description="sequences computed at once")
     lr: Number = Field(3e-3, gt=0, description="peak learning rate")
     optimizer: Literal["muon", "adamw"] = Field("muon", description="for matrices; the rest is AdamW's")
     schedule: Literal["wsd", "cosine"] = Field("wsd", description="warm-up, constant, linear decay; or cosine")
-    warmup: Number = Field(0.05, ge=0, description="share of the run (below 1) or steps")
-    decay: Number = Field(0.4, ge=0, description="final decay of wsd: share of the run (below 1) or steps")
+    warmup: Span = Field(0.05, ge=0, description="share of the run (below 1) or steps")
+    decay: Span = Field(0.4, ge=0, description="share of the run or steps: wsd's decay; router biases rest in it")
     weight_decay: Number = Field(0.1, ge=0, description="decoupled, on matrices only")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's moment decays")
+    betas: Betas = Field((0.9, 0.95), description="AdamW's moment decays")
     eps: Number = Field(1e-8, gt=0, description="AdamW's denominator floor")
     clip: Number = Field(1.0, gt=0, description="largest global gradient norm")
     z_loss: Number = Field(1e-4, ge=0, description="weight of the squared log-partition")
     eval_every: Count = Field(0, ge=0, description="steps between evaluations; 0 evaluates at the end only")
-    seed: Count = Field(0, ge=0, description="of weights and data order")
+    seed: Count = Field(0, ge=0, lt=2**63, description="of weights and data order")
     deterministic: bool = Field(False, description="refuse non-deterministic kernels (matters on GPUs)")
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         found = []
-        given = [key for key in LENGTHS if getattr(self, key) is not None]
+        given = [key for key, value in zip(LENGTHS, (self.steps, self.tokens, self.time), strict=True) if value]
         if len(given) != 1:
-            what = " and ".join(f"train.{key}" for key in given) or "none"
-            found.append(f"train.steps, train.tokens, train.time: {what} given; give exactly one")
-        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
-            found.append(f"train.micro_batch={self.micro_batch}: use auto, or 1 or more sequences")
-        for key in ("warmup", "decay"):
-            value = getattr(self, key)
-            if value >= 1 and value != round(value):
-                found.append(f"train.{key}={value}: use a share below 1, or whole steps")
-        return found + self._phase_problems()
-
-    def _phase_problems(self) -> list[str]:
-        steps = self.steps or (self.tokens // self.batch_tokens if self.tokens else None)
-        shares = [value if value < 1 else (value / steps if steps else 0.0) for value in (self.warmup, self.decay)]
-        if self.schedule == "cosine":
-            shares.pop()
-        if sum(shares) <= 1:
-            return []
-        return [f"train.warmup={self.warmup:g}, train.decay={self.decay:g}: together longer than the run; shorten one"]
+            found.append(Problem(LENGTHS, "exactly one says how long to train"))
+        if not all(0 <= beta < 1 for beta in self.betas):
+            found.append(Problem(("train.betas",), "each must be at least 0 and below 1"))
+        if self._steps_of(self.warmup) + self._steps_of(self.decay) > (self._steps() or float("inf")):
+            found.append(Problem(("train.warmup", "train.decay"), "together longer than the run; shorten one"))
+        return found

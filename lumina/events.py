@@ -1,0 +1,167 @@
+"""The event log of a run: one JSON object a line, appended and flushed, never edited.
+
+It is the only source of whatever shows a run. A line is `{"t": type, "v": 1, "attempt": k, "step": n, …}`.
+Each resume or rollback begins attempt k+1, whose `run` event names the `parent_step` it went on from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from lumina.errors import UserError
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+VERSION = 1
+TYPES = (
+    "run", "step", "moe", "mod", "probe", "eval", "checkpoint", "phase", "incident",
+    "system", "sample", "forecast", "decision", "trial", "end",
+)  # fmt: skip
+RESERVED = frozenset({"t", "v", "attempt"})
+FREE_TEXT = frozenset({"prompt", "text"})  # what a model or a person wrote: "nan" there is a word
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class EventWriter:
+    """Appends the events of one attempt to `path` and hands each to every listener, in order.
+
+    Strict JSON has no NaN and no infinity: they are written as "nan", "inf" and "-inf", and read back as floats.
+    """
+
+    def __init__(self, path: Path, attempt: int, listeners: Sequence[Listener] = ()) -> None:
+        self.attempt, self.listeners = attempt, listeners
+        self._file = path.open("ab")
+        if not _ends_with_newline(path):  # an earlier process was killed in the middle of a line
+            self._file.write(b"\n")
+
+    def emit(self, type: str, /, step: int | None = None, **fields: Any) -> Event:
+        """Writes one event and returns it, as a reader will get it.
+
+        Raises `ValueError` for an unknown type or a reserved field name, and `TypeError` for anything but a plain
+        JSON value: a tensor would make the writer wait for its device.
+        """
+        if type not in TYPES:
+            raise ValueError(f"unknown event type {type!r}; known: {', '.join(TYPES)}")
+        if clash := RESERVED & fields.keys():
+            raise ValueError(f"event {type!r}: {', '.join(sorted(clash))} cannot be a field")
+        event: Event = {"t": type, "v": VERSION, "attempt": self.attempt}
+        event |= fields if step is None else {"step": step, **fields}
+        require_plain(event, f"event {type!r}")
+        line = json.dumps(_encode(event), allow_nan=False, separators=(",", ":"))
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        for listener in self.listeners:
+            listener(event)
+        return event
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """Every event of every attempt, in the order written; unknown types included.
+
+    A killed process can tear its last line. So a line that is no event is passed over at the end of the log and
+    where another attempt begins after it; anywhere else it raises `UserError` with its number.
+    """
+    attempt, torn = -1, 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            event = _parse(line)
+            if event is None:
+                torn = torn or number
+                continue
+            if torn and event["attempt"] <= attempt:
+                raise UserError(
+                    f"{path}:{torn}: not an event, and not the torn last line of an attempt",
+                    fix="restore the log, or delete this line",
+                )
+            attempt, torn = event["attempt"], 0
+            yield event
+
+
+def last_event(path: Path) -> Event | None:
+    """The last whole event, found from the end of the log; None if there is none."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return next((event for line in reversed(lines) if (event := _parse(line)) is not None), None)
+
+
+def merged(events: Iterable[Event]) -> list[Event]:
+    """The one history that led to the present state, in the order written.
+
+    An attempt that went on from `parent_step` undoes what earlier attempts did after that step; where two attempts
+    tell the same thing (type and step), the later one counts.
+    """
+    events = list(events)
+    resumed = [(e["attempt"], e["parent_step"]) for e in events if e.get("parent_step") is not None]
+    teller = {(e["t"], e["step"]): e["attempt"] for e in events if "step" in e}
+
+    def holds(event: Event) -> bool:
+        if "step" not in event:
+            return True
+        undone = any(event["attempt"] < attempt and event["step"] > parent for attempt, parent in resumed)
+        return not undone and event["attempt"] == teller[event["t"], event["step"]]
+
+    return [event for event in events if holds(event)]
+
+
+def require_plain(value: Any, where: str) -> None:
+    """Raises `TypeError`, naming the place, unless JSON gives `value` back as it is: same types, string keys."""
+    kind = type(value)
+    if kind is dict:
+        for key, item in value.items():
+            if type(key) is not str:
+                raise TypeError(f"{where}: key {key!r} is not a string")
+            require_plain(item, f"{where}, {key}")
+    elif kind is list:
+        for i, item in enumerate(value):
+            require_plain(item, f"{where}[{i}]")
+    elif kind not in (str, int, float, bool, type(None)):
+        raise TypeError(f"{where}: {kind.__module__}.{kind.__qualname__} is not a plain JSON value")
+
+
+def _encode(value: Any) -> Any:
+    """Floats that JSON cannot hold become strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _encode(item) for key, item in value.items()}
+    return [_encode(item) for item in value] if isinstance(value, list) else value
+
+
+def _decode(value: Any) -> Any:
+    """The inverse of `_encode`, except in free text."""
+    if isinstance(value, str):
+        return NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: item if key in FREE_TEXT else _decode(item) for key, item in value.items()}
+    return [_decode(item) for item in value] if isinstance(value, list) else value
+
+
+def _parse(line: bytes) -> Event | None:
+    """The event on this line, or None if it holds none. The torn beginning of one never parses."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return _decode(event) if isinstance(event, dict) and "attempt" in event else None
+
+
+def _ends_with_newline(path: Path) -> bool:
+    """Whether the last line is whole; an empty file has none that is not."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() in (b"", b"\n")

@@ -1,0 +1,12 @@
+"""What the process says when it ends."""
+
+from __future__ import annotations
+
+from typing import Final
+
+DONE: Final = 0
+BUG: Final = 1  # ours
+USER_ERROR: Final = 2  # printed without a traceback
+STOPPED: Final = 3  # by a signal, state saved
+HANG: Final = 4
+OUT_OF_MEMORY: Final = 5  # beyond repair

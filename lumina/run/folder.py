@@ -1,0 +1,149 @@
+"""The folder of one run: where everything is, and what happened in it.
+
+runs/<preset>-<date>-<4 chars>/
+  config.yaml  meta.json  plan.json  events.jsonl  log.txt  lock  tokenizer/  inbox/  trials/  checkpoints/
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lumina.errors import UserError
+from lumina.events import Event, last_event, merged, read_events
+
+REQUIRED = ("config.yaml", "meta.json")  # what makes a folder a run
+ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # 32 characters that are not taken for one another
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk. Nothing is read until it is asked for."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path, preset: str) -> Run:
+        """A new empty folder below `root`, which is made if needed. Raises `UserError` if it cannot be."""
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            return cls(_new_folder(root, f"{preset}-{time.strftime('%Y%m%d')}"))
+        except OSError as error:
+            raise UserError(
+                f"{root}: cannot make a run folder here: {error.strerror}",
+                fix="choose another folder with --root",
+            ) from error
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """An existing run. Raises `UserError`, with the runs of a similar name beside it, if it is none."""
+        missing = [name for name in REQUIRED if not (path / name).is_file()]
+        if not missing:
+            return cls(path)
+        wrong = f"not a run folder: it has no {' and no '.join(missing)}" if path.is_dir() else "no such run"
+        near = near_runs(path)
+        fix = f"did you mean {' or '.join(near)}?" if near else "name a folder that `lumina train` made"
+        raise UserError(f"{path}: {wrong}", fix=fix)
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def meta(self) -> Path:
+        return self.path / "meta.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def event_log(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def inbox(self) -> Path:
+        return self.path / "inbox"
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def events(self) -> list[Event]:
+        """What happened, over all attempts: see `lumina.events.merged`. Empty if the run never started."""
+        return merged(read_events(self.event_log)) if self.event_log.exists() else []
+
+    def next_attempt(self) -> int:
+        """0 for a run that never started; each start counts one more."""
+        last = last_event(self.event_log)
+        return 0 if last is None else int(last["attempt"]) + 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its planned end."""
+        last = last_event(self.event_log)
+        return last is not None and last["t"] == "end" and last["reason"] == "done"
+
+    def write_meta(self, facts: dict[str, Any]) -> None:
+        """Writes meta.json: when the run was created (seconds since 1970), and `facts`."""
+        write_json(self.meta, {"created": time.time(), **facts})
+
+    def read_meta(self) -> dict[str, Any]:
+        """What `write_meta` wrote. Raises `UserError` if the file is damaged."""
+        try:
+            meta: dict[str, Any] = json.loads(self.meta.read_bytes())
+        except ValueError as error:
+            raise UserError(
+                f"{self.meta}: not JSON: {error}", fix="restore the file, or move this run folder away"
+            ) from None
+        return meta
+
+
+def near_runs(path: Path) -> list[str]:
+    """Runs beside `path` whose names resemble its own, at most three, best first."""
+    names = [config.parent.name for config in path.parent.glob(f"*/{REQUIRED[0]}")]
+    return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file as a whole: a reader, or a crash, meets the old content or the new, never a part."""
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _new_folder(root: Path, prefix: str) -> Path:
+    """A folder that did not exist, `<prefix>-<4 random characters>`."""
+    while True:
+        path = root / f"{prefix}-{''.join(secrets.choice(ALPHABET) for _ in range(4))}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path

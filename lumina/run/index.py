@@ -1,0 +1,34 @@
+"""Which runs there are, and which one a request or a name means."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from lumina.run.folder import REQUIRED, Run
+
+Status = Literal["none", "finished", "unfinished"]
+
+
+def runs(root: Path) -> list[Run]:
+    """Every run below `root`, newest first. Raises `UserError` for a damaged meta.json."""
+    paths = root.iterdir() if root.is_dir() else ()
+    found = [Run(path) for path in paths if all((path / name).is_file() for name in REQUIRED)]
+    return sorted(found, key=lambda run: run.read_meta()["created"], reverse=True)
+
+
+def newest(root: Path, request: str) -> tuple[Run | None, Status]:
+    """The newest unfinished run of this request (its hash, in meta.json); else the newest finished one; else None."""
+    same = [run for run in runs(root) if run.read_meta().get("request") == request]
+    for run in same:
+        if not run.finished:
+            return run, "unfinished"
+    return (same[0], "finished") if same else (None, "none")
+
+
+def find(root: Path, name: str) -> Run:
+    """The run called `name` below `root`, or at the path `name`. Raises `UserError` if there is none."""
+    below, here = root / name, Path(name)
+    is_path = here.is_dir() or os.sep in name
+    return Run.open(here if is_path and not below.is_dir() else below)

@@ -1,0 +1,56 @@
+"""One process at a time in a run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Self
+
+from lumina.errors import UserError
+
+
+class RunLock:
+    """Holds a run until the block, or the process, ends; however it ends.
+
+    The kernel keeps the lock (`flock`), so nothing is stale after a crash. The file's content only says who holds it.
+    Raises `UserError` naming the holder if there is one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Self:
+        self._file = self.path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _describe(self.path)
+            self._file.close()
+            raise UserError(
+                f"{self.path.parent}: in use by {holder}",
+                fix="wait until it ends or stop it there with kill, or start a run of your own with --fresh",
+            ) from None
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._write("")
+        self._file.close()  # releases; the file stays, for removing it would race with the next holder
+
+    def _write(self, content: str) -> None:
+        self._file.truncate(0)
+        self._file.write(content)
+        self._file.flush()
+
+
+def _describe(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text())
+    except ValueError:  # it took the lock this instant and has not signed yet
+        return "another process"
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"

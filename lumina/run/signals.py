@@ -1,0 +1,36 @@
+"""Being asked to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM inside the block into `requested`, its name; a second one interrupts at once.
+
+    Python allows handlers in the main thread only: in another one this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+
+    def __enter__(self) -> Self:
+        in_main = threading.current_thread() is threading.main_thread()
+        self._previous = (
+            {number: signal.signal(number, self._handle) for number in SIGNALS} if in_main else {}
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name

@@ -1,0 +1,40 @@
+"""Small models, texts and runs that many tests need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lumina.config.resolve import resolve
+from lumina.config.schema.model import ModelConfig
+
+KINDS = ("dense", "moe", "mod", "hybrid")
+
+
+def model_config(kind: str, **changes: Any) -> ModelConfig:
+    """The tiny preset's model as this kind; `changes` are keys below `model`, `capacity` is the depth capacity."""
+    if "capacity" in changes:
+        changes["mod.capacity"] = changes.pop("capacity")
+    keys = {f"model.{key}": value for key, value in changes.items()}
+    return resolve("tiny", {"model.kind": kind, **keys}).config.model
+
+
+def write_text(folder: Path, lines: int = 600) -> Path:
+    """A text file with something to learn: counted lines of a small grammar, about 25 kB."""
+    path = folder / "text.txt"
+    path.write_text(
+        "".join(f"line {i}: {'abc' * (i % 5)} and {i % 7} more words, {i * i % 11}\n" for i in range(lines)),
+        encoding="utf-8",
+    )
+    return path
+
+
+def settings(folder: Path, kind: str = "hybrid", **keys: Any) -> dict[str, Any]:
+    """A tiny run on `write_text`, in keyword form."""
+    return {
+        "data.train": str(write_text(folder)),
+        "model.kind": kind,
+        "train.steps": 6,
+        "checkpoint.every": 2,
+        **{key.replace("__", "."): value for key, value in keys.items()},
+    }
