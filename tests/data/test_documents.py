@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,16 @@ def test_missing_files_get_a_suggestion() -> None:
     assert f"nowhere/a: no such file or folder (in {Path.cwd()})" in refusal("nowhere/a")
     assert "*.md: no file matches" in refusal("*.md")
     assert "an empty name" in refusal("")
+
+
+def test_links_and_pipes_that_hold_no_text() -> None:
+    write("d/a.txt", "x")
+    os.mkfifo("d/pipe.txt")
+    os.symlink("loop.txt", "d/loop.txt")
+    os.symlink("gone", "d/dead.txt")
+    named = ("d/pipe.txt", "d/loop.txt", "d/dead.txt")
+    for message in (refusal("d"), refusal("d/*"), refusal(*named)):
+        assert all(f"{name}: neither a file nor a folder" in message for name in named)
 
 
 def test_folder_without_text_says_what_it_holds() -> None:

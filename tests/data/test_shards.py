@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as HuggingFace
 
 import lumina
 from lumina.data import shards
+from lumina.data import tokenizer as tokenizer_module
 from lumina.data.shards import Corpus, Shard, data_fingerprint, prepare
 from lumina.errors import UserError
 
@@ -248,8 +249,8 @@ def test_corpus_shorter_than_one_sequence() -> None:
     with pytest.raises(UserError) as caught:
         prepare(train=["a.txt"], vocab=260, seq_len=64)
     assert caught.value.message == (
-        "corpus shorter than one sequence: the training side has 40 tokens and the held-out side has 4 tokens; "
-        "one sequence of model.seq_len=64 needs 65"
+        "corpus shorter than one sequence: the training side has 40 tokens and the held-out side has 4 tokens"
+        "; one sequence of model.seq_len=64 needs 65"
     )
     assert "data.eval=FILE" in caught.value.fix
     assert "at most 3" in caught.value.fix
@@ -289,3 +290,14 @@ def test_ignored_files_are_counted() -> None:
     Path("d/image.png").write_bytes(b"\x89PNG")
     Path("d/a.txt").write_text("some text " * 500)
     assert made("d").facts["ignored_files"] == 1
+
+
+@pytest.mark.parametrize("size", [1, 50, 10**9])
+def test_streams_do_not_depend_on_how_they_are_batched(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl("data.jsonl", [*TEXTS, *LONG_TEXTS])
+    whole = made()
+    monkeypatch.setattr(shards, "ENCODE_CHARACTERS", size)
+    monkeypatch.setattr(tokenizer_module, "PIECE", 20)
+    again = prepare(train=["data.jsonl"], vocab=300, seq_len=16, cache=Path("other"))
+    assert not again.facts["cached"]
+    assert again.fingerprint == whole.fingerprint

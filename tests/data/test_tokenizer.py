@@ -96,16 +96,16 @@ def test_pieces_change_no_token(text: str) -> None:
     whole = BPE.encode(text)
     size, module.PIECE = module.PIECE, 1
     try:
-        pieces = list(module._pieces(text))
+        parts = list(module.pieces(text))
         assert BPE.encode(text) == whole
     finally:
         module.PIECE = size
-    assert "".join(pieces) == text
+    assert "".join(parts) == text
 
 
 def test_long_texts_are_cut() -> None:
     text = "x = 1\n" * (2 * module.PIECE)
-    assert max(map(len, module._pieces(text))) < module.PIECE + 10
+    assert max(map(len, module.pieces(text))) < module.PIECE + 10
 
 
 def test_batch_equals_single() -> None:

@@ -1,0 +1,97 @@
+"""Muon against torch's, the split of fused weights, experts as a batch, and the guard that moves nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import KINDS, model_config
+from torch import nn
+
+from lumina.config.resolve import resolve
+from lumina.model.transformer import Transformer
+from lumina.training.optim import Muon, Optimizer, gradient_norm, group_parameters, orthogonalize
+
+LIVE, SKIP = torch.zeros(()), torch.ones(())
+
+
+def gradients(shape: tuple[int, ...], steps: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (32, 32)])
+def test_muon_equals_torch(shape: tuple[int, int]) -> None:
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    theirs, ours = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    oracle = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = Muon({"w": ours}, {})
+    for gradient in gradients(shape, 5):
+        theirs.grad, ours.grad = gradient.clone(), gradient.clone()
+        oracle.step()
+        muon.step(1e-2, 0.1, LIVE)
+    # Both iterate in bf16, in another order of operations.
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+    assert (ours - start).abs().max() > 0.01  # the difference above is small beside the way gone
+
+
+def test_stacked_experts_and_fused_parts_are_separate_matrices() -> None:
+    stack = torch.randn(3, 16, 8, generator=torch.Generator().manual_seed(1))
+    together, apart = nn.Parameter(stack.clone()), [nn.Parameter(m.clone()) for m in stack]
+    fused = Muon({"w": together}, {"w": (12, 4)})
+    single = [Muon({"a": nn.Parameter(m[:12].clone()), "b": nn.Parameter(m[12:].clone())}, {}) for m in apart]
+    for gradient in gradients((3, 16, 8), 3):
+        together.grad = gradient.clone()
+        fused.step(1e-2, 0.0, LIVE)
+        for muon, g in zip(single, gradient, strict=True):
+            muon.matrices["a"].grad, muon.matrices["b"].grad = g[:12].clone(), g[12:].clone()
+            muon.step(1e-2, 0.0, LIVE)
+    expected = torch.stack([torch.cat([muon.matrices["a"], muon.matrices["b"]]) for muon in single])
+    torch.testing.assert_close(together.detach(), expected.detach(), rtol=0, atol=1e-4)
+
+
+def test_orthogonalize_flattens_singular_values() -> None:
+    x = torch.randn(4, 24, 16, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(x).float())
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_has_one_owner_and_moves(name: str, kind: str) -> None:
+    model = Transformer(model_config(kind))
+    optimizer = Optimizer(model, resolve("tiny", {"train.optimizer": name}).config.train)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step(1e-2, LIVE)
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    groups = group_parameters(model, name)
+    names = [*groups.matrices, *groups.decayed, *groups.plain, *groups.predictors]
+    assert sorted(names) == sorted(before)
+    assert bool(groups.matrices) == (name == "muon")
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_skipped_step_moves_nothing(name: str, bad: float) -> None:
+    model = Transformer(model_config("hybrid"))
+    optimizer = Optimizer(model, resolve("tiny", {"train.optimizer": name}).config.train)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step(1e-2, LIVE)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    moments = {n: m.clone() for n, m in optimizer.tensors().items()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, bad)
+    optimizer.step(1e-2, SKIP)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(m, moments[n]) for n, m in optimizer.tensors().items())
+    assert optimizer.steps_taken == 1
+
+
+def test_gradient_norm_is_the_global_one() -> None:
+    parameters = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(5))]
+    for p in parameters:
+        p.grad = torch.full_like(p, 2.0)
+    assert gradient_norm(parameters).item() == pytest.approx((11 * 4) ** 0.5)

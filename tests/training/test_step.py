@@ -1,0 +1,105 @@
+"""One step: any split into micro-batches gives the same gradient, and a broken batch moves nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import KINDS, model_config
+
+from lumina.config.resolve import resolve
+from lumina.data.loader import Batch
+from lumina.model.transformer import Transformer
+from lumina.training.optim import Optimizer
+from lumina.training.precision import Precision
+from lumina.training.step import METRICS, Step, train_step
+
+FP32 = Precision("fp32", "cpu")
+
+
+def batch(sequences: int = 8, seed: int = 0) -> Batch:
+    """Random tokens in two documents; part of the targets is not counted, unevenly over the sequences."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 260, (sequences, 64), generator=generator)
+    targets = ids.roll(-1, 1).clone()
+    targets[0, :50] = -1
+    segments = (torch.arange(64) > 20).int().expand(sequences, 64).contiguous()
+    return Batch(ids, targets, segments, torch.arange(sequences))
+
+
+def take_step(
+    kind: str, micro_batches: int, data: Batch, frozen: bool = False
+) -> tuple[Transformer, Optimizer, dict[str, float]]:
+    model = Transformer(model_config(kind))
+    with torch.no_grad():
+        for router in model.routers:  # at its prior the bias's gradient is zero but for rounding
+            router.predictor.bias.add_(0.5)
+    optimizer = Optimizer(model, resolve("tiny").config.train)
+    plan = Step(micro_batches, clip=1e9, z_loss=1e-3, bias_rate=0.01)
+    metrics = train_step(model, optimizer, data, 1e-3, plan, FP32, freeze_bias=frozen)
+    return model, optimizer, dict(zip(METRICS, metrics.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_batch_of_eight_equals_eight_of_one(kind: str) -> None:
+    whole, _, a = take_step(kind, 1, batch())
+    split, _, b = take_step(kind, 8, batch())
+    for (name, p), q in zip(whole.named_parameters(), split.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        difference = (p.grad - q.grad).norm() / p.grad.norm().clamp_min(1e-12)
+        assert difference < 1e-5, name
+    assert a == pytest.approx(b, rel=1e-5)
+    for x, y in zip(whole.buffers(), split.buffers(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_that_is_not_finite_moves_nothing_and_says_so(kind: str) -> None:
+    model = Transformer(model_config(kind))
+    optimizer = Optimizer(model, resolve("tiny").config.train)
+    plan = Step(2, clip=1.0, z_loss=0.0, bias_rate=0.01)
+    train_step(model, optimizer, batch(), 1e-3, plan, FP32, freeze_bias=False)
+    with torch.no_grad():
+        healthy = model.norm.weight.clone()
+        model.norm.weight[0] = float("inf")
+    before = {name: tensor.clone() for name, tensor in (model.tensors() | optimizer.tensors()).items()}
+    metrics = train_step(model, optimizer, batch(seed=1), 1e-3, plan, FP32, freeze_bias=False)
+    after = model.tensors() | optimizer.tensors()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert dict(zip(METRICS, metrics.tolist(), strict=True))["skipped"] == 1
+    assert optimizer.steps_taken == 1
+    with torch.no_grad():
+        model.norm.weight.copy_(healthy)
+    metrics = train_step(model, optimizer, batch(seed=1), 1e-3, plan, FP32, freeze_bias=False)
+    assert dict(zip(METRICS, metrics.tolist(), strict=True))["skipped"] == 0
+    assert optimizer.steps_taken == 2
+
+
+def test_bias_moves_towards_balance_and_freezes() -> None:
+    model, _, _ = take_step("moe", 1, batch())
+    fresh = Transformer(model_config("moe"))
+    _, routing = fresh(batch().ids_BS, batch().segments_BS, batch().targets_BS)
+    for moe, load_E in zip(model.moes, routing.load_LE, strict=True):
+        assert torch.equal(moe.bias_E, 0.01 * torch.sign(load_E.mean() - load_E))
+    frozen, _, _ = take_step("moe", 1, batch(), frozen=True)
+    assert all((moe.bias_E == 0).all() for moe in frozen.moes)
+
+
+def test_clipping_bounds_the_gradient_and_reports_it_unclipped() -> None:
+    norms = []
+    for clip in (1e9, 0.01):
+        model = Transformer(model_config("dense"))
+        optimizer = Optimizer(model, resolve("tiny").config.train)
+        metrics = train_step(model, optimizer, batch(), 1e-3, Step(1, clip, 0.0, 0.0), FP32, freeze_bias=False)
+        norms.append(metrics[METRICS.index("grad_norm")].item())
+        actual = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+        assert actual == pytest.approx(min(clip, norms[-1]), rel=1e-3)
+    assert norms[0] == norms[1]
+
+
+def test_bf16_trains_on_fp32_weights() -> None:
+    model = Transformer(model_config("hybrid"))
+    optimizer = Optimizer(model, resolve("tiny").config.train)
+    train_step(model, optimizer, batch(), 1e-3, Step(1, 1.0, 0.0, 0.0), Precision("bf16", "cpu"), freeze_bias=False)
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in model.parameters())
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
