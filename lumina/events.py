@@ -31,7 +31,7 @@ NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class EventWriter:
     """Appends the events of one attempt to `path` and hands each to every listener, in order.
 
-    Strict JSON has no NaN and no infinity: they are written as "nan", "inf" and "-inf", and read back as floats.
+    JSON has no NaN and no infinity: they are written as "nan", "inf" and "-inf", and read back as floats.
     """
 
     def __init__(self, path: Path, attempt: int, listeners: Sequence[Listener] = ()) -> None:
@@ -43,8 +43,8 @@ class EventWriter:
     def emit(self, type: str, /, step: int | None = None, **fields: Any) -> Event:
         """Writes one event and returns it, as a reader will get it.
 
-        Raises `ValueError` for an unknown type or a reserved field name, and `TypeError` for anything but a plain
-        JSON value: a tensor would make the writer wait for its device.
+        Raises `ValueError` for an unknown type or a reserved field name, and `TypeError` for anything but a
+        plain JSON value: a tensor would make the writer wait for its device.
         """
         if type not in TYPES:
             raise ValueError(f"unknown event type {type!r}; known: {', '.join(TYPES)}")
@@ -73,8 +73,8 @@ class EventWriter:
 def read_events(path: Path) -> Iterator[Event]:
     """Every event of every attempt, in the order written; unknown types included.
 
-    A killed process can tear its last line. So a line that is no event is passed over at the end of the log and
-    where another attempt begins after it; anywhere else it raises `UserError` with its number.
+    A killed process can tear its last line. So a line that is no event is passed over at the end of the log
+    and where another attempt begins after it; anywhere else it raises `UserError` with its number.
     """
     attempt, torn = -1, 0
     with path.open("rb") as file:
@@ -101,8 +101,8 @@ def last_event(path: Path) -> Event | None:
 def merged(events: Iterable[Event]) -> list[Event]:
     """The one history that led to the present state, in the order written.
 
-    An attempt that went on from `parent_step` undoes what earlier attempts did after that step; where two attempts
-    tell the same thing (type and step), the later one counts.
+    An attempt that went on from `parent_step` undoes what earlier attempts did after that step; where two
+    attempts tell the same thing (type and step), the later one counts.
     """
     events = list(events)
     resumed = [(e["attempt"], e["parent_step"]) for e in events if e.get("parent_step") is not None]
@@ -118,7 +118,7 @@ def merged(events: Iterable[Event]) -> list[Event]:
 
 
 def require_plain(value: Any, where: str) -> None:
-    """Raises `TypeError`, naming the place, unless JSON gives `value` back as it is: same types, string keys."""
+    """Raises `TypeError`, naming the place, unless JSON gives `value` back with the same types and keys."""
     kind = type(value)
     if kind is dict:
         for key, item in value.items():

@@ -1,51 +1,49 @@
-"""Which checkpoints stay."""
+"""Which checkpoints stay on disk."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Set
 from pathlib import Path
 
 from lumina.checkpoint import store
 
 LINKS = ("latest", "best")
-LEFTOVER = re.compile(r"(?:step-\d+(?:\.old)?|latest|best)\.tmp-(\d+)")
+LEFTOVER = re.compile(r".+\.tmp-(\d+)")  # what a process was writing or deleting
 
 
 def prune(root: Path, keep_last: int, protect: Set[int] = frozenset()) -> list[int]:
-    """Deletes all but the newest `keep_last` complete checkpoints; returns the steps deleted, oldest first.
+    """Deletes all but the newest `keep_last` complete checkpoints; returns the deleted steps, oldest first.
 
-    Those that a link points at and the steps in `protect` stay, and so does whatever is incomplete: that is
-    evidence. What dead processes left behind while writing or deleting is swept away.
+    What `latest` and `best` point at and the steps in `protect` stay. So does a folder without COMPLETE: it is
+    evidence. Leftovers of dead processes are swept away, and those of this one: nothing may be being saved.
     """
     _sweep(root)
-    kept = {(root / name).resolve() for name in LINKS} | {
-        store.folder(root, step).resolve() for step in protect
-    }
+    links = [root / name for name in LINKS if (root / name).is_symlink()]
+    kept = {root / os.readlink(link) for link in links} | {store.folder(root, step) for step in protect}
     complete = [path for path in store.checkpoints(root) if (path / store.COMPLETE).is_file()]
-    doomed = [path for path in complete[keep_last:] if path.resolve() not in kept]
-    for path in reversed(doomed):
+    doomed = [path for path in reversed(complete[keep_last:]) if path not in kept]
+    for path in doomed:
         store.discard(path)
-    return [store.step_of(path) for path in reversed(doomed)]
+    return [store.step_of(path) for path in doomed]
 
 
 def _sweep(root: Path) -> None:
     for path in root.iterdir():
         match = LEFTOVER.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path)
+        if match and not _another_lives(int(match[1])):
+            store.remove(path)
 
 
-def _alive(pid: int) -> bool:
+def _another_lives(pid: int) -> bool:
+    """Whether a process other than this one has this id. In containers an earlier one often had our own."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # somebody else's, so it lives
+    except PermissionError:  # it belongs to somebody else
         return True
     return True

@@ -1,11 +1,11 @@
-"""Checkpoints on disk: published whole, or not at all; loaded exactly, or not at all.
+"""Checkpoints on disk: published whole or not at all, loaded exactly or not at all.
 
     <root>/step-000500/model/*.safetensors  optim/*.safetensors  state.json  COMPLETE
     <root>/latest -> step-000500
 
-`COMPLETE` lists every other file with its size and SHA-256. A folder is written under another name, flushed to the
-disk and renamed last, so that a crash at any instant leaves either a checkpoint or a leftover that no reader takes
-for one. Tensors go through torch's distributed checkpoint into safetensors; nothing is ever pickled.
+`COMPLETE` lists every other file with its size and SHA-256. A folder is written under another name, flushed
+to the disk and renamed last: a crash at any instant leaves a checkpoint, or a leftover that no reader takes for
+one. Tensors go through torch's distributed checkpoint into safetensors; nothing is ever pickled or unpickled.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lumina.errors import UserError
 from lumina.events import require_plain
@@ -34,8 +36,10 @@ FORMAT = 1
 COMPLETE = "COMPLETE"
 STATE = "state.json"
 MODEL, OPTIM = "model", "optim"
-# `.old` is a checkpoint too: the one that a save of the same step was about to replace when it was killed.
-STEP = re.compile(r"step-(\d{6,})(\.old)?")
+OLD = ".old"  # a checkpoint too: the one that a save of the same step was replacing when it was killed
+STEP = re.compile(r"step-\d{6,}(\.old)?")
+
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,14 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose every file was verified when it was opened, and its `state.json`."""
+    """A folder whose every byte was verified by `newest` or `read`, and its `state.json`."""
 
     path: Path
     step: int
     state: dict[str, Any]
+
+
+# -- names --------------------------------------------------------------------------------------------------
 
 
 def folder(root: Path, step: int) -> Path:
@@ -62,91 +69,106 @@ def folder(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder, by its name."""
+    return int(path.name.removeprefix("step-").removesuffix(OLD))
 
 
-def save(
-    root: Path, step: int, model: Mapping[str, Tensor], optim: Mapping[str, Tensor], state: dict[str, Any]
-) -> Receipt:
-    """Publishes a checkpoint of `step` and points `latest` at it. One of the same step is replaced.
+def checkpoints(root: Path) -> list[Path]:
+    """Every published checkpoint folder, newest first, unverified."""
+    found = [path for path in root.iterdir() if STEP.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(found, key=lambda path: (step_of(path), path.suffix != OLD), reverse=True)
 
-    Tensors may lie anywhere and in any layout, but need a dimension (scalars belong in `state`) and must be given
-    once if tied; `state` must be plain JSON, in which NaN and infinities are allowed. Raises `ValueError` or
-    `TypeError` for others, and `UserError` if the disk refuses. A save that fails leaves everything as it was.
+
+def temporary(path: Path) -> Path:
+    """The name under which this process writes, or deletes, what nobody may find at `path`."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+# -- writing ------------------------------------------------------------------------------------------------
+
+
+def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str, Any]) -> Receipt:
+    """Publishes a checkpoint of `step`, replacing one of the same step, and points `latest` at it.
+
+    Tensors may have any device, strides and dtype of safetensors; each is given once, also if it is tied. They
+    need a dimension: scalars belong in `state`, which holds plain JSON values (NaN and infinities too).
+    Raises `ValueError` or `TypeError` for anything else, and `UserError` if the disk refuses; whatever was
+    saved before is untouched then.
     """
     start = time.perf_counter()
     for kind, tensors in ((MODEL, model), (OPTIM, optim)):
         if scalars := [name for name, tensor in tensors.items() if tensor.ndim == 0]:
-            raise ValueError(
-                f"{kind} tensors without a dimension: {', '.join(scalars)}; scalars belong in state"
-            )
+            raise ValueError(f"{kind} tensors without a dimension belong in the state: {', '.join(scalars)}")
     require_plain(state, "checkpoint state")
-    aside = temporary(folder(root, step))
+    final = folder(root, step)
+    aside = temporary(final)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         aside.mkdir(parents=True)
         _write_tensors(aside / MODEL, model)
         _write_tensors(aside / OPTIM, optim)
         (aside / STATE).write_text(json.dumps(state, indent=2))
-        files = _seal(aside, step)
-        _publish(aside, folder(root, step))
+        size = _seal(aside, step)
+        _publish(aside, final)
         point(root, "latest", step)
     except OSError as error:
         raise UserError(
-            f"{root}: checkpoint of step {step} not written: {error.strerror}",
-            fix="free or remount the disk; the checkpoints saved before are untouched",
+            f"{final}: checkpoint not written: {error.strerror or error}",
+            fix="make the disk writable or free space on it; earlier checkpoints are untouched",
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    written = sum(entry["size"] for entry in files.values())
-    return Receipt(folder(root, step), step, time.perf_counter() - start, written)
+    return Receipt(final, step, time.perf_counter() - start, size)
 
 
 def point(root: Path, name: str, step: int) -> None:
-    """Makes `<root>/<name>` a link to the checkpoint of `step`, replacing the link as a whole."""
+    """Makes `<root>/<name>` a link to the checkpoint of `step`, replacing an older link as a whole."""
     aside = temporary(root / name)
-    aside.unlink(missing_ok=True)
+    remove(aside)
     aside.symlink_to(folder(root, step).name)
     aside.replace(root / name)
     _sync(root)
 
 
-def temporary(path: Path) -> Path:
-    """The name under which this process writes, or takes away, what is not to be found at `path`."""
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
-
-
 def discard(path: Path) -> None:
     """Deletes a checkpoint. It stops being one at once, however long its files take."""
     aside = temporary(path)
+    remove(aside)
     path.rename(aside)
-    shutil.rmtree(aside)
+    remove(aside)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    path.mkdir()
+def remove(path: Path) -> None:
+    """Deletes a link, or a folder with all that is in it, if it is there."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _write_tensors(path: Path, tensors: Tensors) -> None:
     if tensors:
         with _torch_checkpoint():
-            writer = dcp.HuggingFaceStorageWriter(str(path), save_distributed=True)
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+            writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+            state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=True)
 
 
-def _seal(path: Path, step: int) -> dict[str, dict[str, Any]]:
-    """Flushes every file and folder to the disk, then the COMPLETE that vouches for them. Returns its entries."""
-    files = {name: _fingerprint(path / name) for name in _files(path)}
-    for entry in (*path.rglob("*"), path):
+def _seal(path: Path, step: int) -> int:
+    """Flushes every file and folder to the disk, then COMPLETE, which vouches for them. Returns their bytes."""
+    files = {name: _fingerprint(path / name) for name in sorted(_files(path))}
+    for entry in path.rglob("*"):
         _sync(entry)
-    with (path / COMPLETE).open("w") as file:
-        json.dump({"format": FORMAT, "step": step, "files": files}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    entries = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in files.items()}
+    (path / COMPLETE).write_text(json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=2))
+    _sync(path / COMPLETE)
     _sync(path)
-    return files
+    return sum(size for size, _ in files.values())
 
 
 def _publish(aside: Path, final: Path) -> None:
-    """Renames `aside` to `final`. At every instant the old or the new one can be found."""
-    old = final.with_name(f"{final.name}.old")
+    """Renames `aside` to `final`. At every instant the one it replaces, or the new one, can be found."""
+    old = final.with_name(final.name + OLD)
     if final.exists():
         if old.exists():
             discard(old)
@@ -157,40 +179,32 @@ def _publish(aside: Path, final: Path) -> None:
         discard(old)
 
 
-# -- finding and verifying --------------------------------------------------------------------------------------------
+# -- finding and verifying ----------------------------------------------------------------------------------
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with a checkpoint: nothing, or one sentence for each file that is not as COMPLETE says."""
-    match = STEP.fullmatch(path.name)
-    if match is None:
-        return [f"{path.name}: not a checkpoint's name"]
+    """What is wrong with a checkpoint: one sentence for each thing that is not as COMPLETE says."""
     try:
         seal = json.loads((path / COMPLETE).read_bytes())
-        version, step, files = seal["format"], seal["step"], dict(seal["files"])
+        version, step = seal["format"], seal["step"]
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in seal["files"].items()}
     except FileNotFoundError:
         return [f"no {COMPLETE}: it was never finished"]
-    except (ValueError, LookupError, TypeError) as error:
-        return [f"{COMPLETE} cannot be read ({error})"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return [f"{COMPLETE} cannot be read: {error!r}"]
     if version != FORMAT:
-        return [f"format {version}; this version of lumina reads format {FORMAT}"]
-    if step != int(match[1]):
-        return [f"{COMPLETE} belongs to step {step}"]
+        return [f"written in format {version}; this version of lumina reads format {FORMAT}"]
     present = _files(path)
-    problems = [f"{name} is missing" for name in sorted(files.keys() - present)]
+    problems = [] if step == step_of(path) else [f"{COMPLETE} belongs to step {step}"]
+    problems += [f"{name} is missing" for name in sorted(files.keys() - present)]
     problems += [f"{name} does not belong here" for name in sorted(present - files.keys())]
-    for name in sorted(present & files.keys()):
-        found, listed = _fingerprint(path / name), files[name]
-        if found["size"] != listed["size"]:
-            problems.append(f"{name} has {found['size']} bytes instead of {listed['size']}")
-        elif found["sha256"] != listed["sha256"]:
-            problems.append(f"{name} has another content than was saved")
+    problems += [p for name in sorted(present & files.keys()) for p in _damage(path, name, *files[name])]
     return problems
 
 
 def newest(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the newer ones passed over, each with the reason."""
-    skipped = []
+    skipped: list[tuple[Path, str]] = []
     for path in checkpoints(root):
         problems = verify(path)
         if not problems:
@@ -200,74 +214,82 @@ def newest(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in a folder, or behind a link to it. Raises `UserError` with everything that is wrong."""
+    """The checkpoint in a folder, or behind a link to one. Raises `UserError` with all that is wrong."""
     path = path.resolve()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint")
+    if not STEP.fullmatch(path.name) or not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint", fix="name a step-… folder below a run's checkpoints/")
     if problems := verify(path):
         raise UserError.collect(problems, f"{path}: damaged checkpoint")
     return _open(path)
 
 
-def checkpoints(root: Path) -> list[Path]:
-    """Every published checkpoint folder, newest first, unverified."""
-    found = [
-        (int(match[1]), not match[2], path) for path in _entries(root) if (match := STEP.fullmatch(path.name))
-    ]
-    return [path for _, _, path in sorted(found, reverse=True)]
+def _open(path: Path) -> Checkpoint:
+    return Checkpoint(path, step_of(path), json.loads((path / STATE).read_bytes()))
 
 
-def step_of(path: Path) -> int | None:
-    """The step in a checkpoint folder's name; None for any other name."""
-    match = STEP.fullmatch(path.name)
-    return None if match is None else int(match[1])
+def _damage(path: Path, name: str, size: int, sha256: str) -> Iterator[str]:
+    """How a file differs from what was saved: no item, or one."""
+    try:
+        found, digest = _fingerprint(path / name)
+    except OSError as error:
+        yield f"{name} cannot be read: {error.strerror}"
+        return
+    if found != size:
+        yield f"{name} has {found} bytes, {size} were saved"
+    elif digest != sha256:
+        yield f"{name} has other bytes than were saved"
 
 
-# -- loading ----------------------------------------------------------------------------------------------------------
+# -- loading ------------------------------------------------------------------------------------------------
 
 
-def load(
-    checkpoint: Checkpoint, model: Mapping[str, Tensor], optim: Mapping[str, Tensor] | None = None
-) -> None:
-    """Reads every tensor of a checkpoint into the given ones, in place; `optim=None` leaves the optimizer out.
+def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None) -> None:
+    """Reads every tensor of a checkpoint into the given ones, in place; without `optim`, the model's only.
 
-    Names, shapes and dtypes must be equal: otherwise one `UserError` lists every difference and no target has
-    changed.
+    Names, shapes and dtypes must be equal: else one `UserError` lists every difference and nothing has changed.
     """
-    wanted = {MODEL: model} | ({} if optim is None else {OPTIM: optim})
-    problems = [
-        p for kind, targets in wanted.items() for p in _differences(checkpoint.path / kind, kind, targets)
-    ]
+    wanted = {MODEL: model} if optim is None else {MODEL: model, OPTIM: optim}
+    problems = [p for kind, targets in wanted.items() for p in _differences(checkpoint.path, kind, targets)]
     if problems:
-        raise UserError.collect(problems, f"{checkpoint.path}: does not fit this model")
+        raise UserError.collect(problems, f"{checkpoint.path}: saved from another model or optimizer")
     for kind, targets in wanted.items():
         if targets:
             with _torch_checkpoint():
-                reader = dcp.HuggingFaceStorageReader(str(checkpoint.path / kind))
-                dcp.load(dict(targets), storage_reader=reader, no_dist=True)
+                reader = HuggingFaceStorageReader(str(checkpoint.path / kind))
+                state_dict_loader.load(dict(targets), storage_reader=reader, no_dist=True)
 
 
-def _differences(path: Path, kind: str, targets: Mapping[str, Tensor]) -> Iterator[str]:
-    """How the tensors saved below `path` differ from `targets`, from the files' headers alone."""
-    saved = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+def _differences(path: Path, kind: str, targets: Tensors) -> Iterator[str]:
+    """How the tensors of one kind saved in `path` differ from `targets`, by the headers of the files alone.
+
+    Torch would not say: it ignores what nobody asked for, and copies into another dtype.
+    """
+    saved = _headers(path / kind)
     for name in sorted(targets.keys() - saved.keys()):
         yield f"{kind} tensor {name} is not in the checkpoint"
     for name in sorted(saved.keys() - targets.keys()):
-        yield f"{kind} tensor {name} is only in the checkpoint"
+        yield f"{kind} tensor {name} is in the checkpoint only"
     for name in sorted(saved.keys() & targets.keys()):
         have, want = saved[name], targets[name]
         if have.size != want.shape:
-            yield f"{kind} tensor {name} has shape {[*have.size]}, not {[*want.shape]}"
+            yield f"{kind} tensor {name} was saved with shape {[*have.size]}, wanted is {[*want.shape]}"
         if have.properties.dtype != want.dtype:
-            yield f"{kind} tensor {name} is {have.properties.dtype}, not {want.dtype}"
+            yield f"{kind} tensor {name} was saved as {have.properties.dtype}, wanted is {want.dtype}"
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+def _headers(path: Path) -> dict[str, TensorStorageMetadata]:
+    if not path.is_dir():  # no tensors of this kind were saved
+        return {}
+    metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return cast("dict[str, TensorStorageMetadata]", metadata)
+
+
+# -- files --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _torch_checkpoint() -> Iterator[None]:
-    """Keeps torch from warning that there is one process, and gives an error back as the error that it was."""
+    """Keeps torch from warning that there is one process, and raises the error inside the one it raises."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -277,20 +299,17 @@ def _torch_checkpoint() -> Iterator[None]:
         raise error from None
 
 
-def _entries(root: Path) -> list[Path]:
-    return list(root.iterdir()) if root.is_dir() else []
-
-
 def _files(path: Path) -> set[str]:
-    """The files below `path`, as COMPLETE names them."""
+    """The files below `path`, as COMPLETE names them; it does not name itself."""
     files = {entry.relative_to(path).as_posix() for entry in path.rglob("*") if not entry.is_dir()}
     return files - {COMPLETE}
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"size": file.tell(), "sha256": digest}
+        return file.tell(), digest
 
 
 def _sync(path: Path) -> None:

@@ -1,1 +1,1 @@
-"""A preset, a YAML file and key=value overrides flow in; one checked `Config` with the origin of every value flows out."""
+"""A preset, a YAML file and key=value settings flow in; a checked `Config` with every origin flows out."""

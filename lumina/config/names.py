@@ -4,90 +4,118 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Iterator
 from functools import cache
 
-from pydantic import BaseModel
-
+from lumina.config.schema.base import Section
 from lumina.config.schema.config import Config
+from lumina.config.schema.model import KINDS_OF
 
 # What other frameworks call our keys.
 ALIASES = {
-    "learning_rate": "train.lr",
-    "max_lr": "train.lr",
-    "max_steps": "train.steps",
-    "num_steps": "train.steps",
-    "iters": "train.steps",
-    "max_iters": "train.steps",
-    "warmup_steps": "train.warmup",
-    "batch_size": "train.batch_tokens",
-    "global_batch_size": "train.batch_tokens",
-    "micro_batch_size": "train.micro_batch",
-    "grad_clip": "train.clip",
-    "max_grad_norm": "train.clip",
-    "optim": "train.optimizer",
-    "lr_scheduler": "train.schedule",
-    "hidden_size": "model.width",
-    "d_model": "model.width",
-    "n_embd": "model.width",
-    "dim": "model.width",
-    "n_layer": "model.layers",
-    "n_layers": "model.layers",
-    "num_layers": "model.layers",
-    "num_hidden_layers": "model.layers",
-    "n_head": "model.heads",
-    "n_heads": "model.heads",
-    "num_heads": "model.heads",
-    "num_attention_heads": "model.heads",
-    "num_key_value_heads": "model.kv_heads",
-    "n_kv_heads": "model.kv_heads",
-    "intermediate_size": "model.ffn",
-    "vocab_size": "model.vocab",
-    "context_length": "model.seq_len",
-    "block_size": "model.seq_len",
-    "max_seq_len": "model.seq_len",
-    "sequence_length": "model.seq_len",
-    "tie_word_embeddings": "model.tied",
-    "num_experts": "model.moe.experts",
-    "num_experts_per_tok": "model.moe.top_k",
-    "dataset": "data.train",
-    "save_every": "checkpoint.every",
-    "save_steps": "checkpoint.every",
-    "eval_steps": "train.eval_every",
-    "dtype": "precision.mode",
-    "device": "parallel.device",
+    "train.steps": "max_steps num_steps total_steps iters max_iters epochs num_epochs num_train_epochs",
+    "train.tokens": "max_tokens num_tokens total_tokens",
+    "train.time": "max_time max_duration",
+    "train.lr": "learning_rate max_lr peak_lr",
+    "train.warmup": "warmup_steps warmup_iters warmup_ratio",
+    "train.decay": "decay_steps lr_decay_iters cooldown",
+    "train.batch_tokens": "batch_size global_batch_size total_batch_size train_batch_size",
+    "train.micro_batch": (
+        "micro_batch_size device_batch_size per_device_train_batch_size "
+        "gradient_accumulation_steps grad_accum accumulation_steps"
+    ),
+    "train.clip": "grad_clip gradient_clipping max_grad_norm clip_grad",
+    "train.optimizer": "optim",
+    "train.schedule": "lr_scheduler lr_scheduler_type scheduler",
+    "train.betas": "beta1 beta2 adam_beta1 adam_beta2",
+    "train.eps": "epsilon adam_epsilon",
+    "train.eval_every": "eval_steps eval_interval",
+    "model.width": "hidden_size d_model n_embd dim embed_dim hidden_dim",
+    "model.layers": "n_layer n_layers num_layers num_hidden_layers depth",
+    "model.heads": "n_head n_heads num_heads num_attention_heads",
+    "model.kv_heads": "n_kv_head n_kv_heads num_kv_heads num_key_value_heads",
+    "model.ffn": "intermediate_size ffn_dim d_ff mlp_dim",
+    "model.vocab": "vocab_size",
+    "model.seq_len": "context_length block_size max_seq_len max_seq_length sequence_length max_length",
+    "model.tied": "tie_word_embeddings tie_embeddings",
+    "model.moe.experts": "num_experts n_experts num_local_experts n_routed_experts",
+    "model.moe.top_k": "moe_top_k num_experts_per_tok",
+    "model.moe.ffn": "moe_intermediate_size",
+    "model.moe.shared": "n_shared_experts num_shared_experts",
+    "model.mod.capacity": "mod_capacity capacity_factor",
+    "data.train": "dataset datasets train_data data_path train_file",
+    "data.eval": "eval_data val_data validation eval_dataset eval_file",
+    "checkpoint.every": "save_every save_steps save_interval",
+    "checkpoint.keep_last": "save_total_limit",
+    "telemetry.log_every": "logging_steps log_interval",
+    "precision.mode": "dtype precision mixed_precision",
+    "parallel.threads": "num_threads",
 }
 
 
-def section_of(annotation: object) -> type[BaseModel] | None:
-    """The section class inside an annotation such as `MoEConfig | None`."""
-    for candidate in (annotation, *typing.get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def sections(section: type[Section] = Config) -> dict[str, type[Section]]:
+    """The sections directly inside a section, by name."""
+    found = {}
+    for name, field in section.model_fields.items():
+        for candidate in (field.annotation, *typing.get_args(field.annotation)):  # also `MoEConfig | None`
+            if isinstance(candidate, type) and issubclass(candidate, Section):
+                found[name] = candidate
+    return found
 
 
 @cache
 def known_keys() -> tuple[str, ...]:
     """Every dotted key that the schema knows, in its order."""
 
-    def walk(section: type[BaseModel], prefix: str) -> list[str]:
-        keys: list[str] = []
-        for name, field in section.model_fields.items():
-            inner = section_of(field.annotation)
-            keys += walk(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-        return keys
+    def walk(section: type[Section], prefix: str) -> Iterator[str]:
+        inner = sections(section)
+        for name in section.model_fields:
+            if name in inner:
+                yield from walk(inner[name], f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
 
     return tuple(walk(Config, ""))
 
 
+@cache
+def known_sections() -> frozenset[str]:
+    """`train`, `model`, `model.moe`, …"""
+    return frozenset(key.rpartition(".")[0] for key in known_keys())
+
+
+def kinds_of(key: str) -> tuple[str, ...] | None:
+    """The kinds of model that have a key, or None if all have it."""
+    section, *parts = key.split(".")
+    return KINDS_OF.get(parts[0]) if section == "model" else None
+
+
 def suggestion(key: str) -> str:
-    """` (did you mean train.lr?)`, or nothing."""
-    last = key.rpartition(".")[2].replace("-", "_").lower()
-    if last in ALIASES:
-        return f" (did you mean {ALIASES[last]}?)"
-    same = [known for known in known_keys() if known.rpartition(".")[2] == last]
-    close = same or difflib.get_close_matches(key, known_keys(), n=2, cutoff=0.75)
-    if not close:
-        by_last = {known.rpartition(".")[2]: known for known in known_keys()}
-        close = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=2, cutoff=0.7)]
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+    """`; did you mean train.lr?`, or nothing."""
+    name = key.lower().replace("-", "_")
+    close = _same_end(name) or _alias(name) or _similar(name)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _same_end(name: str) -> list[str]:
+    """`moe.ffn` and `model.moe.hidden.ffn` end as `model.moe.ffn` does: the longest common end wins."""
+    parts = name.split(".")
+    for start in range(len(parts)):
+        end = ".".join(parts[start:])
+        if found := [known for known in known_keys() if f".{known}".endswith(f".{end}")]:
+            return found
+    return []
+
+
+def _alias(name: str) -> list[str]:
+    last = name.rpartition(".")[2]
+    return [key for key, aliases in ALIASES.items() if last in aliases.split()]
+
+
+def _similar(name: str) -> list[str]:
+    if close := difflib.get_close_matches(name, known_keys(), n=2, cutoff=0.8):
+        return close
+    meaning = {known.rpartition(".")[2]: known for known in reversed(known_keys())}
+    meaning |= {alias: known for known, aliases in ALIASES.items() for alias in aliases.split()} | meaning
+    names = difflib.get_close_matches(name.rpartition(".")[2], meaning, n=2, cutoff=0.75)
+    return list(dict.fromkeys(meaning[close] for close in names))

@@ -10,7 +10,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
-_NUMBER = r"(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_NUMBER = r"(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
 _DECIMAL = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BINARY = {"": 1, "k": 2**10, "K": 2**10, "M": 2**20}
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "min": 60, "s": 1}
@@ -51,7 +51,9 @@ def parse_span(value: Any) -> float | int:
     need = "a share of the run below 1 (0.05, 5%) or whole steps (200) are needed"
     if value == 1.0 and isinstance(value, float):
         raise ValueError(need)
-    if isinstance(value, str) and value.strip().endswith("%") or isinstance(value, float) and value < 1:
+    if isinstance(value, float) and value < 1:
+        return value
+    if isinstance(value, str) and value.strip().endswith("%"):
         share = parse_number(value)
         if share < 1:
             return share
@@ -75,12 +77,16 @@ def parse_betas(value: Any) -> tuple[float, float]:
     return parse_number(value[0]), parse_number(value[1])
 
 
+def parse_path(value: Any) -> str:
+    """A name or a path."""
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise ValueError("a path is needed; quote a name that looks like a number")
+    return str(value)
+
+
 def parse_paths(value: Any) -> tuple[str, ...]:
-    """One path or a list of paths."""
-    paths = [value] if isinstance(value, str | os.PathLike) else value
-    if not isinstance(paths, list | tuple) or not all(isinstance(p, str | os.PathLike) and str(p) for p in paths):
-        raise ValueError("a path or a list of paths is needed; quote a name that looks like a number")
-    return tuple(str(path) for path in paths)
+    """One path, or a list of paths."""
+    return tuple(map(parse_path, value if isinstance(value, list | tuple) else [value]))
 
 
 def _whole(value: Any, suffixes: dict[str, int], need: str) -> int:

@@ -1,4 +1,4 @@
-"""YAML with the scalars of YAML 1.2: `3e-4` is a number, `no` is a word, 010 is ten; a repeated key is an error.
+"""YAML with the scalars of YAML 1.2: `3e-4` is a number, `no` a word, 010 ten; a repeated key is an error.
 
 PyYAML follows YAML 1.1, where `3e-4` and `1e6` are texts, `no` is false and 010 is eight. Reading and writing
 share one table, so that what is written reads back as the same value.
@@ -70,29 +70,35 @@ def load(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         reason = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{where}{reason}", fix="mend it; a text with signs such as * : # [ needs quotes") from error
+        fix = "mend it; a text with signs such as * : # [ needs quotes"
+        raise UserError(f"{where}{reason}", fix) from error
 
 
 def load_value(text: str) -> Any:
-    """The value of a `key=value` setting: a list, mapping or quoted text as in YAML, anything else one plain scalar.
+    """The value of a `key=value` setting: a list, mapping or quoted text as in YAML, else one plain scalar.
 
     So `data.train=*.txt` and `data.train=notes #2.txt` mean what they say. Raises `UserError`.
     """
     text = text.strip()
-    if text[:1] in ("[", "{", '"', "'"):
+    if text.startswith(("[", "{", '"', "'")):
         return load(text)
-    loader = _Loader("")
-    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-    return loader.construct_object(yaml.ScalarNode(tag, text))  # type: ignore[no-untyped-call]
+    special = text and any(re.fullmatch(pattern, text) for _, pattern, _ in _CORE)
+    return load(text) if special else text
 
 
 def dump_value(value: Any) -> str:
     """A scalar or a list on one line, such that `load` gives it back."""
-    for style in (None, '"'):  # only a quoted text with escapes keeps line breaks on one line
+
+    def dump(style: str | None) -> str:
         text: str = yaml.dump(
-            value, Dumper=_Dumper, default_flow_style=True, default_style=style, width=2**31, allow_unicode=True
+            value,
+            Dumper=_Dumper,
+            default_flow_style=True,
+            default_style=style,
+            width=2**31,
+            allow_unicode=True,
         )
-        text = text.removesuffix("...\n").removesuffix("\n")
-        if len(text.splitlines()) == 1:
-            break
-    return text
+        return text.removesuffix("...\n").removesuffix("\n")
+
+    text = dump(None)
+    return text if len(text.splitlines()) == 1 else dump('"')  # escapes keep line breaks on one line

@@ -26,6 +26,7 @@ from lumina.errors import UserError
 SAMPLE = "sample"
 FOLDER_SUFFIXES = (".txt", ".md", ".jsonl", ".py")
 MAX_PROBLEMS = 20  # enough to see the pattern
+NO_FILE = "neither a file nor a folder; a broken link, a pipe or a device gives no text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +70,14 @@ def raise_problems(problems: Sequence[str]) -> None:
 
 
 def find_files(
-    specs: Sequence[str], problems: list[str], seen: dict[Path, str] | None = None
+    specs: Sequence[str], problems: list[str], seen: dict[str, str] | None = None
 ) -> list[DataFile]:
     """The files of all `specs`. `seen` says which spec gave a file: no two may give the same one."""
     seen = {} if seen is None else seen
     files: list[DataFile] = []
     for spec in specs:
         try:
-            found = {file.path.resolve(): file for file in _expand(spec, problems)}
+            found = {os.path.realpath(file.path): file for file in _expand(spec, problems)}
         except OSError as error:
             problems.append(f"{spec}: {error.filename}: {error.strerror}")
             continue
@@ -100,7 +101,7 @@ def _expand(spec: str, problems: list[str]) -> list[DataFile]:
     if path.is_file():
         if path.stat().st_size == 0:
             problems.append(f"{spec}: the file is empty")
-        return [_data_file(path)]
+        return _data_file(path, problems)
     if path.is_dir():
         return _folder(path, problems)
     matches = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(spec) else []
@@ -108,12 +109,15 @@ def _expand(spec: str, problems: list[str]) -> list[DataFile]:
         problems.append(_missing(spec, path))
     files: list[DataFile] = []
     for match in map(Path, matches):
-        files += _folder(match, problems) if match.is_dir() else [_data_file(match)]
+        files += _folder(match, problems) if match.is_dir() else _data_file(match, problems)
     return files
 
 
-def _data_file(path: Path) -> DataFile:
-    return DataFile(path, path.as_posix(), "jsonl" if path.suffix == ".jsonl" else "text")
+def _data_file(path: Path, problems: list[str]) -> list[DataFile]:
+    if not path.is_file():
+        problems.append(f"{path}: {NO_FILE}")
+        return []
+    return [DataFile(path, path.as_posix(), "jsonl" if path.suffix == ".jsonl" else "text")]
 
 
 def _folder(folder: Path, problems: list[str]) -> list[DataFile]:
@@ -121,8 +125,10 @@ def _folder(folder: Path, problems: list[str]) -> list[DataFile]:
     for parent, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
-            known = path.suffix in FOLDER_SUFFIXES
-            files.append(_data_file(path) if known else DataFile(path, path.as_posix(), "ignored"))
+            if path.suffix in FOLDER_SUFFIXES:
+                files += _data_file(path, problems)
+            else:
+                files.append(DataFile(path, path.as_posix(), "ignored"))
     if all(file.kind == "ignored" for file in files):
         others = f", only others such as {files[0].name}" if files else ""
         problems.append(f"{folder}: the folder has no {', '.join(FOLDER_SUFFIXES)} files{others}")
@@ -136,6 +142,8 @@ def _raise(error: OSError) -> None:
 def _missing(spec: str, path: Path) -> str:
     if glob.has_magic(spec):
         return f"{spec}: no file matches (in {Path.cwd()})"
+    if os.path.lexists(path):
+        return f"{spec}: {NO_FILE}"
     siblings = os.listdir(path.parent) if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
     hint = f"; did you mean {(path.parent / close[0]).as_posix()}?" if close else f" (in {Path.cwd()})"

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from lumina.data import split
 from lumina.data.documents import DataFile, Document, digest, find_files, raise_problems, read_files
-from lumina.data.tokenizer import Tokenizer, train_bpe
+from lumina.data.tokenizer import Tokenizer, pieces, train_bpe
 from lumina.errors import UserError
 
 FORMAT = f"v1.{split.RULE}"  # of a cache entry
@@ -125,7 +125,7 @@ def _find(train: Sequence[str], eval: Sequence[str]) -> _Sources:
     if not train:
         raise UserError("data.train is empty", fix="give files, folders or globs, or sample")
     problems: list[str] = []
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
     sources = _Sources(find_files(train, problems, seen), find_files(eval, problems, seen))
     if problems:
         _read(sources, problems)  # raises, with what is wrong inside the other files too
@@ -215,21 +215,26 @@ def _write_stream(path: Path, documents: Sequence[Document], tokenizer: Tokenize
     end = np.array([tokenizer.end_id], dtype).tobytes()
     with path.open("wb") as stream:
         stream.write(end)
-        for texts in _text_batches(documents):
-            for ids in tokenizer.encode_batch(texts):
-                stream.write(np.array(ids, dtype).tobytes() + end)
+        for texts, closing in _batches(documents):
+            for ids, closes in zip(tokenizer.encode_batch(texts), closing, strict=True):
+                stream.write(np.array(ids, dtype).tobytes() + (end if closes else b""))
 
 
-def _text_batches(documents: Sequence[Document]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Sequence[Document]) -> Iterator[tuple[list[str], list[bool]]]:
+    """Pieces of about `ENCODE_CHARACTERS` together, and whether each closes its document."""
+    texts: list[str] = []
+    closing: list[bool] = []
     size = 0
     for document in documents:
-        batch.append(document.text)
-        size += len(document.text)
-        if size >= ENCODE_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    yield batch
+        *others, last = pieces(document.text)
+        for text, closes in (*((other, False) for other in others), (last, True)):
+            texts.append(text)
+            closing.append(closes)
+            size += len(text)
+            if size >= ENCODE_CHARACTERS:
+                yield texts, closing
+                texts, closing, size = [], [], 0
+    yield texts, closing
 
 
 def _damage(entry: Path) -> str | None:

@@ -92,10 +92,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, in parallel."""
-        pieces = [(i, piece) for i, text in enumerate(texts) for piece in _pieces(text)]
-        encoded = self._inner.encode_batch_fast([piece for _, piece in pieces], add_special_tokens=False)
+        cut = [(i, piece) for i, text in enumerate(texts) for piece in pieces(text)]
+        encoded = self._inner.encode_batch_fast([piece for _, piece in cut], add_special_tokens=False)
         ids: list[list[int]] = [[] for _ in texts]
-        for (i, _), encoding in zip(pieces, encoded, strict=True):
+        for (i, _), encoding in zip(cut, encoded, strict=True):
             ids[i] += encoding.ids
         return ids
 
@@ -169,14 +169,15 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
 
 def _first_pieces(texts: Iterable[str]) -> Iterator[str]:
     size = 0
-    for piece in (piece for text in texts for piece in _pieces(text)):
+    for piece in (piece for text in texts for piece in pieces(text)):
         if size >= BPE_CHARACTERS:
             return
         yield piece
         size += len(piece)
 
 
-def _pieces(text: str) -> Iterator[str]:
+def pieces(text: str) -> Iterator[str]:
+    """`text` in parts of `PIECE` characters or more, the last one shorter, cut where `WORDS` ends a word."""
     start = 0
     while len(text) - start > PIECE:
         border = _PIECE_BORDER.search(text, start + PIECE)

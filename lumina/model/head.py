@@ -59,8 +59,9 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.mm(g, w_VD, out=g_h_TD[rows])
             g_w_VD += g.t() @ h
         ctx.save_for_backward(g_h_TD, g_w_VD)
-        ctx.mark_non_differentiable(nats, correct)
-        return nats + z * square, nats, correct, (target_T != IGNORED).sum().float()
+        count = (target_T != IGNORED).sum().float()
+        ctx.mark_non_differentiable(nats, correct, count)
+        return nats + z * square, nats, correct, count
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

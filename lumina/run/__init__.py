@@ -1,4 +1,4 @@
-"""A request flows in; a run folder that one process owns flows out, with every path, its lock and its history.
+"""A request flows in; a run folder that one process owns flows out, with its paths, its lock and its history.
 
 Nothing here imports torch: listing, finding and reading runs is instant.
 """

@@ -15,11 +15,11 @@ def runs(root: Path) -> list[Run]:
     """Every run below `root`, newest first. Raises `UserError` for a damaged meta.json."""
     paths = root.iterdir() if root.is_dir() else ()
     found = [Run(path) for path in paths if all((path / name).is_file() for name in REQUIRED)]
-    return sorted(found, key=lambda run: run.read_meta()["created"], reverse=True)
+    return sorted(found, key=lambda run: run.read_meta().get("created", 0), reverse=True)
 
 
 def newest(root: Path, request: str) -> tuple[Run | None, Status]:
-    """The newest unfinished run of this request (its hash, in meta.json); else the newest finished one; else None."""
+    """The newest unfinished run whose meta.json holds this `request` hash; else the newest finished one."""
     same = [run for run in runs(root) if run.read_meta().get("request") == request]
     for run in same:
         if not run.finished:

@@ -14,10 +14,9 @@ from lumina.errors import UserError
 
 
 class RunLock:
-    """Holds a run until the block, or the process, ends; however it ends.
+    """Holds a run until the block or the process ends, however it ends. `UserError` if another one holds it.
 
-    The kernel keeps the lock (`flock`), so nothing is stale after a crash. The file's content only says who holds it.
-    Raises `UserError` naming the holder if there is one.
+    The kernel keeps the lock (`flock`), so nothing is stale after a crash; the file only says who holds it.
     """
 
     def __init__(self, path: Path) -> None:

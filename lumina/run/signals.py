@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM inside the block into `requested`, its name; a second one interrupts at once.
+    """Inside the block, the first SIGINT or SIGTERM sets `requested` to its name; the second interrupts.
 
     Python allows handlers in the main thread only: in another one this does nothing.
     """
@@ -20,10 +20,8 @@ class StopRequest:
         self.requested: str | None = None
 
     def __enter__(self) -> Self:
-        in_main = threading.current_thread() is threading.main_thread()
-        self._previous = (
-            {number: signal.signal(number, self._handle) for number in SIGNALS} if in_main else {}
-        )
+        signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {number: signal.signal(number, self._handle) for number in signals}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,6 +12,7 @@ from lumina.config.units import (
     parse_context,
     parse_count,
     parse_number,
+    parse_path,
     parse_paths,
     parse_seconds,
     parse_span,
@@ -24,6 +25,7 @@ Number = Annotated[float, BeforeValidator(parse_number)]
 Span = Annotated[int | float, BeforeValidator(parse_span)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 Betas = Annotated[tuple[float, float], BeforeValidator(parse_betas)]
+Name = Annotated[str, BeforeValidator(parse_path)]
 Paths = Annotated[tuple[str, ...], BeforeValidator(parse_paths)]
 
 

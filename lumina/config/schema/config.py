@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lumina.config.schema.base import Count, Number, Section
+from lumina.config.schema.base import AutoCount, Count, Problem, Section, nearest_divisor, nearest_multiple
 from lumina.config.schema.data import DataConfig
 from lumina.config.schema.model import ModelConfig
 from lumina.config.schema.train import TrainConfig
@@ -35,12 +35,7 @@ class ParallelConfig(Section):
     """`parallel`."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
-    threads: Count | Literal["auto"] = Field("auto", description="CPU threads")
-
-    def problems(self) -> list[str]:
-        if isinstance(self.threads, int) and self.threads < 1:
-            return [f"parallel.threads={self.threads}: use auto, or 1 or more"]
-        return []
+    threads: AutoCount = Field("auto", description="CPU threads")
 
 
 class Config(Section):
@@ -54,27 +49,16 @@ class Config(Section):
     telemetry: TelemetryConfig
     parallel: ParallelConfig
 
-    def problems(self) -> list[str]:
-        """Problems across sections; each section's own are found before."""
-        model, train = self.model, self.train
-        if train.batch_tokens % model.seq_len:
-            below = train.batch_tokens // model.seq_len * model.seq_len
-            near = [str(n) for n in (below, below + model.seq_len) if n]
-            return [
-                f"train.batch_tokens={train.batch_tokens}: not a multiple of model.seq_len={model.seq_len}; "
-                f"use {' or '.join(near)}"
-            ]
-        sequences = train.batch_tokens // model.seq_len
-        if isinstance(train.micro_batch, int) and sequences % train.micro_batch:
-            fits = ", ".join(str(n) for n in range(1, sequences + 1) if sequences % n == 0)
-            return [
-                f"train.micro_batch={train.micro_batch}: does not divide the {sequences} sequences of a batch; "
-                f"use one of {fits}"
-            ]
-        return []
 
-
-SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation  # type: ignore[misc]
-    for name, field in Config.model_fields.items()
-}
+def batch_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
+    """A batch is whole sequences, a micro-batch divides it; neither is ever rounded silently."""
+    sequences, rest = divmod(train.batch_tokens, model.seq_len)
+    if rest:
+        use = nearest_multiple(train.batch_tokens, model.seq_len)
+        keys = ("train.batch_tokens", "model.seq_len")
+        return [Problem(keys, f"a batch is whole sequences; use train.batch_tokens={use}")]
+    if isinstance(train.micro_batch, int) and sequences % train.micro_batch:
+        use = nearest_divisor(train.micro_batch, sequences)
+        keys = ("train.micro_batch", "train.batch_tokens")
+        return [Problem(keys, f"does not divide the {sequences} sequences of a batch; use {use}")]
+    return []

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import Field
 
-from lumina.config.schema.base import Paths, Section
+from lumina.config.schema.base import Name, Paths, Section
 
 
 class DataConfig(Section):
@@ -14,4 +12,4 @@ class DataConfig(Section):
 
     train: Paths = Field(("sample",), min_length=1, description="files, globs, folders; `sample` is embedded")
     eval: Paths = Field((), description="held-out files; empty holds a part of `train` back")
-    tokenizer: str = Field("bpe", min_length=1, description="`bpe` trains one on the data; or a tokenizer.json")
+    tokenizer: Name = Field("bpe", description="`bpe` trains one on the data; or a tokenizer.json")

@@ -6,7 +6,15 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lumina.config.schema.base import Context, Count, Number, Problem, Section, nearest_divisor, nearest_multiple
+from lumina.config.schema.base import (
+    Context,
+    Count,
+    Number,
+    Problem,
+    Section,
+    nearest_divisor,
+    nearest_multiple,
+)
 
 ROW = 8  # grouped matmul needs rows of 16 bytes: 8 values in bf16
 KINDS = ("dense", "moe", "mod", "hybrid")
@@ -18,7 +26,7 @@ class MoEConfig(Section):
     """`model.moe`: experts in place of the dense feed-forward network (kinds moe and hybrid)."""
 
     experts: Count = Field(8, ge=2, description="experts per layer")
-    top_k: Count = Field(2, ge=2, description="experts that each token takes; a lone one would not train its router")
+    top_k: Count = Field(2, ge=1, description="experts that each token takes")
     ffn: Count = Field(384, ge=ROW, description="feed-forward width of one expert")
     shared: Count = Field(0, ge=0, description="experts that every token takes besides, as one network")
     bias_rate: Number = Field(1e-3, ge=0, description="how far a step moves an expert's selection bias")
@@ -26,30 +34,35 @@ class MoEConfig(Section):
 
     def problems(self) -> list[Problem]:
         found = _not_rows("model.moe.ffn", self.ffn)
+        if self.top_k == 1:
+            message = "a normalised top-1 gate gives its router no gradient; use 2 or more"
+            found.append(Problem(("model.moe.top_k",), message))
         if self.top_k > self.experts:
             keys = ("model.moe.top_k", "model.moe.experts")
-            found.append(Problem(keys, "a token cannot take more experts than there are; lower the first"))
+            found.append(Problem(keys, f"there are not so many experts; use top_k {self.experts} or less"))
         return found
 
 
 class MoDConfig(Section):
     """`model.mod`: blocks that compute only some of the tokens (kinds mod and hybrid)."""
 
-    capacity: Number = Field(0.125, gt=0, le=1, description="share of a sequence that a routed block computes")
+    capacity: Number = Field(0.125, gt=0, le=1, description="share of a sequence that routed blocks compute")
     every: Count = Field(2, ge=1, description="every how many blocks one is routed (2: blocks 1, 3, 5, …)")
 
 
 class ModelConfig(Section):
     """`model`. `moe` and `mod` are there exactly when the kind has them."""
 
-    kind: Literal["dense", "moe", "mod", "hybrid"] = Field("dense", description="which way the layers are sparse")
+    kind: Literal["dense", "moe", "mod", "hybrid"] = Field(
+        "dense", description="sparse in width, depth, both"
+    )
     width: Count = Field(256, ge=ROW, description="size of the residual stream")
     layers: Count = Field(6, ge=1, description="transformer blocks")
     heads: Count = Field(4, ge=1, description="query heads")
     kv_heads: Count = Field(2, ge=1, description="key-value heads, each shared by a group of query heads")
     head_dim: Count = Field(64, ge=2, description="size of one head")
     ffn: Count = Field(768, ge=ROW, description="feed-forward width of a block without experts")
-    vocab: Count = Field(2048, ge=260, description="rows of the embedding: 256 bytes, 4 special tokens, merges")
+    vocab: Count = Field(2048, ge=260, description="rows of the embedding: bytes, 4 special tokens, merges")
     seq_len: Context = Field(256, ge=2, description="context length in tokens (4k is 4096)")
     tied: bool = Field(True, description="whether the output head is the embedding")
     rope_theta: Number = Field(10000.0, gt=0, description="base of the rotary frequencies")
@@ -58,7 +71,9 @@ class ModelConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _give_sections(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _give_sections(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
         return {**{part: {} for part in ("moe", "mod") if values.get("kind") in KINDS_OF[part]}, **values}
 
     @model_validator(mode="after")
@@ -73,7 +88,7 @@ class ModelConfig(Section):
         if self.heads % self.kv_heads:
             use = nearest_divisor(self.kv_heads, self.heads)
             keys = ("model.heads", "model.kv_heads")
-            found.append(Problem(keys, f"every key-value head serves the same number of heads; use kv_heads {use}"))
+            found.append(Problem(keys, f"each key-value head serves equally many heads; use kv_heads {use}"))
         if self.head_dim % 2:
             use = nearest_multiple(self.head_dim, 2)
             found.append(Problem(("model.head_dim",), f"rotary positions turn pairs; use {use}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -21,9 +21,11 @@ class TrainConfig(Section):
     micro_batch: AutoCount = Field("auto", description="sequences computed at once")
     lr: Number = Field(3e-3, gt=0, description="peak learning rate")
     optimizer: Literal["muon", "adamw"] = Field("muon", description="for matrices; the rest is AdamW's")
-    schedule: Literal["wsd", "cosine"] = Field("wsd", description="warm-up, constant, linear decay; or cosine")
+    schedule: Literal["wsd", "cosine"] = Field(
+        "wsd", description="warm-up, then constant and decay, or cosine"
+    )
     warmup: Span = Field(0.05, ge=0, description="share of the run (below 1) or steps")
-    decay: Span = Field(0.4, ge=0, description="share of the run or steps: wsd's decay; router biases rest in it")
+    decay: Span = Field(0.4, ge=0, description="likewise: wsd's final decay; router biases rest in it")
     weight_decay: Number = Field(0.1, ge=0, description="decoupled, on matrices only")
     betas: Betas = Field((0.9, 0.95), description="AdamW's moment decays")
     eps: Number = Field(1e-8, gt=0, description="AdamW's denominator floor")
@@ -35,11 +37,16 @@ class TrainConfig(Section):
 
     def problems(self) -> list[Problem]:
         found = []
-        given = [key for key, value in zip(LENGTHS, (self.steps, self.tokens, self.time), strict=True) if value]
+        given = [length for length in (self.steps, self.tokens, self.time) if length is not None]
         if len(given) != 1:
-            found.append(Problem(LENGTHS, "exactly one says how long to train"))
+            found.append(Problem(LENGTHS, "exactly one of them says how long to train"))
         if not all(0 <= beta < 1 for beta in self.betas):
-            found.append(Problem(("train.betas",), "each must be at least 0 and below 1"))
-        if self._steps_of(self.warmup) + self._steps_of(self.decay) > (self._steps() or float("inf")):
-            found.append(Problem(("train.warmup", "train.decay"), "together longer than the run; shorten one"))
+            found.append(Problem(("train.betas",), "both must be at least 0 and below 1"))
+        # Under train.time the steps are not known yet: shares alone count, and `settle` checks again.
+        steps = self.steps or (self.tokens or 0) / self.batch_tokens
+        shares = [span if span < 1 else span / steps if steps else 0 for span in (self.warmup, self.decay)]
+        if sum(shares) > 1:
+            found.append(
+                Problem(("train.warmup", "train.decay"), "together longer than the run; shorten one")
+            )
         return found
