@@ -16,24 +16,31 @@ LEFTOVER = re.compile(r".+\.tmp-(\d+)")  # what a process was writing or deletin
 def prune(root: Path, keep_last: int, protect: Set[int] = frozenset()) -> list[int]:
     """Deletes all but the newest `keep_last` complete checkpoints; returns the deleted steps, oldest first.
 
-    What `latest` and `best` point at and the steps in `protect` stay. So does a folder without COMPLETE: it is
-    evidence. Leftovers of dead processes are swept away, and those of this one: nothing may be being saved.
+    What `latest` and `best` point at and the steps in `protect` stay. So does a folder without COMPLETE: it
+    is evidence. Leftovers of dead processes are swept away, and this one's: no save may be under way in it.
     """
     _sweep(root)
     links = [root / name for name in LINKS if (root / name).is_symlink()]
-    kept = {root / os.readlink(link) for link in links} | {store.folder(root, step) for step in protect}
-    complete = [path for path in store.checkpoints(root) if (path / store.COMPLETE).is_file()]
-    doomed = [path for path in reversed(complete[keep_last:]) if path not in kept]
+    kept = protect | {store.step_of(Path(os.readlink(link))) for link in links}
+    complete = [path for path in store.checkpoints(root) if _complete(path)]
+    doomed = [path for path in reversed(complete[keep_last:]) if store.step_of(path) not in kept]
     for path in doomed:
         store.discard(path)
     return [store.step_of(path) for path in doomed]
 
 
 def _sweep(root: Path) -> None:
-    for path in root.iterdir():
+    """Removes the leftovers of killed writers, and of killed deleters."""
+    for path in list(root.iterdir()):
         match = LEFTOVER.fullmatch(path.name)
         if match and not _another_lives(int(match[1])):
             store.remove(path)
+        elif path.suffix == store.OLD and _complete(path.with_suffix("")):
+            store.discard(path)
+
+
+def _complete(path: Path) -> bool:
+    return (path / store.COMPLETE).is_file()
 
 
 def _another_lives(pid: int) -> bool:

@@ -4,8 +4,8 @@
     <root>/latest -> step-000500
 
 `COMPLETE` lists every other file with its size and SHA-256. A folder is written under another name, flushed
-to the disk and renamed last: a crash at any instant leaves a checkpoint, or a leftover that no reader takes for
-one. Tensors go through torch's distributed checkpoint into safetensors; nothing is ever pickled or unpickled.
+to the disk and renamed last: a crash at any instant leaves a checkpoint, or a leftover that no reader takes
+for one. Tensors go through torch's distributed checkpoint into safetensors; nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ def temporary(path: Path) -> Path:
 def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str, Any]) -> Receipt:
     """Publishes a checkpoint of `step`, replacing one of the same step, and points `latest` at it.
 
-    Tensors may have any device, strides and dtype of safetensors; each is given once, also if it is tied. They
-    need a dimension: scalars belong in `state`, which holds plain JSON values (NaN and infinities too).
-    Raises `ValueError` or `TypeError` for anything else, and `UserError` if the disk refuses; whatever was
-    saved before is untouched then.
+    Tensors may have any device, strides and dtype of safetensors; a tied one is given once. They need a
+    dimension: scalars belong in `state`, which holds plain JSON values (NaN and infinities too).
+    Raises `ValueError`, `TypeError` or (two tensors in the same memory) `RuntimeError` for anything else, and
+    `UserError` if the disk refuses; whatever was saved before is untouched then.
     """
     start = time.perf_counter()
     for kind, tensors in ((MODEL, model), (OPTIM, optim)):
@@ -149,13 +149,14 @@ def remove(path: Path) -> None:
 
 def _write_tensors(path: Path, tensors: Tensors) -> None:
     if tensors:
+        writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+        packed = {name: tensor.contiguous() for name, tensor in tensors.items()}  # safetensors has no strides
         with _torch_checkpoint():
-            writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-            state_dict_saver.save(dict(tensors), storage_writer=writer, no_dist=True)
+            state_dict_saver.save(packed, storage_writer=writer, no_dist=True)
 
 
 def _seal(path: Path, step: int) -> int:
-    """Flushes every file and folder to the disk, then COMPLETE, which vouches for them. Returns their bytes."""
+    """Flushes every file and folder to the disk, then COMPLETE, which vouches for them. Returns the bytes."""
     files = {name: _fingerprint(path / name) for name in sorted(_files(path))}
     for entry in path.rglob("*"):
         _sync(entry)
@@ -246,7 +247,7 @@ def _damage(path: Path, name: str, size: int, sha256: str) -> Iterator[str]:
 def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None) -> None:
     """Reads every tensor of a checkpoint into the given ones, in place; without `optim`, the model's only.
 
-    Names, shapes and dtypes must be equal: else one `UserError` lists every difference and nothing has changed.
+    Names, shapes and dtypes must be equal: else one `UserError` lists every difference, and nothing changed.
     """
     wanted = {MODEL: model} if optim is None else {MODEL: model, OPTIM: optim}
     problems = [p for kind, targets in wanted.items() for p in _differences(checkpoint.path, kind, targets)]
@@ -254,8 +255,8 @@ def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None) -
         raise UserError.collect(problems, f"{checkpoint.path}: saved from another model or optimizer")
     for kind, targets in wanted.items():
         if targets:
+            reader = HuggingFaceStorageReader(str(checkpoint.path / kind))
             with _torch_checkpoint():
-                reader = HuggingFaceStorageReader(str(checkpoint.path / kind))
                 state_dict_loader.load(dict(targets), storage_reader=reader, no_dist=True)
 
 

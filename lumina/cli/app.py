@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -12,7 +13,7 @@ from lumina.cli import demo, generate, train
 from lumina.errors import UserError
 from lumina.run.exit_codes import STOPPED, USER_ERROR
 
-VERBS = {
+VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "train": train.train,
     "resume": train.resume,

@@ -28,9 +28,7 @@ def generate(
     write(index.find(root, run), prompt, max_tokens, temperature, top_k, top_p, seed)
 
 
-def write(
-    run: Run, prompt: str, max_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
-) -> None:
+def write(run: Run, prompt: str, max_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     """Streams prompt and continuation to standard output; which checkpoint it was goes to standard error."""
     from lumina.inference.engine import load
 

@@ -43,7 +43,8 @@ def train(
 
 
 def resume(
-    run: Annotated[str, typer.Argument(help="A run folder, or its name below --root.")], root: Root = Path("runs")
+    run: Annotated[str, typer.Argument(help="A run folder, or its name below --root.")],
+    root: Root = Path("runs"),
 ) -> None:
     """Go on with a run from its newest complete checkpoint, to the bit."""
     from lumina.config.resolve import read

@@ -49,7 +49,7 @@ def build(values: Mapping[str, Any], origins: Mapping[str, str], problems: Seque
     lines = [*problems, *(_describe(problem, values, origins) for problem in found)]
     if lines:
         count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise UserError.collect(lines, f"the configuration has {count}")
+        raise UserError.collect([_printable(line) for line in lines], f"the configuration has {count}")
     return Config(**built)
 
 
@@ -74,7 +74,11 @@ def _translate(section: str, detail: ErrorDetails) -> Problem:
 def _describe(problem: Problem, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """`train.lr=-1 (command line): must be more than 0`."""
     given = [
-        f"{key}={yaml12.dump_value(values[key])} ({origins[key]})" if key in values else key
-        for key in problem.keys
+        f"{key}={yaml12.dump_value(values[key])} ({origins[key]})" if key in values else key for key in problem.keys
     ]
     return f"{', '.join(given)}: {problem.message}"
+
+
+def _printable(text: str) -> str:
+    """One line that cannot steer a terminal, whatever was typed or named."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

@@ -56,9 +56,13 @@ def read_preset(name: str, wanted_by: str = "") -> Layer:
 
 
 def read_file(path: Path) -> File:
-    """A user's file, or the `config.yaml` of a run. Raises `UserError` if it is not YAML sections in UTF-8."""
+    """A user's file, or the `config.yaml` of a run. Raises `UserError` if it is not UTF-8 YAML sections."""
     try:
-        content = yaml12.load(path.read_text(encoding="utf-8"))
+        content = yaml12.load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(content, dict):
+            raise UserError("no sections in it", "write `train:` and below it, indented, `lr: 3e-4`")
+        about = {key: content.pop(key) for key in ("schema_version", "preset", "extends") if key in content}
+        values = flat(content)
     except OSError as error:
         fix = f"check the path, or name a preset: {', '.join(presets())}"
         raise UserError(f"{path}: cannot be read: {error.strerror}", fix) from error
@@ -66,16 +70,12 @@ def read_file(path: Path) -> File:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})", "save the file as UTF-8") from error
     except UserError as error:
         raise UserError(f"{path}: {error.message}", error.fix) from error
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: no sections in it", fix="write `train:` and below it, indented, `lr: 3e-4`")
-    version = content.pop("schema_version", SCHEMA_VERSION)
+    version = about.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         fix = f"this version of LuminaAI reads {SCHEMA_VERSION}; use the version that wrote the file"
         raise UserError(f"{path}: schema_version is {version}", fix)
-    name = str(content.pop("preset", path.stem))
-    extends = str(content.pop("extends", "debug"))
-    return File(Layer(f"file {path}", flat(content)), name, extends)
+    name, extends = about.get("preset", path.stem), about.get("extends", "debug")
+    return File(Layer(f"file {path}", values), str(name), str(extends))
 
 
 def read_settings(settings: Sequence[str] | Mapping[str, Any], problems: list[str]) -> Layer:
@@ -87,28 +87,33 @@ def read_settings(settings: Sequence[str] | Mapping[str, Any], problems: list[st
         key, equals, text = (part.strip() for part in setting.partition("="))
         if not equals:
             problems.append(f"{setting}: a setting is key=value, such as train.steps=300")
-        elif key in values:
-            problems.append(f"{key}: given twice on the command line")
-        else:
-            try:
-                value = yaml12.load_value(text)
-            except UserError as error:
-                reason = error.message.removeprefix("line 1: ")
-                problems.append(f"{setting}: {reason}; a text with brackets needs quotes: {key}='\"…\"'")
-            else:
-                values |= flat({key: value}) if isinstance(value, dict) else {key: value}
+            continue
+        try:
+            value = yaml12.load_value(text)
+        except UserError as error:
+            reason = error.message.removeprefix("line 1: ")
+            problems.append(f"{setting}: {reason}; a text with brackets needs quotes: {key}='\"…\"'")
+            continue
+        given = flat({key: value}) if isinstance(value, dict) else {key: value}
+        problems += [f"{twice}: given twice on the command line" for twice in given if twice in values]
+        values |= given
     return Layer(COMMAND_LINE, values)
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> Values:
-    """Nested sections (or keys that are dotted already) as dotted keys; a section may be empty."""
+    """Nested sections (or keys that are dotted already) as dotted keys; a section may be empty.
+
+    Raises `UserError` if a key is given in both ways.
+    """
     values: Values = {}
     for name, value in nested.items():
         key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and key not in known_keys():
-            values |= flat(value, f"{key}.")
-        elif value is not None or key not in known_sections():
-            values[key] = value
+        if value is None and key in known_sections():
+            value = {}
+        given = flat(value, f"{key}.") if isinstance(value, Mapping) and key not in known_keys() else {key: value}
+        if twice := [key for key in given if key in values]:
+            raise UserError(f"{', '.join(twice)}: given twice", fix="keep one")
+        values |= given
     return values
 
 
@@ -141,25 +146,25 @@ def merge(layers: Sequence[Layer], problems: list[str]) -> tuple[Values, dict[st
     return values, origins
 
 
-def drop_other_kinds(values: Values, layers: Sequence[Layer], problems: list[str]) -> Values:
+def drop_other_kinds(values: Values, preset: Layer, mine: Sequence[Layer], problems: list[str]) -> Values:
     """Removes the keys that the chosen kind has no use for: a problem where the user wrote them.
 
     Returns what the preset lost by the choice: the keys that the preset's own kind has.
     """
-    preset, *mine = layers
-    kind = values.get("model.kind")
+    kind = values.get("model.kind", "dense")
     if kind not in KINDS:
         return {}  # a problem of its own
     dropped: Values = {}
     for key in list(values):
         kinds = kinds_of(key)
-        if kinds is None or kind in kinds:
+        if kind in kinds:
             continue
         value = values.pop(key)
         writers = [layer.origin for layer in mine if key in layer.values]
         if writers:
-            text = f"{key}={yaml12.dump_value(value)} ({writers[-1]}): a {kind} model does not use it"
-            problems.append(f"{text}; leave it out, or set model.kind={' or '.join(kinds)}")
+            text = f"{key}={yaml12.dump_value(value)} ({writers[-1]}): a {kind} model has no use for it"
+            rather = " set model.moe.ffn," if key == "model.ffn" else ""
+            problems.append(f"{text}; leave it out,{rather} or set model.kind={' or '.join(kinds)}")
         elif preset.values["model.kind"] in kinds:
             dropped[key] = value
     return dropped

@@ -9,7 +9,7 @@ from functools import cache
 
 from lumina.config.schema.base import Section
 from lumina.config.schema.config import Config
-from lumina.config.schema.model import KINDS_OF
+from lumina.config.schema.model import KINDS, KINDS_OF
 
 # What other frameworks call our keys.
 ALIASES = {
@@ -84,10 +84,10 @@ def known_sections() -> frozenset[str]:
     return frozenset(key.rpartition(".")[0] for key in known_keys())
 
 
-def kinds_of(key: str) -> tuple[str, ...] | None:
-    """The kinds of model that have a key, or None if all have it."""
-    section, *parts = key.split(".")
-    return KINDS_OF.get(parts[0]) if section == "model" else None
+def kinds_of(key: str) -> tuple[str, ...]:
+    """The kinds of model that have a use for a key."""
+    section, part = f"{key}.".split(".")[:2]
+    return KINDS_OF.get(part, KINDS) if section == "model" else KINDS
 
 
 def suggestion(key: str) -> str:
@@ -98,12 +98,12 @@ def suggestion(key: str) -> str:
 
 
 def _same_end(name: str) -> list[str]:
-    """`moe.ffn` and `model.moe.hidden.ffn` end as `model.moe.ffn` does: the longest common end wins."""
+    """Keys with the longest common end: `moe.ffn` ends as `model.moe.ffn` does."""
     parts = name.split(".")
     for start in range(len(parts)):
         end = ".".join(parts[start:])
         if found := [known for known in known_keys() if f".{known}".endswith(f".{end}")]:
-            return found
+            return difflib.get_close_matches(name, found, n=1, cutoff=0.8) or found
     return []
 
 

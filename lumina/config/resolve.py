@@ -20,6 +20,7 @@ from lumina.config import yaml12
 from lumina.config.check import build
 from lumina.config.layers import (
     SCHEMA_VERSION,
+    Layer,
     drop_other_kinds,
     merge,
     presets,
@@ -57,18 +58,18 @@ def resolve(source: str | Path | None = None, settings: Sequence[str] | Mapping[
     name = str(source or "debug")
     if name.endswith((".yaml", ".yml")) or "/" in name or os.sep in name:
         file = read_file(Path(name))
-        preset = read_preset(file.extends, wanted_by=name)
-        name, mine = file.name, [file.layer]
+        preset, base, mine = read_preset(file.extends, wanted_by=name), file.extends, [file.layer]
+        name = file.name
     else:
-        preset, mine = read_preset(name), []
+        preset, base, mine = read_preset(name), name, []
     mine.append(read_settings(settings, problems))
     problems += [problem for layer in mine for problem in unknown(layer)]
     values, origins = merge([preset, *mine], problems)
-    dropped = drop_other_kinds(values, [preset, *mine], problems)
+    dropped = drop_other_kinds(values, preset, mine, problems)
     config = build(values, origins, problems)
     flat = flatten(config)
     written = {key: flat[key] for layer in mine for key in layer.values if flat[key] is not None}
-    return Resolved(config, _complete(origins, flat), dropped, name, {"preset": preset.origin, **written})
+    return Resolved(config, _complete(origins, flat), dropped, name, {"preset": base} | written)
 
 
 def settle(resolved: Resolved, choices: Mapping[str, tuple[Any, str]]) -> Resolved:
@@ -92,7 +93,7 @@ def flatten(config: Config) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value
 
-    keys = [key for key in known_keys() if config.model.kind in (kinds_of(key) or (config.model.kind,))]
+    keys = [key for key in known_keys() if config.model.kind in kinds_of(key)]
     return {key: plain(functools.reduce(getattr, key.split("."), config)) for key in keys}
 
 
@@ -114,7 +115,7 @@ def write(resolved: Resolved, path: Path) -> None:
             if above[: depth + 1] != path_of_key[: depth + 1]:
                 lines.append(f"{'  ' * depth}{section}:")
         above = path_of_key
-        origin = " ".join(resolved.origins[key].split())
+        origin = "".join(sign if sign.isprintable() else " " for sign in resolved.origins[key])
         comment = "" if origin == "default" else f"  # {origin}"
         lines.append(f"{'  ' * len(above)}{name}: {yaml12.dump_value(value)}{comment}")
     temporary = path.with_name(f"{path.name}.tmp")
@@ -130,6 +131,7 @@ def read(path: Path) -> Resolved:
     file = read_file(path)
     problems = unknown(file.layer)
     values, origins = merge([file.layer], problems)
+    drop_other_kinds(values, Layer("default", {}), [file.layer], problems)
     config = build(values, origins, problems)
     return Resolved(config, _complete(origins, flatten(config)), {}, file.name, {})
 

@@ -1,6 +1,7 @@
 """Numbers as people write them: `2B` tokens, `2h`, `4k`, `5%`, `3e-4`, `1_000`.
 
-Each parser takes what YAML or Python hands over (a number or a text) and raises ValueError with what is needed.
+Each parser takes what YAML or Python hands over, mostly a number or a text, and raises ValueError with what
+is needed.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def parse_span(value: Any) -> float | int:
 
     `100%` and `1.0` are refused: whoever writes them does not mean one step.
     """
-    need = "a share of the run below 1 (0.05, 5%) or whole steps (200) are needed"
+    need = "a share of the run below 1 (0.05, 5%) or whole steps (200) is needed"
     if value == 1.0 and isinstance(value, float):
         raise ValueError(need)
     if isinstance(value, float) and value < 1:

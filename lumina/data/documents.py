@@ -69,9 +69,7 @@ def raise_problems(problems: Sequence[str]) -> None:
         raise UserError.collect(shown, "the data cannot be read")
 
 
-def find_files(
-    specs: Sequence[str], problems: list[str], seen: dict[str, str] | None = None
-) -> list[DataFile]:
+def find_files(specs: Sequence[str], problems: list[str], seen: dict[str, str] | None = None) -> list[DataFile]:
     """The files of all `specs`. `seen` says which spec gave a file: no two may give the same one."""
     seen = {} if seen is None else seen
     files: list[DataFile] = []

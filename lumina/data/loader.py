@@ -63,9 +63,7 @@ class Loader:
         """Raises `ValueError` if the shard is shorter than one sample."""
         self.samples = (len(shard.tokens) - 1) // seq_len
         if self.samples < 1:
-            raise ValueError(
-                f"{len(shard.tokens)} tokens hold no sample of {seq_len} inputs and their targets"
-            )
+            raise ValueError(f"{len(shard.tokens)} tokens hold no sample of {seq_len} inputs and their targets")
         self.tokens, self.seq_len, self.sequences = shard.tokens, seq_len, sequences
         self.seed, self.end_id = seed, end_id
 
@@ -112,9 +110,7 @@ def heldout(shard: Shard, seq_len: int, sequences: int, end_id: int) -> Iterator
         yield _batch(ids.reshape(shape), targets.reshape(shape), np.arange(first, first + count), end_id)
 
 
-def _batch(
-    ids: NDArray[np.int64], targets: NDArray[np.int64], samples: NDArray[np.int64], end_id: int
-) -> Batch:
+def _batch(ids: NDArray[np.int64], targets: NDArray[np.int64], samples: NDArray[np.int64], end_id: int) -> Batch:
     opened = np.cumsum(ids == end_id, axis=1, dtype=np.int32)
     segments = opened - opened[:, :1]
     return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, segments, samples)))

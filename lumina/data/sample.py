@@ -32,9 +32,7 @@ def sample_files() -> list[tuple[Path, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     files: dict[str, Path] = {}
     for parent, folders, names in os.walk(root):
-        folders[:] = [
-            name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith(MACHINE_PREFIXES)
-        ]
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith(MACHINE_PREFIXES)]
         for name in names:
             if name.endswith(".py") and not name.startswith(MACHINE_PREFIXES):
                 path = Path(parent, name)

@@ -68,8 +68,7 @@ class _Sources:
     @property
     def fingerprint(self) -> str:
         sides = [
-            sorted(_file_digest(file) for file in side if file.kind != "ignored")
-            for side in (self.train, self.eval)
+            sorted(_file_digest(file) for file in side if file.kind != "ignored") for side in (self.train, self.eval)
         ]
         return digest(json.dumps(sides))[:16]
 

@@ -29,9 +29,7 @@ FOREIGN_ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_
 # Words take one leading mark, numbers come in pairs of digits, and the end of a line joins the next line's
 # indentation, also after punctuation: `:\n        ` can be one token. On the sample with 2048 ids this gives
 # 3.36 bytes a token; the patterns of GPT-2 and Llama 3 give 3.19.
-WORDS = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|[\r\n]+[ \t]*|\s+(?!\S)|\s+"
-)
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|[\r\n]+[ \t]*|\s+(?!\S)|\s+"
 # Long texts are handled in pieces, in parallel and within memory; `WORDS` ends a word at every such border.
 PIECE = 1 << 18  # characters
 BPE_CHARACTERS = 1 << 26  # that BPE is trained on: more text hardly changes the merges, but takes its time
@@ -70,9 +68,7 @@ class Tokenizer:
         file = Path(path).expanduser()
         file = file / FILE_NAME if file.is_dir() else file
         if not file.is_file():
-            raise UserError(
-                f"{file}: no such tokenizer file", fix=f"give a {FILE_NAME}, a folder with one, or bpe"
-            )
+            raise UserError(f"{file}: no such tokenizer file", fix=f"give a {FILE_NAME}, a folder with one, or bpe")
         try:
             inner = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower

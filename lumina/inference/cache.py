@@ -24,9 +24,7 @@ class LayerCache:
         self.length_B = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.next_position = 0
 
-    def extend(
-        self, k_BSGK: Tensor, v_BSGK: Tensor, keep_BS: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def extend(self, k_BSGK: Tensor, v_BSGK: Tensor, keep_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Stores the kept rows; returns the visible part of the cache and who may see what.
 
         A query sees the stored tokens at or before its own position. A query that was not kept sees the same, or
@@ -57,8 +55,7 @@ class Cache:
 
     def __init__(self, config: ModelConfig, batch: int, like: Tensor) -> None:
         self.layers = [
-            LayerCache(batch, config.seq_len, config.kv_heads, config.head_dim, like)
-            for _ in range(config.layers)
+            LayerCache(batch, config.seq_len, config.kv_heads, config.head_dim, like) for _ in range(config.layers)
         ]
         self.capacity = config.seq_len
         self.position = 0

@@ -30,9 +30,7 @@ class Model:
         """The continuation of `prompt` as one string; `sampling` as in `Sampler`."""
         return "".join(self.stream(prompt, max_tokens, seed=seed, **sampling))
 
-    def stream(
-        self, prompt: str, max_tokens: int = 200, *, seed: int = 0, **sampling: float
-    ) -> Iterator[str]:
+    def stream(self, prompt: str, max_tokens: int = 200, *, seed: int = 0, **sampling: float) -> Iterator[str]:
         """Yields text as soon as its characters are complete.
 
         Ends at the end token, after `max_tokens`, or when the context is full. A prompt longer than the context

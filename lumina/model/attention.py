@@ -28,9 +28,7 @@ class RMSNorm(nn.Module):
 class KeyValueCache(Protocol):
     """One layer's memory while generating; `lumina.inference.cache` implements it."""
 
-    def extend(
-        self, k_BSGK: Tensor, v_BSGK: Tensor, keep_BS: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def extend(self, k_BSGK: Tensor, v_BSGK: Tensor, keep_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Stores the kept rows; returns all stored `k_BNGK`, `v_BNGK` and `mask_BSN` (may query s see key n)."""
         ...
 
@@ -71,8 +69,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`mask` says which key a query may see; with a `cache` it is the cache that says so."""
         q_BSHK, k_BSGK, v_BSGK = (
-            part.unflatten(-1, (-1, self.head_dim))
-            for part in F.linear(x_BSD, self.w_qkv).split(self.splits, dim=-1)
+            part.unflatten(-1, (-1, self.head_dim)) for part in F.linear(x_BSD, self.w_qkv).split(self.splits, dim=-1)
         )
         q_BSHK = rotate(self.q_norm(q_BSHK), *rope).to(v_BSGK.dtype)
         k_BSGK = rotate(self.k_norm(k_BSGK), *rope).to(v_BSGK.dtype)

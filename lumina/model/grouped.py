@@ -27,9 +27,7 @@ def _(x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("lumina::grouped_mm_backward", mutates_args=())
-def _grouped_mm_backward(
-    g_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor
-) -> tuple[Tensor, Tensor]:
+def _grouped_mm_backward(g_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor) -> tuple[Tensor, Tensor]:
     g_RO = g_RO.contiguous()  # an expanded gradient has stride 0, which the kernel refuses
     return F.grouped_mm(g_RO, w_EOI, offs=offs_E), F.grouped_mm(g_RO.t(), x_RI, offs=offs_E)
 
@@ -55,10 +53,7 @@ def _loop(x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor) -> Tensor:
     ends = offs_E.tolist()
     starts = [0, *ends[:-1]]
     return torch.cat(
-        [
-            F.linear(x_RI[start:end], w_OI)
-            for w_OI, start, end in zip(w_EOI.unbind(), starts, ends, strict=True)
-        ]
+        [F.linear(x_RI[start:end], w_OI) for w_OI, start, end in zip(w_EOI.unbind(), starts, ends, strict=True)]
     )
 
 

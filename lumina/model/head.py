@@ -23,12 +23,12 @@ IGNORED = -1  # a target that is not counted
 
 
 class TokenLoss(NamedTuple):
-    """Sums over the counted tokens; divide by `count` of the whole batch, never of a part."""
+    """Sums over the counted tokens; divide by `tokens` of the whole batch, never of a part."""
 
     loss: Tensor  # cross-entropy + z-loss, in nats; carries the gradient
     nats: Tensor  # cross-entropy alone
     correct: Tensor  # tokens whose largest logit is the target
-    count: Tensor  # counted tokens
+    tokens: Tensor  # counted tokens
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -59,9 +59,9 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.mm(g, w_VD, out=g_h_TD[rows])
             g_w_VD += g.t() @ h
         ctx.save_for_backward(g_h_TD, g_w_VD)
-        count = (target_T != IGNORED).sum().float()
-        ctx.mark_non_differentiable(nats, correct, count)
-        return nats + z * square, nats, correct, count
+        tokens = (target_T != IGNORED).sum().float()
+        ctx.mark_non_differentiable(nats, correct, tokens)
+        return nats + z * square, nats, correct, tokens
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -78,7 +78,8 @@ class Head(nn.Module):
 
     def forward(self, h_BSD: Tensor, target_BS: Tensor, z: float) -> TokenLoss:
         """Loss sums in fp32; targets equal to -1 are not counted."""
-        h_TD, w_VD = h_BSD.flatten(0, 1), self.weight
+        h_TD = h_BSD.flatten(0, 1)
+        w_VD: Tensor = self.weight
         device = h_TD.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

@@ -82,7 +82,7 @@ class DepthRouter(nn.Module):
 
     def select(self, x_BSD: Tensor) -> Selection:
         """The training choice: exactly C tokens of each sequence, ties by position."""
-        B, S, _ = x_BSD.shape
+        S = x_BSD.shape[1]
         C = math.ceil(self.capacity * S)
         r_BS = self.score(x_BSD)
         index_BC = r_BS.detach().argsort(dim=1, descending=True, stable=True)[:, :C].sort(dim=1).values
@@ -133,8 +133,8 @@ def flat_index(index_BC: Tensor, sequence: int) -> Tensor:
 
 def take(x_BSD: Tensor, index_BC: Tensor) -> Tensor:
     """The selected tokens `[B, C, D]`."""
-    rows = _TakeRows.apply(x_BSD.flatten(0, 1), flat_index(index_BC, x_BSD.shape[1]))
-    return rows.view(*index_BC.shape, x_BSD.shape[-1])  # type: ignore[no-any-return]
+    rows: Tensor = _TakeRows.apply(x_BSD.flatten(0, 1), flat_index(index_BC, x_BSD.shape[1]))
+    return rows.view(*index_BC.shape, x_BSD.shape[-1])
 
 
 def put(x_BSD: Tensor, index_BC: Tensor, y_BCD: Tensor) -> Tensor:

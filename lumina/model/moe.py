@@ -99,9 +99,11 @@ class MoE(nn.Module):
         expert_TA, gate_TA = self.route(x_TD)
         expert_R = expert_TA.flatten()
         order_R = expert_R.argsort(stable=True)
-        row_TA = torch.empty_like(order_R).index_copy_(
-            0, order_R, torch.arange(order_R.numel(), device=order_R.device)
-        ).view_as(expert_TA)
+        row_TA = (
+            torch.empty_like(order_R)
+            .index_copy_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
+            .view_as(expert_TA)
+        )
         count_E = F.one_hot(expert_R, self.experts).sum(0)
         offs_E = count_E.cumsum(0).to(torch.int32)
         token_R = order_R // self.top_k

@@ -88,7 +88,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width)
         self.head = Head(config.width, config.vocab)
         if config.tied:
-            self.head.weight = self.embed.weight
+            self.head.weight = self.embed.weight  # type: ignore[assignment]  # it is a Parameter
         cos_SK, sin_SK = rope_table(config.seq_len, config.head_dim, config.rope_theta)
         self.register_buffer("cos_SK", cos_SK, persistent=False)
         self.register_buffer("sin_SK", sin_SK, persistent=False)

@@ -43,10 +43,10 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> Run:
         """An existing run. Raises `UserError`, with the runs of a similar name beside it, if it is none."""
-        missing = [name for name in REQUIRED if not (path / name).is_file()]
-        if not missing:
+        lacking = missing(path)
+        if not lacking:
             return cls(path)
-        wrong = f"not a run folder: it has no {' and no '.join(missing)}" if path.is_dir() else "no such run"
+        wrong = f"not a run folder: it has no {' and no '.join(lacking)}" if path.is_dir() else "no such run"
         near = near_runs(path)
         fix = f"did you mean {' or '.join(near)}?" if near else "name a folder that `lumina train` made"
         raise UserError(f"{path}: {wrong}", fix=fix)
@@ -121,9 +121,14 @@ class Run:
         return meta
 
 
+def missing(path: Path) -> list[str]:
+    """The files that make a folder a run and that `path` lacks; none for a run."""
+    return [name for name in REQUIRED if not (path / name).is_file()]
+
+
 def near_runs(path: Path) -> list[str]:
     """Runs beside `path` whose names resemble its own, at most three, best first."""
-    names = [config.parent.name for config in path.parent.glob(f"*/{REQUIRED[0]}")]
+    names = [config.parent.name for config in path.parent.glob("*/config.yaml")]
     return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)]
 
 

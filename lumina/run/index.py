@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from lumina.run.folder import REQUIRED, Run
+from lumina.run.folder import Run, missing
 
 Status = Literal["none", "finished", "unfinished"]
 
@@ -14,7 +14,7 @@ Status = Literal["none", "finished", "unfinished"]
 def runs(root: Path) -> list[Run]:
     """Every run below `root`, newest first. Raises `UserError` for a damaged meta.json."""
     paths = root.iterdir() if root.is_dir() else ()
-    found = [Run(path) for path in paths if all((path / name).is_file() for name in REQUIRED)]
+    found = [Run(path) for path in paths if not missing(path)]
     return sorted(found, key=lambda run: run.read_meta().get("created", 0), reverse=True)
 
 
@@ -31,4 +31,4 @@ def find(root: Path, name: str) -> Run:
     """The run called `name` below `root`, or at the path `name`. Raises `UserError` if there is none."""
     below, here = root / name, Path(name)
     is_path = here.is_dir() or os.sep in name
-    return Run.open(here if is_path and not below.is_dir() else below)
+    return Run.open(here if is_path and missing(below) else below)

@@ -84,10 +84,10 @@ class Console:
         resumed = event.get("parent_step") is not None
         for name, reason in event["skipped_checkpoints"]:
             self.write(f"! skipped {name}: {reason}")
-        self.write(f"{'resume' if resumed else 'run'}    {event['path']}" + (f" from step {event['step']}" if resumed else ""))
+        self.write(f"resume {event['path']} from step {event['step']}" if resumed else f"run    {event['path']}")
         self.write(
-            f"model  {event['kind']}, {count(event['params'])} parameters, {count(event['active'])} active a token{mean}, "
-            f"{count(event['flops_per_token'])}FLOP a trained token"
+            f"model  {event['kind']}, {count(event['params'])} parameters, "
+            f"{count(event['active'])} active a token{mean}, {count(event['flops_per_token'])}FLOP a trained token"
         )
         self.write(
             f"data   {count(data['tokens']['train'])} tokens to train on, {count(data['tokens']['heldout'])} held out, "

@@ -34,7 +34,11 @@ class Evaluation:
 
 
 def evaluate(
-    model: Transformer, batches: Iterable[Batch], text_bytes: int, precision: Precision, capacity: float | None
+    model: Transformer,
+    batches: Iterable[Batch],
+    text_bytes: int,
+    precision: Precision,
+    capacity: float | None,
 ) -> Evaluation:
     """Evaluates all of `batches`, which hold `text_bytes` of text. `capacity` is the trained share c, if any."""
     device = model.embed.weight.device
@@ -45,7 +49,7 @@ def evaluate(
         batch = batch.to(device)
         with precision.autocast():
             loss, taken_L = model.evaluate(batch.ids_BS, batch.segments_BS, batch.targets_BS)
-        sums += torch.stack([loss.nats, loss.correct, loss.count]).double().cpu()
+        sums += torch.stack([loss.nats, loss.correct, loss.tokens]).double().cpu()
         taken += taken_L.cpu()
         positions += batch.ids_BS.numel()
     nats, correct, count = sums.tolist()

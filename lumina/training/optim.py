@@ -114,7 +114,7 @@ class Optimizer:
         for name in self.groups.matrices:
             owner, _, leaf = name.rpartition(".")
             if leaf in ("w_qkv", "w_gate_up"):
-                splits[name] = modules[owner].splits  # type: ignore[assignment]
+                splits[name] = modules[owner].splits
         self.muon = Muon(self.groups.matrices, splits)
         plain = {**self.groups.plain, **self.groups.predictors}
         self.named = {**self.groups.decayed, **plain}
@@ -170,4 +170,5 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """The global L2 norm of the gradients, in fp32, on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch._foreach_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+    return total

@@ -84,9 +84,7 @@ def build(config: Config, corpus: Corpus) -> Parts:
         corpus=corpus,
         model=model,
         optimizer=Optimizer(model, config.train),
-        loader=Loader(
-            corpus.train, config.model.seq_len, sequences, config.train.seed, corpus.tokenizer.end_id
-        ),
+        loader=Loader(corpus.train, config.model.seq_len, sequences, config.train.seed, corpus.tokenizer.end_id),
         precision=Precision(config.precision.mode, config.parallel.device),
         plan=Step(
             micro_batches=sequences // int(config.train.micro_batch),
@@ -120,9 +118,7 @@ def _measure_step_time(parts: Parts) -> float:
     for i in range(DEADLINE_STEPS + 1):
         batch = parts.loader.batch(i)
         start = time.perf_counter()
-        train_step(
-            parts.model, parts.optimizer, batch, 0.0, parts.plan, parts.precision, freeze_bias=True
-        ).tolist()
+        train_step(parts.model, parts.optimizer, batch, 0.0, parts.plan, parts.precision, freeze_bias=True).tolist()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 

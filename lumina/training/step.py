@@ -51,7 +51,7 @@ def train_step(
             loss, routing = model(micro.ids_BS, micro.segments_BS, micro.targets_BS, plan.z_loss)
         # Sums over the whole batch's tokens, not means of means: any split gives the same gradient.
         ((loss.loss + routing.predictor_loss) / batch.targets).backward()
-        sums += torch.stack([loss.nats, loss.loss.detach(), loss.correct, loss.count])
+        sums += torch.stack([loss.nats, loss.loss.detach(), loss.correct, loss.tokens])
         stats.append(RoutingStats(*(value.detach() for value in routing)))
     routing = RoutingStats(*(torch.stack(values).sum(0) for values in zip(*stats, strict=True)))
 

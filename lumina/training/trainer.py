@@ -14,12 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lumina.checkpoint import retention, store
 from lumina.config.resolve import Resolved, read, request_hash, resolve, write
 from lumina.data.loader import heldout
-from lumina.data.shards import Corpus, data_fingerprint
+from lumina.data.shards import data_fingerprint
 from lumina.errors import UserError
 from lumina.events import EventWriter
 from lumina.run import index
@@ -243,9 +241,7 @@ class Session:
             store.point(self.run.checkpoints, "best", progress.step)
         retention.prune(self.run.checkpoints, self.config.checkpoint.keep_last, protect=set())
         self.saved_step = progress.step
-        self.events.emit(
-            "checkpoint", step=progress.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes
-        )
+        self.events.emit("checkpoint", step=progress.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes)
         self.last += time.perf_counter() - start
 
     def _stop(self, signal: str) -> None:

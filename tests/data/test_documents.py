@@ -118,9 +118,7 @@ def test_other_encodings_are_named_by_place(content: bytes, reason: str) -> None
 
 def test_missing_files_get_a_suggestion() -> None:
     write("data/corpus.txt", "x")
-    assert "data/corpsu.txt: no such file or folder; did you mean data/corpus.txt?" in refusal(
-        "data/corpsu.txt"
-    )
+    assert "data/corpsu.txt: no such file or folder; did you mean data/corpus.txt?" in refusal("data/corpsu.txt")
     assert f"nowhere/a: no such file or folder (in {Path.cwd()})" in refusal("nowhere/a")
     assert "*.md: no file matches" in refusal("*.md")
     assert "an empty name" in refusal("")
@@ -138,9 +136,7 @@ def test_links_and_pipes_that_hold_no_text() -> None:
 
 def test_folder_without_text_says_what_it_holds() -> None:
     write("d/a.parquet", "x")
-    assert "d: the folder has no .txt, .md, .jsonl, .py files, only others such as d/a.parquet" in refusal(
-        "d"
-    )
+    assert "d: the folder has no .txt, .md, .jsonl, .py files, only others such as d/a.parquet" in refusal("d")
 
 
 @pytest.mark.parametrize("again", ["a.txt", "./a.txt", "*.txt", "."])

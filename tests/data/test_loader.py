@@ -107,9 +107,7 @@ def test_micro_batches_join_to_the_batch() -> None:
 def test_moving_keeps_everything() -> None:
     batch = Loader(shard(100), 8, 2, 0, END).batch(0).to("meta")
     assert isinstance(batch, Batch)
-    assert {
-        t.device.type for t in (batch.ids_BS, batch.targets_BS, batch.segments_BS, batch.sample_ids_B)
-    } == {"meta"}
+    assert {t.device.type for t in (batch.ids_BS, batch.targets_BS, batch.segments_BS, batch.sample_ids_B)} == {"meta"}
 
 
 @given(st.integers(2, 200), st.integers(1, 16), st.integers(1, 5))
@@ -123,13 +121,8 @@ def test_every_held_out_token_is_predicted_once_in_order(length: int, seq_len: i
     assert inputs[counted].tolist() == side.tokens[:-1].tolist()
     assert set(inputs[~counted].tolist()) <= {END}
     assert sum(batch.targets for batch in batches) == length - 1
-    assert all(
-        batch.ids_BS.shape == batch.segments_BS.shape == (len(batch.sample_ids_B), seq_len)
-        for batch in batches
-    )
-    assert [i for batch in batches for i in batch.sample_ids_B.tolist()] == list(
-        range(-(-(length - 1) // seq_len))
-    )
+    assert all(batch.ids_BS.shape == batch.segments_BS.shape == (len(batch.sample_ids_B), seq_len) for batch in batches)
+    assert [i for batch in batches for i in batch.sample_ids_B.tolist()] == list(range(-(-(length - 1) // seq_len)))
 
 
 def test_a_shard_without_a_sample_is_refused() -> None:

@@ -44,9 +44,7 @@ def test_no_held_out_file_shares_much_with_training(documents: list[Document]) -
     trained = [lines(document.text) for document in train]
     for document in heldout:
         mine = lines(document.text)
-        assert all(len(mine & other) < SHARE * min(len(mine), len(other)) for other in trained), (
-            document.source
-        )
+        assert all(len(mine & other) < SHARE * min(len(mine), len(other)) for other in trained), document.source
 
 
 def test_families_join_copies_transitively_and_ignore_indentation() -> None:
@@ -61,6 +59,12 @@ def test_families_join_copies_transitively_and_ignore_indentation() -> None:
         "",
     ]
     assert near_duplicates(texts) == [0, 1, 0, 0, 4, 4, 6]
+
+
+def test_a_text_that_joins_two_families_makes_them_one() -> None:
+    first, second = ([f"{name} {i}" for i in range(40)] for name in "ab")
+    texts = ["\n".join(part) for part in (first, second, first[:20] + second[:20])]
+    assert near_duplicates(texts) == [0, 0, 0]
 
 
 def test_a_few_common_lines_do_not_make_a_family() -> None:

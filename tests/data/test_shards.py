@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,9 +41,7 @@ def write_jsonl(name: str, texts: list[str]) -> None:
     Path(name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def made(
-    train: str = "data.jsonl", eval: tuple[str, ...] = (), tokenizer: str = "bpe", vocab: int = 300
-) -> Corpus:
+def made(train: str = "data.jsonl", eval: tuple[str, ...] = (), tokenizer: str = "bpe", vocab: int = 300) -> Corpus:
     return prepare(train=[train], eval=eval, tokenizer=tokenizer, vocab=vocab, seq_len=16)
 
 
@@ -222,6 +222,20 @@ def test_of_two_processes_at_once_one_builds() -> None:
     assert len({fingerprint for _, fingerprint in answers}) == 1
 
 
+def test_an_entry_that_came_while_waiting_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = shards._locked
+
+    @contextmanager
+    def late(folder: Path, name: str) -> Iterator[None]:
+        monkeypatch.setattr(shards, "_locked", locked)
+        assert not made().facts["cached"]
+        with locked(folder, name):
+            yield
+
+    monkeypatch.setattr(shards, "_locked", late)
+    assert made().facts["cached"]
+
+
 def test_prepare_needs_no_torch() -> None:
     assert python(f"{PREPARE}; import sys; print('torch' in sys.modules)").stdout == "False\n"
 
@@ -271,9 +285,7 @@ def test_training_file_as_eval_is_refused() -> None:
         made(eval=("data.jsonl",))
 
 
-@pytest.mark.parametrize(
-    ("train", "eval", "key"), [("e.jsonl", (), "train"), ("data.jsonl", ("e.jsonl",), "eval")]
-)
+@pytest.mark.parametrize(("train", "eval", "key"), [("e.jsonl", (), "train"), ("data.jsonl", ("e.jsonl",), "eval")])
 def test_only_empty_documents(train: str, eval: tuple[str, ...], key: str) -> None:
     write_jsonl("e.jsonl", ["", ""])
     with pytest.raises(UserError, match=f"data.{key}: no document has any text"):

@@ -36,7 +36,7 @@ def test_equals_cross_entropy_and_z_loss(chunk_rows: int, z: float, monkeypatch:
     ours = head(h, target, z)
     torch.testing.assert_close(ours.loss, expected)
     torch.testing.assert_close(ours.nats, nats)
-    assert ours.count == counted.sum()
+    assert ours.tokens == counted.sum()
     assert ours.correct == ((logits.argmax(-1) == target[0]) & counted).sum()
 
     scale = 0.3  # the upstream gradient is not one

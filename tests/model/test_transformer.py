@@ -1,4 +1,4 @@
-"""The whole model: it predicts the next token, stays inside documents, and its initial weights depend on names alone."""
+"""The whole model: predicts the next token, stays inside documents, starts from weights that depend on names alone."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def test_golden_next_token(kind: str) -> None:
     for _ in range(80):
         optimizer.zero_grad()
         loss, stats = model(ids, torch.zeros_like(ids), targets)
-        ((loss.loss + stats.predictor_loss) / loss.count).backward()
+        ((loss.loss + stats.predictor_loss) / loss.tokens).backward()
         optimizer.step()
-    assert loss.correct == loss.count
+    assert loss.correct == loss.tokens
     following = dict(zip(period, [*period[1:], period[0]], strict=True))
     if kind in ("dense", "moe"):
         predicted = model.logits(ids).argmax(-1)
@@ -49,7 +49,10 @@ def test_without_depth_routing_training_and_decode_mode_are_one_function(kind: s
     ids = torch.randint(0, 260, (2, 64), generator=torch.Generator().manual_seed(0))
     segments, targets = (torch.arange(64) > 30).long().expand(2, 64), ids.roll(-1, 1)
     torch.testing.assert_close(
-        model(ids, segments, targets)[0].nats, model.evaluate(ids, segments, targets)[0].nats, rtol=1e-6, atol=0
+        model(ids, segments, targets)[0].nats,
+        model.evaluate(ids, segments, targets)[0].nats,
+        rtol=1e-6,
+        atol=0,
     )
 
 

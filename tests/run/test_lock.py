@@ -38,9 +38,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_process_is_told_who_holds_the_run(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     with pytest.raises(UserError) as error, RunLock(tmp_path / "lock"):
         pytest.fail("two holders")
-    assert (
-        f"{tmp_path}: in use by process {holder.pid} on {socket.gethostname()} since 2" in error.value.message
-    )
+    assert f"{tmp_path}: in use by process {holder.pid} on {socket.gethostname()} since 2" in error.value.message
     assert "--fresh" in error.value.fix
 
 

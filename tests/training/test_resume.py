@@ -59,7 +59,11 @@ def history(run: Run) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in v.values()))
 def test_interrupted_equals_uninterrupted(variant: dict[str, Any], tmp_path: Path) -> None:
-    keys = settings(tmp_path, **variant) | {"train.steps": STEPS, "train.eval_every": 3, "checkpoint.every": 3}
+    keys = settings(tmp_path, **variant) | {
+        "train.steps": STEPS,
+        "train.eval_every": 3,
+        "checkpoint.every": 3,
+    }
     whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
 
     stop = random.Random(str(variant)).randrange(1, STEPS - 1)

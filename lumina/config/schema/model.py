@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,8 @@ from lumina.config.schema.base import (
 )
 
 ROW = 8  # grouped matmul needs rows of 16 bytes: 8 values in bf16
-KINDS = ("dense", "moe", "mod", "hybrid")
+Kind = Literal["dense", "moe", "mod", "hybrid"]
+KINDS: tuple[str, ...] = get_args(Kind)
 # Parts of `model` that only some kinds have.
 KINDS_OF = {"ffn": ("dense", "mod"), "moe": ("moe", "hybrid"), "mod": ("mod", "hybrid")}
 
@@ -53,9 +54,7 @@ class MoDConfig(Section):
 class ModelConfig(Section):
     """`model`. `moe` and `mod` are there exactly when the kind has them."""
 
-    kind: Literal["dense", "moe", "mod", "hybrid"] = Field(
-        "dense", description="sparse in width, depth, both"
-    )
+    kind: Kind = Field("dense", description="sparse in width (moe), depth (mod), both (hybrid)")
     width: Count = Field(256, ge=ROW, description="size of the residual stream")
     layers: Count = Field(6, ge=1, description="transformer blocks")
     heads: Count = Field(4, ge=1, description="query heads")

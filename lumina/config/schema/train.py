@@ -21,9 +21,7 @@ class TrainConfig(Section):
     micro_batch: AutoCount = Field("auto", description="sequences computed at once")
     lr: Number = Field(3e-3, gt=0, description="peak learning rate")
     optimizer: Literal["muon", "adamw"] = Field("muon", description="for matrices; the rest is AdamW's")
-    schedule: Literal["wsd", "cosine"] = Field(
-        "wsd", description="warm-up, then constant and decay, or cosine"
-    )
+    schedule: Literal["wsd", "cosine"] = Field("wsd", description="warm-up, then constant and decay, or cosine")
     warmup: Span = Field(0.05, ge=0, description="share of the run (below 1) or steps")
     decay: Span = Field(0.4, ge=0, description="likewise: wsd's final decay; router biases rest in it")
     weight_decay: Number = Field(0.1, ge=0, description="decoupled, on matrices only")
@@ -46,7 +44,5 @@ class TrainConfig(Section):
         steps = self.steps or (self.tokens or 0) / self.batch_tokens
         shares = [span if span < 1 else span / steps if steps else 0 for span in (self.warmup, self.decay)]
         if sum(shares) > 1:
-            found.append(
-                Problem(("train.warmup", "train.decay"), "together longer than the run; shorten one")
-            )
+            found.append(Problem(("train.warmup", "train.decay"), "together longer than the run; shorten one"))
         return found

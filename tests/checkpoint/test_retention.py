@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lumina.checkpoint import store
+from lumina.checkpoint.retention import prune
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Checkpoints of steps 1 to 5, in an order that is not theirs."""
+    for step in (3, 1, 2, 5, 4):
+        store.save(tmp_path, step, {"w": torch.full((2,), float(step))}, {}, {})
+    store.point(tmp_path, "latest", 5)
+    return tmp_path
+
+
+def steps(root: Path) -> list[int]:
+    return sorted(map(store.step_of, store.checkpoints(root)))
+
+
+def dead_pid() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def test_the_newest_stay(root: Path) -> None:
+    assert prune(root, keep_last=2) == [1, 2, 3]
+    assert steps(root) == [4, 5]
+    assert prune(root, keep_last=2) == []
+    assert sorted(os.listdir(root)) == ["latest", "step-000004", "step-000005"]
+
+
+def test_latest_best_and_protected_ones_stay(root: Path) -> None:
+    store.point(root, "best", 2)
+    store.point(root, "latest", 3)  # after going back: newer steps were damaged or rolled back
+    assert prune(root, keep_last=1, protect={1}) == [4]
+    assert steps(root) == [1, 2, 3, 5]
+
+
+def test_an_incomplete_folder_is_neither_counted_nor_deleted(root: Path) -> None:
+    for step in (1, 5):
+        (store.folder(root, step) / "COMPLETE").unlink()
+    store.point(root, "latest", 4)
+    assert prune(root, keep_last=2) == [2]
+    assert steps(root) == [1, 3, 4, 5]
+
+
+def test_leftovers_of_dead_processes_and_of_our_own_are_swept(root: Path) -> None:
+    for pid in (dead_pid(), os.getpid()):
+        (root / f"step-000006.tmp-{pid}" / "model").mkdir(parents=True)
+        (root / f"best.tmp-{pid}").symlink_to("step-000001")
+    (root / f"step-000006.tmp-{os.getppid()}").mkdir()  # alive: somebody is writing it
+    (root / "notes.txt").touch()
+    prune(root, keep_last=5)
+    assert {path.name for path in root.iterdir()} - {path.name for path in store.checkpoints(root)} == {
+        "latest",
+        "notes.txt",
+        f"step-000006.tmp-{os.getppid()}",
+    }
+    assert steps(root) == [1, 2, 3, 4, 5]
+
+
+def test_a_replaced_one_goes_once_its_successor_is_complete(root: Path) -> None:
+    store.folder(root, 2).rename(root / "step-000002.old")  # killed before the new one was published
+    prune(root, keep_last=9)
+    assert (root / "step-000002.old").is_dir()
+    store.folder(root, 3).rename(root / "step-000003.old")
+    store.save(root, 3, {}, {}, {})
+    prune(root, keep_last=9)
+    assert not (root / "step-000003.old").exists()
+    assert steps(root) == [1, 2, 3, 4, 5]
+
+
+def test_what_is_being_deleted_is_no_checkpoint_from_the_first_moment(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(root, keep_last=4)
+    assert steps(root) == [2, 3, 4, 5]
+    prune(root, keep_last=4)
+    assert not list(root.glob("*.tmp-*"))

@@ -1,0 +1,181 @@
+"""The command line as a person types it: right input, and every wrong one we could think of."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import write_text
+
+from lumina.cli import main
+
+FAST = ["train.steps=3", "checkpoint.every=0"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def trained(here: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The path of a finished tiny run."""
+    assert main(["train", "tiny", "data.train=text.txt", *FAST]) == 0
+    capsys.readouterr()
+    return str(next(here.glob("runs/tiny-*")).relative_to(here))
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs a command line that must fail as a user error, without a traceback; returns what it said."""
+    assert main(list(arguments)) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+    return said.err
+
+
+def test_train_resume_generate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny", "data.train=text.txt", "model.kind=moe", *FAST]) == 0
+    said = capsys.readouterr().out
+    run = next(here.glob("runs/tiny-*"))
+    assert "dropped from the preset" in said
+    assert "[Step 3]" in said
+    assert "bits per byte" in said
+    assert f"lumina generate runs/{run.name}" in said
+    assert main(["resume", f"runs/{run.name}"]) == 0
+    assert "nothing to go on with" in capsys.readouterr().out
+    for prompt in ("line 7:", "", "zwölf 🙂"):
+        assert main(["generate", run.name, "-p", prompt, "--max-tokens", "5", "--temperature", "0"]) == 0
+        assert capsys.readouterr().out.startswith(prompt)
+
+
+def test_generation_is_reproducible_and_streams_more_than_the_context(
+    trained: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", trained, "-p", "line " * 40, "--max-tokens", "80", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        (
+            ["train", "tiny", "lr=1", "trian.steps=2", "model.heads=3"],
+            ["train.lr", "train.steps", "kv_heads"],
+        ),
+        (["train", "nothing"], ["unknown preset", "tiny"]),
+        (["train", "missing.yaml"], ["missing.yaml"]),
+        (["train", "tiny", "data.train=missing.txt"], ["missing.txt"]),
+        (["train", "tiny", "data.train=empty.txt"], ["empty.txt"]),
+        (["train", "tiny", "data.train=latin1.txt"], ["latin1.txt", "UTF-8"]),
+        (["train", "tiny", "data.train=short.txt"], ["sequence"]),
+        (["train", "tiny", "data.train=bad.jsonl"], ["bad.jsonl:2"]),
+        (["train", "tiny", "data.train=text.txt", "data.tokenizer=no.json"], ["no.json"]),
+        (["train", "tiny", "model.moe.top_k=1"], ["top_k", "gradient"]),
+        (["train", "tiny", "train.batch_tokens=500"], ["448", "512"]),
+        (["train", "tiny", "parallel.device=cuda"], ["cuda"]),
+        (["train", "tiny", "model.kind=dense", "model.moe.experts=4"], ["model.moe.experts"]),
+        (["resume", "runs/none"], ["runs/none", "no such run"]),
+        (["generate", "none", "-p", "x"], ["no such run"]),
+    ],
+    ids=lambda value: " ".join(value[1:3]) if isinstance(value, list) else "",
+)
+def test_bad_input(arguments: list[str], needles: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "empty.txt").touch()
+    (here / "latin1.txt").write_bytes("déjà vu\n".encode("latin-1") * 50)
+    (here / "short.txt").write_text("too short\n")
+    (here / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    message = error(capsys, *arguments)
+    assert all(needle in message for needle in needles), message
+    assert not (here / "runs").exists()  # nothing half-written
+
+
+def test_wrong_options_are_user_errors_too(trained: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "top_p" in error(capsys, "generate", trained, "-p", "x", "--top-p", "2")
+    assert main(["generate", trained]) == 2
+    assert main(["no-such-verb"]) == 2
+
+
+def test_a_tokenizer_that_does_not_match_the_checkpoint(trained: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(trained) / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] = {
+        token: (5 if i == 6 else 6 if i == 5 else i) for token, i in content["model"]["vocab"].items()
+    }
+    path.write_text(json.dumps(content))
+    assert "was trained with" in error(capsys, "generate", trained, "-p", "x")
+
+
+def test_a_folder_that_is_no_run_and_a_run_without_checkpoint(
+    trained: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "not a run folder" in error(capsys, "generate", str(here), "-p", "x")
+    for path in Path(trained, "checkpoints").iterdir():
+        path.unlink() if path.is_symlink() else path.rename(here / path.name)
+    assert "no complete checkpoint" in error(capsys, "generate", trained, "-p", "x")
+
+
+def start(here: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "lumina", "train", "tiny", "data.train=text.txt", "train.steps=100000"]
+    return subprocess.Popen(
+        [*command, "checkpoint.every=0", *arguments],
+        cwd=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_steps(here: Path, process: subprocess.Popen[str]) -> Path:
+    """Waits until the process trains; returns its run."""
+    for _ in range(600):
+        for events in here.glob("runs/*/events.jsonl"):
+            if '"t":"step"' in events.read_text():
+                return events.parent
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("no step in time")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, here: Path) -> None:
+    process = start(here)
+    run = wait_for_steps(here, process)
+    locked = subprocess.run(
+        [sys.executable, "-m", "lumina", "resume", str(run)],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert locked.returncode == 2
+    assert f"process {process.pid}" in locked.stderr
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert f"lumina resume runs/{run.name}" in out
+    assert (run / "checkpoints" / "latest" / "COMPLETE").is_file()
+    assert json.loads((run / "events.jsonl").read_text().splitlines()[-1])["signal"] == number.name
+
+
+def test_main_py_is_the_same_program(here: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    (here / "my.yaml").write_text("extends: tiny\ndata: {train: text.txt}\ntrain: {steps: 2}\ncheckpoint: {every: 0}\n")
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, str(root / "Main.py"), "my.yaml"],
+        cwd=here, capture_output=True, text=True, timeout=120, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "[Step 2]" in done.stdout
+    assert next(here.glob("runs/my-*")).is_dir()

@@ -1,0 +1,61 @@
+"""The console says what matters, in the format that the documentation shows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lumina.telemetry.console import Console, count, duration, size
+
+STEP: dict[str, Any] = {
+    "t": "step", "attempt": 0, "step": 100, "tokens": 819200, "wall": 60.0, "loss": 2.4561, "acc": 0.4521,
+    "lr": 2.8e-4, "grad_norm": 0.923, "tok_s": 41234.0, "mfu": 0.313, "mem": 6.1 * 2**30, "bal": 1.083, "agree": None,
+}  # fmt: skip
+
+
+def printed(*events: dict[str, Any], log_every: int = 10, steps: int = 1000) -> list[str]:
+    lines: list[str] = []
+    console = Console(log_every, lines.append)
+    console.steps = steps
+    for event in events:
+        console(event)
+    return lines
+
+
+def test_units() -> None:
+    assert [count(x) for x in (0, 999, 1234, 2.5e6, 7e9, 1e12)] == ["0", "999", "1.23k", "2.5M", "7B", "1T"]
+    assert [duration(x) for x in (0.4, 59, 61, 8040)] == ["0s", "59s", "1m01s", "2h14m"]
+    assert [size(x) for x in (10, 2048, 3 * 2**20, 6.1 * 2**30)] == ["10 B", "2 KiB", "3 MiB", "6.1 GiB"]
+
+
+def test_step_line() -> None:
+    before = STEP | {"step": 90, "wall": 0.0}
+    assert printed(before, STEP)[-1] == (
+        "[Step 100] Loss: 2.456 | Perplexity: 11.66 | Accuracy: 45.2% | lr 2.8e-04 | gnorm 0.92 | "
+        "41.2k tok/s | MFU 31% | 6.1 GiB | bal 1.08 | ETA 1h30m"
+    )
+
+
+def test_only_every_so_many_steps_the_first_and_the_last() -> None:
+    lines = printed(*(STEP | {"step": n} for n in range(1, 26)), steps=25)
+    assert [line.split("]")[0] for line in lines] == ["[Step 1", "[Step 10", "[Step 20", "[Step 25"]
+
+
+def test_a_loss_that_is_not_a_number_is_still_a_line() -> None:
+    assert "Loss: nan | Perplexity: nan" in printed(STEP | {"loss": math.nan})[0]
+    assert "Perplexity: 1014232054735" in printed(STEP | {"loss": 1e6})[0]
+
+
+def test_a_skipped_step_is_a_sentence() -> None:
+    event = {
+        "t": "decision",
+        "step": 7,
+        "rule": "non_finite",
+        "action": "skip_step",
+        "evidence": {"loss": math.nan},
+    }
+    assert printed(event) == ["! step 7: non_finite -> skip_step (loss nan)"]
+
+
+def test_unknown_events_are_ignored() -> None:
+    assert printed({"t": "trial", "step": 3}) == []

@@ -1,0 +1,82 @@
+"""Who may import whom, read from the source; and what must work where torch cannot be imported (design: the house)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lumina
+
+ROOT = Path(lumina.__file__).parent
+LEAVES = {"errors", "events", "compat", "config"}
+ALLOWED = {
+    "errors": set(),
+    "events": {"errors"},
+    "compat": set(),
+    "config": {"errors"},
+    "data": LEAVES,
+    "model": LEAVES,
+    "checkpoint": LEAVES,
+    "run": LEAVES,
+    "telemetry": {"events", "errors"},
+    "inference": LEAVES | {"model", "data", "checkpoint", "run"},
+    "training": LEAVES | {"model", "data", "checkpoint", "run", "lumina"},
+    "api": LEAVES | {"inference", "run", "telemetry", "training"},
+    "cli": LEAVES | {"api", "inference", "run", "telemetry", "training", "lumina"},
+}
+TORCHLESS = [
+    "lumina",
+    "lumina.cli.app",
+    "lumina.config.resolve",
+    "lumina.events",
+    "lumina.model.cost",
+    "lumina.run.index",
+    "lumina.telemetry.console",
+]
+
+
+def imports(path: Path) -> set[str]:
+    """The parts of lumina that a file imports; `lumina` itself for the package's own names."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lumina":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("lumina.")}
+    return {"lumina" if name.startswith("__") else name for name in found}
+
+
+def test_every_room_imports_only_what_it_may() -> None:
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        relative = path.relative_to(ROOT)
+        room = relative.parts[0].removesuffix(".py")
+        if room in ("__init__", "__main__"):
+            continue
+        wrong += [f"{relative} imports {name}" for name in imports(path) - ALLOWED[room] - {room}]
+    assert not wrong
+
+
+def test_every_package_has_a_docstring_and_no_imports() -> None:
+    for path in ROOT.glob("*/**/__init__.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), path
+        assert not any(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body), path
+
+
+@pytest.mark.parametrize("module", TORCHLESS)
+def test_works_where_torch_cannot_be_imported(module: str) -> None:
+    code = f"import sys; sys.modules['torch'] = None; import {module}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from lumina.cli import main; main(['--help']); print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip() == "False"
+    assert all(verb in done.stdout for verb in ("demo", "train", "resume", "generate"))
