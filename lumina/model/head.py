@@ -84,7 +84,7 @@ class Head(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             h_TD, w_VD = h_TD.to(dtype), w_VD.to(dtype)
-        return TokenLoss(*_ChunkedLoss.apply(h_TD, w_VD, target_BS.flatten(), z, torch.is_grad_enabled()))
+        return TokenLoss(*_ChunkedLoss.apply(h_TD, w_VD, target_BS.flatten(), z, torch.is_grad_enabled()))  # type: ignore[no-untyped-call]
 
     def logits(self, h_BSD: Tensor) -> Tensor:
         return F.linear(h_BSD, self.weight).float()

@@ -133,7 +133,7 @@ def flat_index(index_BC: Tensor, sequence: int) -> Tensor:
 
 def take(x_BSD: Tensor, index_BC: Tensor) -> Tensor:
     """The selected tokens `[B, C, D]`."""
-    rows: Tensor = _TakeRows.apply(x_BSD.flatten(0, 1), flat_index(index_BC, x_BSD.shape[1]))
+    rows: Tensor = _TakeRows.apply(x_BSD.flatten(0, 1), flat_index(index_BC, x_BSD.shape[1]))  # type: ignore[no-untyped-call]
     return rows.view(*index_BC.shape, x_BSD.shape[-1])
 
 

@@ -108,10 +108,10 @@ class MoE(nn.Module):
         offs_E = count_E.cumsum(0).to(torch.int32)
         token_R = order_R // self.top_k
 
-        x_RD = _Dispatch.apply(x_TD, token_R, row_TA)
+        x_RD = _Dispatch.apply(x_TD, token_R, row_TA)  # type: ignore[no-untyped-call]
         h_RF = swiglu(grouped_linear(x_RD, self.w_gate_up, offs_E, self.kernel))
         y_RD = grouped_linear(h_RF, self.w_down, offs_E, self.kernel)
-        y_BSD = _Combine.apply(y_RD, gate_TA, token_R, row_TA).view_as(x_BSD)
+        y_BSD = _Combine.apply(y_RD, gate_TA, token_R, row_TA).view_as(x_BSD)  # type: ignore[no-untyped-call]
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
         return y_BSD, count_E.float()
