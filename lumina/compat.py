@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.nn.functional as F
+
+
+def usable_cores() -> int:
+    """CPU cores this process may use: its affinity where the system has one, else all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_has_fast_bf16() -> bool:

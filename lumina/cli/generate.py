@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +39,16 @@ def write(run: Run, prompt: str, max_tokens: int, temperature: float, top_k: int
     typer.echo(f"step {model.step} of {run.path}", err=True)
     sys.stdout.write(prompt)
     pieces = model.stream(prompt, max_tokens, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    reason = _print(pieces)
+    if reason == "context":
+        typer.echo(f"stopped: the context of {model.transformer.config.seq_len} tokens is full", err=True)
+
+
+def _print(pieces: Generator[str, None, str]) -> str:
+    while True:
+        try:
+            sys.stdout.write(next(pieces))
+            sys.stdout.flush()
+        except StopIteration as end:
+            sys.stdout.write("\n")
+            return str(end.value)

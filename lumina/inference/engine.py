@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -30,29 +30,34 @@ class Model:
         """The continuation of `prompt` as one string; `sampling` as in `Sampler`."""
         return "".join(self.stream(prompt, max_tokens, seed=seed, **sampling))
 
-    def stream(self, prompt: str, max_tokens: int = 200, *, seed: int = 0, **sampling: float) -> Iterator[str]:
-        """Yields text as soon as its characters are complete.
+    def stream(
+        self, prompt: str, max_tokens: int = 200, *, seed: int = 0, **sampling: float
+    ) -> Generator[str, None, str]:
+        """Yields text as soon as its characters are complete; returns why it ended.
 
-        Ends at the end token, after `max_tokens`, or when the context is full. A prompt longer than the context
-        keeps its end. Raises `UserError` for impossible sampling settings.
+        That is `end` (the end token), `length` (`max_tokens`) or `context` (the context is full). A prompt longer
+        than the context keeps its end. Raises `UserError` for impossible sampling settings.
         """
         sampler = Sampler(**sampling)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(seed)
         config, text = self.transformer.config, self.tokenizer.stream()
         prompt_ids = [self.tokenizer.end_id, *self.tokenizer.encode(prompt)]
         ids = torch.tensor([prompt_ids[-(config.seq_len - 1) :]])
-        cache = Cache(config, batch=1, like=self.transformer.embed.weight)
+        cache, reason = Cache(config, batch=1, like=self.transformer.embed.weight), "length"
         for _ in range(max_tokens):
             logits_BV = self.transformer.next_logits(ids, cache.layers, cache.position)
             cache.advance(ids.shape[1])
             token = int(sampler.pick(logits_BV, generator)[0])
             if token == self.tokenizer.end_id:
+                reason = "end"
                 break
             yield text.feed(token)
             if cache.position == cache.capacity:
+                reason = "context"
                 break
             ids = torch.tensor([[token]])
         yield text.flush()
+        return reason
 
 
 def load(run: Run) -> Model:

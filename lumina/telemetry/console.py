@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Terminal
@@ -63,11 +64,15 @@ def step_line(event: Event, remaining: float | None) -> str:
 
 
 class Console:
-    """Prints events as they come. A step is printed every `log_every` steps, and the first and the last."""
+    """Prints events as they come, and keeps the same lines in the run's `log.txt`.
+
+    A step is printed every `log_every` steps, and the first and the last.
+    """
 
     def __init__(self, log_every: int = 10, write: Callable[[str], None] | None = None) -> None:
         self.log_every = log_every
-        self.write = write or _terminal_writer()
+        self.show = write or _terminal_writer()
+        self.log: Path | None = None
         self.steps = 0
         self.step_time: float | None = None
         self.last: tuple[int, float] | None = None
@@ -77,7 +82,14 @@ class Console:
         if handler is not None:
             handler(event)
 
+    def write(self, line: str) -> None:
+        self.show(line)
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as log:
+                log.write(line + "\n")
+
     def _on_run(self, event: Event) -> None:
+        self.log = Path(event["path"]) / "log.txt"
         self.steps = event["steps"]
         mean = "" if event["active_mean"] == event["active"] else f" ({count(event['active_mean'])} on average)"
         data = event["data"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from typing import Any
@@ -11,7 +10,7 @@ import psutil
 import torch
 
 from lumina import __version__
-from lumina.compat import cpu_has_fast_bf16, grouped_mm_works
+from lumina.compat import cpu_has_fast_bf16, grouped_mm_works, usable_cores
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.training.precision import Precision
@@ -55,7 +54,7 @@ def choose(config: Config) -> Choices:
     if config.parallel.device == "auto":
         choices["parallel.device"] = (device, device_why)
     if config.parallel.threads == "auto":
-        choices["parallel.threads"] = (len(os.sched_getaffinity(0)), "cores this process may use")
+        choices["parallel.threads"] = (usable_cores(), "cores this process may use")
     if config.precision.mode == "auto":
         choices["precision.mode"] = (mode, mode_why)
     if config.model.moe and config.model.moe.kernel == "auto":
@@ -77,13 +76,14 @@ def _micro_batch(config: Config) -> int:
     return next(n for n in range(min(limit, sequences), 0, -1) if sequences % n == 0)
 
 
-def matmul_rate(device: str, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a square matmul, the best of several: what MFU is measured against where no data sheet is."""
+def matmul_rate(device: str, dtype: torch.dtype, size: int = 1024, repeats: int = 40) -> float:
+    """FLOP/s of a square matmul: what MFU is measured against. The best of several, for a busy machine only slows."""
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     best = float("inf")
-    for _ in range(12):
+    for _ in range(repeats):
         start = time.perf_counter()
-        (a @ b).sum().item()
+        product = a @ b
+        product[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -98,7 +98,7 @@ def facts(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device,
         "device_name": name,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
 

@@ -5,6 +5,7 @@ Everything that can be wrong with the input is found here, before a run folder e
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def build(config: Config, corpus: Corpus) -> Parts:
     """Model, optimizer and loader of a settled configuration, freshly initialised."""
     threads = config.parallel.threads
     torch.set_num_threads(int(threads))
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(config.train.deterministic)
     model = Transformer(config.model, config.train.seed).to(config.parallel.device)
     sequences = config.train.batch_tokens // config.model.seq_len

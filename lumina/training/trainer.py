@@ -54,6 +54,8 @@ class Trainer:
     ) -> None:
         if data is not None:
             keys["data.train"] = data
+        if settings and keys:
+            raise TypeError("give keys as `settings` or as keyword arguments, not both")
         self.resolved = resolve(source, settings or keys)
         self.root, self.fresh, self.listeners = Path(root), fresh, listeners
         self.already_finished = False  # whether `fit` found the request answered by a finished run

@@ -49,6 +49,7 @@ def test_train_resume_generate(here: Path, capsys: pytest.CaptureFixture[str]) -
     assert "[Step 3]" in said
     assert "bits per byte" in said
     assert f"lumina generate runs/{run.name}" in said
+    assert "[Step 3]" in (run / "log.txt").read_text()
     assert main(["resume", f"runs/{run.name}"]) == 0
     assert "nothing to go on with" in capsys.readouterr().out
     for prompt in ("line 7:", "", "zwölf 🙂"):
@@ -64,6 +65,11 @@ def test_generation_is_reproducible_and_streams_more_than_the_context(
         assert main(["generate", trained, "-p", "line " * 40, "--max-tokens", "80", "--seed", seed]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_full_context_is_said(trained: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", trained, "-p", "line", "--max-tokens", "500"]) == 0
+    assert "context of 64 tokens is full" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

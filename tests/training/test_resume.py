@@ -24,6 +24,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "hybrid", "train__optimizer": "adamw"},
     {"kind": "hybrid", "train__micro_batch": 2},
     {"kind": "hybrid", "precision__mode": "bf16", "train__schedule": "cosine", "train__decay": 0},
+    {"kind": "hybrid", "train__deterministic": True},
     {"kind": "moe", "train__optimizer": "adamw", "train__micro_batch": 4, "model__tied": False},
 ]
 
