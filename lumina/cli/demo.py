@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from lumina.cli.train import Fresh, Root, finish
+from lumina.cli.train import Fresh, Root, fit
 
 PROMPT = "def main("
 
@@ -14,11 +14,7 @@ PROMPT = "def main("
 def demo(fresh: Fresh = False, root: Root = Path("runs")) -> None:
     """Train the debug preset, a hybrid MoE + MoD, on Python's standard library, then complete a prompt."""
     from lumina.cli.generate import write
-    from lumina.telemetry.console import Console
-    from lumina.training.trainer import Trainer
 
-    trainer = Trainer("debug", root=root, fresh=fresh)
-    trainer.listeners = [Console(trainer.resolved.config.telemetry.log_every)]
-    run = finish(trainer.fit)
+    run = fit("debug", [], root, fresh)
     typer.echo(f"\nthe model continues {PROMPT!r}:\n")
     write(run, PROMPT, max_tokens=120, temperature=0.5, top_k=0, top_p=0.9, seed=0)

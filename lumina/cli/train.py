@@ -26,20 +26,27 @@ def train(
     root: Root = Path("runs"),
 ) -> None:
     """Train a model. The same command again continues an unfinished run."""
+    if "=" in source:  # the preset was left out: `lumina train train.steps=10`
+        settings, source = [source, *(settings or [])], "debug"
+    fit(source, settings or [], root, fresh)
+
+
+def fit(source: str, settings: list[str], root: Path, fresh: bool) -> Run:
+    """Trains with the console attached and says what a person should know before and after."""
     from lumina.telemetry.console import Console
     from lumina.training.trainer import Trainer
 
-    if "=" in source:  # the preset was left out: `lumina train train.steps=10`
-        settings, source = [source, *(settings or [])], "debug"
-    trainer = Trainer(source, settings or [], root=root, fresh=fresh)
+    trainer = Trainer(source, settings, root=root, fresh=fresh)
     config = trainer.resolved.config
     trainer.listeners = [Console(config.telemetry.log_every)]
     if trainer.resolved.dropped:
         keys = ", ".join(trainer.resolved.dropped)
         typer.echo(f"note   a {config.model.kind} model has no {keys}: dropped from the preset")
-    run = finish(trainer.fit)
+    typer.echo(f"read   {', '.join((*config.data.train, *config.data.eval))}")
+    run = _finish(trainer.fit)
     if trainer.already_finished:
         typer.echo(f"note   {run.path} answers this request and is finished; --fresh trains another")
+    return run
 
 
 def resume(
@@ -56,10 +63,10 @@ def resume(
     if found.finished:
         typer.echo(f"note   {found.path} is finished: there is nothing to go on with")
     console = Console(read(found.config).config.telemetry.log_every)
-    finish(lambda: trainer.resume(found, [console]))
+    _finish(lambda: trainer.resume(found, [console]))
 
 
-def finish(train: Callable[[], Run]) -> Run:
+def _finish(train: Callable[[], Run]) -> Run:
     """Trains, says where everything is and which command comes next; a stopped run exits with its own code."""
     from lumina.training.trainer import Stopped
 

@@ -1,0 +1,61 @@
+"""What the README shows is run, or at least parsed, as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from support import write_text
+
+from lumina.cli import main
+from lumina.cli.app import VERBS
+from lumina.config.resolve import resolve
+from lumina.errors import UserError
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[list[str]]:
+    """Every `lumina …` line of the shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("lumina ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    write_text(tmp_path).rename(tmp_path / "x.txt")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names["losses"]) == 30  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_every_command_is_understood(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("extends: debug\n")
+    verb, *arguments = command
+    assert verb in VERBS
+    if verb == "train":
+        resolve(arguments[0], arguments[1:])
+
+
+def test_every_verb_is_in_the_table() -> None:
+    assert all(f"| `lumina {verb}" in README for verb in VERBS)
+
+
+def test_the_error_shown_is_the_error_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    command, shown = re.findall(r"```\n\$ lumina ([^\n]*)\n(.*?)```", README, re.S)[0]
+    assert main(shlex.split(command)) == 2
+    assert capsys.readouterr().err == shown
+
+
+def test_the_presets_named_exist() -> None:
+    for preset in ("tiny", "debug"):
+        assert f"`{preset}`" in README
+        resolve(preset)
+    with pytest.raises(UserError):
+        resolve("large")
