@@ -35,16 +35,16 @@ class EventWriter:
     """
 
     def __init__(self, path: Path, attempt: int, listeners: Sequence[Listener] = ()) -> None:
-        self.attempt, self.listeners = attempt, listeners
-        self._file = path.open("ab")
+        self.path, self.attempt, self.listeners = path, attempt, listeners
+        self._file = path.open("ab", buffering=0)
         if not _ends_with_newline(path):  # an earlier process was killed in the middle of a line
-            self._file.write(b"\n")
+            self._write(b"\n")
 
     def emit(self, type: str, /, step: int | None = None, **fields: Any) -> Event:
         """Writes one event and returns it, as a reader will get it.
 
         Raises `ValueError` for an unknown type or a reserved field name, and `TypeError` for anything but a
-        plain JSON value: a tensor would make the writer wait for its device.
+        plain JSON value: a tensor would make the writer wait for its device. Raises `UserError` if the disk refuses.
         """
         if type not in TYPES:
             raise ValueError(f"unknown event type {type!r}; known: {', '.join(TYPES)}")
@@ -54,11 +54,20 @@ class EventWriter:
         event |= fields if step is None else {"step": step, **fields}
         require_plain(event, f"event {type!r}")
         line = json.dumps(_encode(event), allow_nan=False, separators=(",", ":"))
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        self._write(line.encode() + b"\n")
         for listener in self.listeners:
             listener(event)
         return event
+
+    def _write(self, line: bytes) -> None:
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: event not written: {error.strerror}",
+                fix="make the disk writable or free space on it, then: lumina resume " + str(self.path.parent),
+            ) from error
 
     def close(self) -> None:
         self._file.close()

@@ -54,6 +54,15 @@ def test_each_event_is_on_disk_when_emit_returns(log: Path) -> None:
     events.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_a_user_error_that_says_how_to_go_on(log: Path) -> None:
+    with EventWriter(log, 0) as events:
+        events._file.close()
+        events._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 - the writer closes it
+        with pytest.raises(UserError, match=r"not written: No space left(.|\n)*lumina resume"):
+            events.emit("step", step=1)
+
+
 @given(value=plain)
 def test_readers_get_what_listeners_got(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     log = tmp_path_factory.mktemp("log") / "events.jsonl"

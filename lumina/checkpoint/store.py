@@ -36,6 +36,7 @@ FORMAT = 1
 COMPLETE = "COMPLETE"
 STATE = "state.json"
 MODEL, OPTIM = "model", "optim"
+SHOWN = 10  # differences between a checkpoint and a model that an error lists
 OLD = ".old"  # a checkpoint too: the one that a save of the same step was replacing when it was killed
 STEP = re.compile(r"step-\d{6,}(\.old)?")
 
@@ -247,12 +248,14 @@ def _damage(path: Path, name: str, size: int, sha256: str) -> Iterator[str]:
 def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None) -> None:
     """Reads every tensor of a checkpoint into the given ones, in place; without `optim`, the model's only.
 
-    Names, shapes and dtypes must be equal: else one `UserError` lists every difference, and nothing changed.
+    Names, shapes and dtypes must be equal: else one `UserError` lists the first differences, and nothing changed.
     """
     wanted = {MODEL: model} if optim is None else {MODEL: model, OPTIM: optim}
     problems = [p for kind, targets in wanted.items() for p in _differences(checkpoint.path, kind, targets)]
     if problems:
-        raise UserError.collect(problems, f"{checkpoint.path}: saved from another model or optimizer")
+        more = len(problems) - SHOWN
+        shown = [*problems[:SHOWN], f"and {more} more"] if more > 0 else problems
+        raise UserError.collect(shown, f"{checkpoint.path}: saved from another model or optimizer")
     for kind, targets in wanted.items():
         if targets:
             reader = HuggingFaceStorageReader(str(checkpoint.path / kind))

@@ -8,13 +8,16 @@ import typer
 
 from lumina.cli.train import Fresh, Root, fit
 
-PROMPT = "def main("
+PROMPT = "def read(self"
 
 
 def demo(fresh: Fresh = False, root: Root = Path("runs")) -> None:
-    """Train the debug preset, a hybrid MoE + MoD, on Python's standard library, then complete a prompt."""
+    """Train a small hybrid and complete a prompt.
+
+    The hybrid MoE + MoD is the debug preset; its text is Python's standard library.
+    """
     from lumina.cli.generate import write
 
     run = fit("debug", [], root, fresh)
     typer.echo(f"\nthe model continues {PROMPT!r}:\n")
-    write(run, PROMPT, max_tokens=120, temperature=0.5, top_k=0, top_p=0.9, seed=0)
+    write(run, PROMPT, max_tokens=120, temperature=0.8, top_k=0, top_p=0.9, seed=0)

@@ -53,7 +53,10 @@ def resume(
     run: Annotated[str, typer.Argument(help="A run folder, or its name below --root.")],
     root: Root = Path("runs"),
 ) -> None:
-    """Go on with a run from its newest complete checkpoint, to the bit."""
+    """Go on with a stopped run, to the bit.
+
+    It goes on from its newest complete checkpoint, or from the start if it has none.
+    """
     from lumina.config.resolve import read
     from lumina.run import index
     from lumina.telemetry.console import Console
@@ -77,5 +80,5 @@ def _finish(train: Callable[[], Run]) -> Run:
         typer.echo(f"next   lumina resume {stop.run.path}")
         raise typer.Exit(STOPPED) from None
     typer.echo(f"files  {run.path}/  config.yaml · events.jsonl · tokenizer/ · checkpoints/latest, best")
-    typer.echo(f'next   lumina generate {run.path} -p "def main("')
+    typer.echo(f'next   lumina generate {run.path} -p "your prompt"')
     return run

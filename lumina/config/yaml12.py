@@ -71,7 +71,7 @@ def load(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        fix = "mend it; a text with signs such as * : # [ needs quotes"
+        fix = "mend it: indent with spaces, and put quotes around a text with signs such as * : # ["
         raise UserError(f"{where}{reason}", fix) from error
 
 

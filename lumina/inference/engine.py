@@ -36,12 +36,22 @@ class Model:
         """Yields text as soon as its characters are complete; returns why it ended.
 
         That is `end` (the end token), `length` (`max_tokens`) or `context` (the context is full). A prompt longer
-        than the context keeps its end. Raises `UserError` for impossible sampling settings.
+        than the context keeps its end. Raises `UserError`, before anything is yielded, for impossible sampling
+        settings and for a prompt that is not Unicode text.
         """
         sampler = Sampler(**sampling)  # type: ignore[arg-type]
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # an argument with bytes that are not UTF-8 arrives as lone surrogates
+            raise UserError(
+                f"the prompt is not UTF-8 text at character {error.start + 1}",
+                fix="convert it, for example with iconv -f latin1 -t utf-8",
+            ) from None
+        return self._stream([self.tokenizer.end_id, *self.tokenizer.encode(prompt)], max_tokens, seed, sampler)
+
+    def _stream(self, prompt_ids: list[int], max_tokens: int, seed: int, sampler: Sampler) -> Generator[str, None, str]:
         generator = torch.Generator().manual_seed(seed)
         config, text = self.transformer.config, self.tokenizer.stream()
-        prompt_ids = [self.tokenizer.end_id, *self.tokenizer.encode(prompt)]
         ids = torch.tensor([prompt_ids[-(config.seq_len - 1) :]])
         cache, reason = Cache(config, batch=1, like=self.transformer.embed.weight), "length"
         for _ in range(max_tokens):

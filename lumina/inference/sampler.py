@@ -16,7 +16,7 @@ class Sampler:
 
     temperature: float = 0.8
     top_k: int = 0
-    top_p: float = 1.0
+    top_p: float = 0.9
 
     def __post_init__(self) -> None:
         problems = []

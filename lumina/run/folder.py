@@ -128,7 +128,7 @@ def missing(path: Path) -> list[str]:
 
 def near_runs(path: Path) -> list[str]:
     """Runs beside `path` whose names resemble its own, at most three, best first."""
-    names = [config.parent.name for config in path.parent.glob("*/config.yaml")]
+    names = [config.parent.name for config in path.parent.glob("*/config.yaml") if not missing(config.parent)]
     return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)]
 
 

@@ -84,9 +84,14 @@ class Console:
 
     def write(self, line: str) -> None:
         self.show(line)
-        if self.log is not None:
+        if self.log is None:
+            return
+        try:
             with self.log.open("a", encoding="utf-8") as log:
                 log.write(line + "\n")
+        except OSError as error:  # a copy for reading is not worth a run
+            self.show(f"! {self.log} is no longer written: {error.strerror}")
+            self.log = None
 
     def _on_run(self, event: Event) -> None:
         self.log = Path(event["path"]) / "log.txt"

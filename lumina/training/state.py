@@ -21,6 +21,7 @@ class Progress:
     best_loss: float | None = None  # lowest held-out loss so far
     best_step: int | None = None
     pending: list[float] | None = None  # metrics of `step`, not yet observed (they are consumed one step late)
+    step_seconds: float = 0.0  # that `step` took
 
 
 def pack(progress: Progress, optimizer: Optimizer, identity: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,6 @@ class Session:
         self.freeze_from = decay_start(self.config.train, parts.steps)
         self.progress = Progress()
         self.pending: Lagged | None = None
-        self.step_seconds = 0.0  # of the step not yet observed; 0 if another attempt took it
         self.last_eval: tuple[int, Evaluation] | None = None
         self.saved_step: int | None = None
 
@@ -154,9 +153,9 @@ class Session:
         )
         self._observe()
         now = time.perf_counter()
-        self.step_seconds, self.last = now - self.last, now
+        progress.step_seconds, self.last = now - self.last, now
         progress.step, progress.tokens = step, progress.tokens + train.batch_tokens
-        progress.wall += self.step_seconds
+        progress.wall += progress.step_seconds
         self.pending = Lagged(metrics)
         if step == parts.steps:
             return
@@ -172,7 +171,7 @@ class Session:
         if values is None:
             return
         metrics, step = dict(zip(METRICS, values, strict=True)), self.progress.step
-        tok_s = self.config.train.batch_tokens / self.step_seconds if self.step_seconds else 0.0
+        tok_s = self.config.train.batch_tokens / self.progress.step_seconds
         self.events.emit(
             "step",
             step=step,

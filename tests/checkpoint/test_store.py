@@ -301,6 +301,14 @@ def test_every_difference_is_listed_at_once_and_no_target_has_changed(tmp_path: 
     assert all(tensor.count_nonzero() == 0 for tensor in (*model.values(), *optim.values()))
 
 
+def test_a_long_list_of_differences_is_cut(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(UserError) as error:
+        store.load(store.read(tmp_path / "latest"), {f"new.{i}": torch.zeros(1) for i in range(30)})
+    assert len(error.value.message.splitlines()) == 12
+    assert error.value.message.endswith("more")
+
+
 def test_a_saved_tensor_that_nobody_wants_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.raises(UserError, match="model tensor b is in the checkpoint only"):

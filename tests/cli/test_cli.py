@@ -107,7 +107,8 @@ def test_bad_input(arguments: list[str], needles: list[str], here: Path, capsys:
 
 
 def test_wrong_options_are_user_errors_too(trained: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "top_p" in error(capsys, "generate", trained, "-p", "x", "--top-p", "2")
+    assert error(capsys, "generate", trained, "-p", "x", "--top-p", "2").count("top_p") == 1
+    assert "not UTF-8 text at character 3" in error(capsys, "generate", trained, "-p", "ab\udcff")
     assert main(["generate", trained]) == 2
     assert main(["no-such-verb"]) == 2
 

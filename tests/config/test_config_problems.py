@@ -214,7 +214,7 @@ class TestLengthAndKind:
     ("twice.yaml", "twice.yaml: line 3: the key 'lr' is given twice", "mend it"),
     ("both.yaml", "both.yaml: train.lr: given twice", "keep one"),
     ("latin.yaml", "latin.yaml: not UTF-8 text (byte 8)", "save the file as UTF-8"),
-    ("star.yaml", "star.yaml: line 1: expected alphabetic or numeric character", "needs quotes"),
+    ("star.yaml", "star.yaml: line 1: expected alphabetic or numeric character", "quotes around"),
     ("extends.yaml", "extends.yaml: unknown preset 'tiyn'", "did you mean tiny?"),
     ("newer.yaml", "newer.yaml: schema_version is 2", "use the version that wrote the file"),
 ])  # fmt: skip

@@ -46,8 +46,9 @@ def test_open_says_what_a_folder_lacks(tmp_path: Path) -> None:
     run = started(tmp_path / "tiny-1")
     assert Run.open(run.path) == run
     run.meta.unlink()
-    with pytest.raises(UserError, match=r"not a run folder: it has no meta\.json"):
+    with pytest.raises(UserError, match=r"not a run folder: it has no meta\.json") as error:
         Run.open(run.path)
+    assert "did you mean" not in error.value.fix  # it does not resemble itself
     run.config.unlink()
     with pytest.raises(UserError, match=r"it has no config\.yaml and no meta\.json"):
         Run.open(run.path)

@@ -79,6 +79,7 @@ def test_interrupted_equals_uninterrupted(variant: dict[str, Any], tmp_path: Pat
     assert sorted(expected) == sorted(got)
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
     assert history(whole) == history(again)
+    assert all(event["tok_s"] > 0 for event in again.events() if event["t"] == "step")
     assert [event[1] for event in history(again) if event[0] == "step"] == list(range(1, STEPS + 1))
 
 
