@@ -4,6 +4,9 @@ Rows 0..offs[0]-1 of `x` meet expert 0, rows offs[0]..offs[1]-1 expert 1, and so
 (the kernel leaves rows past offs[-1] uninitialised). The kernel is wrapped in an operator of our own because
 PyTorch's meta kernel takes bf16 only and CPU autocast does not cast its inputs.
 
+On a CPU the kernel is ours: oneDNN generates and keeps code for every new shape of a bf16 product, and an expert's
+number of rows is new in every step. Products in few shapes halve the time and keep the memory flat (docs/log.md).
+
 Shapes: R rows (token, expert) sorted by expert, E experts, I inputs, O outputs.
 """
 
@@ -15,9 +18,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Rows of a product on a CPU: whole blocks, then a multiple of the quantum.
+BLOCK, QUANTUM = 1024, 64
+
+
+def _cpu_rows(x_RI: Tensor, w_EIO: Tensor, offs_E: Tensor) -> Tensor:
+    """`x @ w` of each row's expert. A product runs on into the next expert's rows, which that expert overwrites."""
+    R = x_RI.shape[0]
+    y_RO, start = x_RI.new_empty(R, w_EIO.shape[2]), 0
+    for w_IO, end in zip(w_EIO.unbind(), offs_E.tolist(), strict=True):
+        while start < end:
+            rows = min(BLOCK, _padded(end - start))
+            stop = min(end, start + rows)
+            if start + rows <= R:
+                torch.mm(x_RI[start : start + rows], w_IO, out=y_RO[start : start + rows])
+            elif rows <= R:  # the last rows of all: run on backwards, and keep only this expert's
+                y_RO[start:stop] = torch.mm(x_RI[R - rows :], w_IO)[rows - (R - start) :][: stop - start]
+            else:
+                torch.mm(x_RI[start:stop], w_IO, out=y_RO[start:stop])
+            start = stop
+    return y_RO
+
+
+def _cpu_weights(g_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
+    """`g.T @ x` of each expert's rows: whole blocks in one product, the rest padded with zeros in another."""
+    w_EOI, start = g_RO.new_zeros(len(offs_E), g_RO.shape[1], x_RI.shape[1]), 0
+    for w_OI, end in zip(w_EOI.unbind(), offs_E.tolist(), strict=True):
+        rest = (end - start) % BLOCK
+        if rest:
+            g_QO, x_QI = (F.pad(t[end - rest : end], (0, 0, 0, _padded(rest) - rest)) for t in (g_RO, x_RI))
+            torch.mm(g_QO.t(), x_QI, out=w_OI)
+        if end - rest > start:
+            w_OI.addmm_(g_RO[start : end - rest].t(), x_RI[start : end - rest])
+        start = end
+    return w_EOI
+
+
+def _padded(rows: int) -> int:
+    return -(-rows // QUANTUM) * QUANTUM
+
 
 @torch.library.custom_op("lumina::grouped_mm", mutates_args=())
 def _grouped_mm(x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor) -> Tensor:
+    if x_RI.device.type == "cpu":
+        return _cpu_rows(x_RI, w_EOI.transpose(-1, -2), offs_E)
     return F.grouped_mm(x_RI, w_EOI.transpose(-1, -2), offs=offs_E)
 
 
@@ -29,6 +73,8 @@ def _(x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor) -> Tensor:
 @torch.library.custom_op("lumina::grouped_mm_backward", mutates_args=())
 def _grouped_mm_backward(g_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor) -> tuple[Tensor, Tensor]:
     g_RO = g_RO.contiguous()  # an expanded gradient has stride 0, which the kernel refuses
+    if g_RO.device.type == "cpu":
+        return _cpu_rows(g_RO, w_EOI, offs_E), _cpu_weights(g_RO, x_RI, offs_E)
     return F.grouped_mm(g_RO, w_EOI, offs=offs_E), F.grouped_mm(g_RO.t(), x_RI, offs=offs_E)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -65,8 +65,9 @@ def test_conserves_assignments_and_normalises_gates(tokens: int, experts: int, d
     torch.testing.assert_close(gate_TA.sum(-1), torch.ones(tokens))
 
 
-@settings(max_examples=30, deadline=None)
-@given(sizes=st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any))
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(0, 7) | st.integers(0, 200), min_size=1, max_size=6).filter(any))
+@example(sizes=[1500, 0, 3, 2300])  # more than one block
 def test_grouped_kernel_equals_loop_also_with_empty_experts(sizes: list[int]) -> None:
     generator = torch.Generator().manual_seed(len(sizes))
     x = torch.randn(sum(sizes), 16, generator=generator, requires_grad=True)
@@ -77,7 +78,7 @@ def test_grouped_kernel_equals_loop_also_with_empty_experts(sizes: list[int]) ->
         y = grouped_linear(x, w, offs, kernel)
         results.append((y, *torch.autograd.grad(y.sum(), [x, w])))  # an expanded gradient, too
     for grouped, loop in zip(*results, strict=True):
-        torch.testing.assert_close(grouped, loop, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grouped, loop, rtol=1e-5, atol=1e-4)
 
 
 def test_grouped_kernel_follows_autocast() -> None:
