@@ -79,6 +79,7 @@ def _finish(train: Callable[[], Run]) -> Run:
         typer.echo(f"saved  {stop.run.checkpoints / 'latest'} at step {stop.step}")
         typer.echo(f"next   lumina resume {stop.run.path}")
         raise typer.Exit(STOPPED) from None
-    typer.echo(f"files  {run.path}/  config.yaml · events.jsonl · tokenizer/ · checkpoints/latest, best")
+    links = ", ".join(name for name in ("latest", "best") if (run.checkpoints / name).exists())
+    typer.echo(f"files  {run.path}/  config.yaml · events.jsonl · log.txt · tokenizer/ · checkpoints/ ({links})")
     typer.echo(f'next   lumina generate {run.path} -p "your prompt"')
     return run

@@ -111,7 +111,7 @@ class Console:
             f"{data['bytes_per_token']:.2f} bytes a token, loader {count(event['loader_tok_s'])} tok/s"
         )
         self.write(
-            f"here   {event['device']}, {event['threads']} threads, {event['precision']}, "
+            f"here   {event['machine']['device_name']} ({event['device']}), {event['threads']} threads, {event['precision']}, "
             f"matmul {count(event['matmul_flops'])}FLOP/s"
         )
         self.write(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,6 +17,8 @@ from lumina.errors import UserError
 from lumina.training.precision import Precision
 
 MICRO_TOKENS = 8192  # a micro-batch's activations: larger gains nothing on a CPU and costs memory
+MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # large enough that waiting for the device does not count
+MATMUL_SECONDS = 0.25
 Choices = dict[str, tuple[Any, str]]
 
 
@@ -76,11 +79,12 @@ def _micro_batch(config: Config) -> int:
     return next(n for n in range(min(limit, sequences), 0, -1) if sequences % n == 0)
 
 
-def matmul_rate(device: str, dtype: torch.dtype, size: int = 1024, repeats: int = 40) -> float:
-    """FLOP/s of a square matmul: what MFU is measured against. The best of several, for a busy machine only slows."""
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a square matmul: what MFU is measured against. The best of many, for a busy machine only slows."""
+    size = MATMUL_SIZE[device]
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(repeats):
+    best, end = float("inf"), time.perf_counter() + MATMUL_SECONDS
+    while time.perf_counter() < end:
         start = time.perf_counter()
         product = a @ b
         product[0, 0].item()  # waits for the device
@@ -90,7 +94,7 @@ def matmul_rate(device: str, dtype: torch.dtype, size: int = 1024, repeats: int 
 
 def facts(device: str) -> dict[str, Any]:
     """Names and versions for `meta.json`."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     return {
         "lumina": __version__,
         "torch": torch.__version__,
@@ -101,6 +105,16 @@ def facts(device: str) -> dict[str, Any]:
         "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
+
+
+def _cpu_name() -> str:
+    """The model of the CPU, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def memory_used(device: str) -> int:
