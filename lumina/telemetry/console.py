@@ -111,8 +111,8 @@ class Console:
             f"{data['bytes_per_token']:.2f} bytes a token, loader {count(event['loader_tok_s'])} tok/s"
         )
         self.write(
-            f"here   {event['machine']['device_name']} ({event['device']}), {event['threads']} threads, {event['precision']}, "
-            f"matmul {count(event['matmul_flops'])}FLOP/s"
+            f"here   {event['machine']['device_name']} ({event['device']}), {event['threads']} threads, "
+            f"{event['precision']}, matmul {count(event['matmul_flops'])}FLOP/s"
         )
         self.write(
             f"plan   {event['steps']} steps of {count(event['batch_tokens'])} tokens = "
