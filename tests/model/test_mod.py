@@ -50,24 +50,33 @@ def test_bypassed_rows_are_bit_identical() -> None:
     assert not torch.equal(y[~bypassed], x[~bypassed])
 
 
-def test_bypassed_rows_are_bit_identical_in_a_whole_block() -> None:
-    model = Transformer(model_config("hybrid"))
+@pytest.mark.parametrize("kind", ["mod", "hybrid"])
+def test_the_training_forward_is_the_definition(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chosen tokens are the top C; the others pass bit by bit; and the chosen ones are computed as in the
+    parallel form, which never gathers them: all rows, with the rows that were not chosen invisible."""
+    model = Transformer(model_config(kind))
     spread(model)
-    seen = []
-    original = DepthRouter.select
-    block = next(b for b in model._blocks() if b.router is not None)
-    x = torch.randn(2, model.config.seq_len, model.config.width)
-    chosen = original(block.router, x)
-    inside = take(x, chosen.index_BC)
-    position = chosen.index_BC
-    from lumina.model.transformer import document_mask
+    ids, _, targets = batch(model)
+    segments = (torch.arange(ids.shape[1]) > 20).long().expand_as(ids)
+    routed: list[torch.Tensor] = []
 
-    y_in, _ = block.branch(inside, model._rope(position), document_mask(position, torch.zeros_like(position)))
-    y = put(x, position, inside + chosen.weight_BC.unsqueeze(-1) * y_in)
-    bypassed = torch.ones(x.shape[:2], dtype=torch.bool).scatter_(1, position, False)
-    assert torch.equal(y[bypassed], x[bypassed])
-    assert (y[~bypassed] != x[~bypassed]).any(dim=-1).all()
-    assert not seen
+    def checked_put(x: torch.Tensor, index: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        result, router = put(x, index, y), model.routers[len(routed)]
+        keep = torch.zeros(x.shape[:2], dtype=torch.bool).scatter_(1, index, True)
+        for score, row in zip((x @ router.weight).tolist(), keep, strict=True):
+            best = sorted(range(len(score)), key=lambda s: (-score[s], s))[: math.ceil(0.25 * len(score))]
+            assert sorted(best) == row.nonzero().flatten().tolist()
+        assert torch.equal(result[~keep].view(torch.int32), x[~keep].view(torch.int32))
+        assert (result[keep] != x[keep]).any(dim=-1).all()
+        routed.append(keep)
+        return result
+
+    monkeypatch.setattr("lumina.model.transformer.put", checked_put)
+    trained = model(ids, segments, targets)[0].nats
+    assert len(routed) == len(model.routers) > 0
+    monkeypatch.setattr(DepthRouter, "decode", lambda self, x: (routed[model.routers.index(self)], self.score(x)))
+    parallel = model.evaluate(ids, segments, targets)[0].nats
+    torch.testing.assert_close(trained, parallel, rtol=1e-6, atol=0)
 
 
 def test_full_capacity_with_weight_one_is_the_dense_model() -> None:
@@ -84,6 +93,7 @@ def test_full_capacity_with_weight_one_is_the_dense_model() -> None:
 
 def test_router_learns_through_the_selected_tokens_only() -> None:
     model = Transformer(model_config("mod"))
+    spread(model)  # at its initial zero output a predictor would pass no gradient on, detached or not
     ids, segments, targets = batch(model)
     loss, stats = model(ids, segments, targets)
     loss.loss.backward(retain_graph=True)

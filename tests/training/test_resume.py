@@ -101,6 +101,21 @@ def test_a_crash_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_crash_right_after_a_checkpoint_loses_no_event(tmp_path: Path) -> None:
+    """The metrics of the saved step are observed one step later: they must be in the checkpoint."""
+
+    def crash(event: dict[str, Any]) -> None:
+        if event["t"] == "checkpoint" and event["attempt"] == 0:
+            raise RuntimeError("power cut")
+
+    keys = settings(tmp_path) | {"train.steps": STEPS, "checkpoint.every": 3}
+    whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
+    with pytest.raises(RuntimeError, match="power cut"):
+        Trainer("tiny", root=tmp_path / "parts", listeners=[crash], **keys).fit()
+    again = Trainer("tiny", root=tmp_path / "parts", **keys).fit()
+    assert history(whole) == history(again)
+
+
 def test_a_broken_checkpoint_is_passed_over_and_said(tmp_path: Path) -> None:
     keys = settings(tmp_path) | {"train.steps": STEPS, "checkpoint.every": 3}
     with pytest.raises(Stopped):
