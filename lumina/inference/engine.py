@@ -35,9 +35,9 @@ class Model:
     ) -> Generator[str, None, str]:
         """Yields text as soon as its characters are complete; returns why it ended.
 
-        That is `end` (the end token), `length` (`max_tokens`) or `context` (the context is full). A prompt longer
-        than the context keeps its end. Raises `UserError`, before anything is yielded, for impossible sampling
-        settings and for a prompt that is not Unicode text.
+        That is `end` (the end token), `length` (`max_tokens`) or `context` (the context is full). Of a prompt that
+        leaves less than half of the context to write in, the end is kept. Raises `UserError`, before anything is
+        yielded, for impossible sampling settings and for a prompt that is not Unicode text.
         """
         sampler = Sampler(**sampling)  # type: ignore[arg-type]
         try:
@@ -52,7 +52,8 @@ class Model:
     def _stream(self, prompt_ids: list[int], max_tokens: int, seed: int, sampler: Sampler) -> Generator[str, None, str]:
         generator = torch.Generator().manual_seed(seed)
         config, text = self.transformer.config, self.tokenizer.stream()
-        ids = torch.tensor([prompt_ids[-(config.seq_len - 1) :]])
+        room = min(max_tokens, config.seq_len // 2)
+        ids = torch.tensor([prompt_ids[-(config.seq_len - room) :]])
         cache, reason = Cache(config, batch=1, like=self.transformer.embed.weight), "length"
         for _ in range(max_tokens):
             logits_BV = self.transformer.next_logits(ids, cache.layers, cache.position)

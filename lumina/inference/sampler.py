@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,8 @@ class Sampler:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.temperature < 0:
-            problems.append(f"temperature={self.temperature}: must be 0 (greedy) or more")
+        if not 0 <= self.temperature < math.inf:
+            problems.append(f"temperature={self.temperature}: must be 0 (greedy) or a positive number")
         if self.top_k < 0:
             problems.append(f"top_k={self.top_k}: must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
@@ -33,7 +34,7 @@ class Sampler:
         """The chosen ids `[B]`."""
         if self.temperature == 0:
             return logits_BV.argmax(-1)
-        scaled_BV = logits_BV / self.temperature
+        scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature  # no overflow
         if self.top_k:
             kth_B1 = scaled_BV.topk(min(self.top_k, scaled_BV.shape[-1])).values[:, -1:]
             scaled_BV = scaled_BV.masked_fill(scaled_BV < kth_B1, float("-inf"))

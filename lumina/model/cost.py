@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from lumina.config.schema.model import ModelConfig
 
+PREDICTOR_SHRINK = 4  # the depth predictor's hidden layer is width / 4
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -33,9 +35,9 @@ class _Block:
     total: int
 
 
-def capacity(config: ModelConfig, sequence: int) -> float:
-    """The share of tokens a routed block really takes: ceil(c·S) / S."""
-    return math.ceil(config.mod.capacity * sequence) / sequence if config.mod else 1.0
+def chosen(capacity: float, sequence: int) -> int:
+    """How many tokens of a sequence a routed block takes: ceil(c·S), where 0.07·100 is 7."""
+    return math.ceil(capacity * sequence - 1e-9)
 
 
 def is_routed(config: ModelConfig, layer: int) -> bool:
@@ -46,7 +48,7 @@ def is_routed(config: ModelConfig, layer: int) -> bool:
 def count(config: ModelConfig, sequence: int | None = None, kv_bytes: int = 4) -> Cost:
     """Counts one model; `sequence` (default: the configured length) sets the cost of attention."""
     S = sequence or config.seq_len
-    c = capacity(config, S)
+    c = chosen(config.mod.capacity, S) / S if config.mod else 1.0
     head = config.vocab * config.width
     attention_flops = 6 * config.heads * config.head_dim * S
     kv = 2 * config.kv_heads * config.head_dim * kv_bytes
@@ -75,7 +77,7 @@ def _block(config: ModelConfig, routed: bool) -> _Block:
         expert, router = 3 * D * config.moe.ffn, D * config.moe.experts
         met = expert * (config.moe.top_k + config.moe.shared) + router
         stored = expert * (config.moe.experts + config.moe.shared) + router
-    hidden = D // 4  # the predictor's (model/mod.py)
+    hidden = D // PREDICTOR_SHRINK
     router_matmul = D + D * hidden + hidden if routed else 0
     return _Block(
         matmul=attention + met,

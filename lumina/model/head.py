@@ -37,6 +37,9 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, h_TD: Tensor, w_VD: Tensor, target_T: Tensor, z: float, training: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        w_VD = w_VD.to(
+            h_TD.dtype
+        )  # here, not by the caller: the gradient's fp32 sum must reach an fp32 weight unrounded
         chunk = max(1, CHUNK_ELEMENTS[h_TD.device.type] // w_VD.shape[0])
         nats, square, correct = (torch.zeros((), device=h_TD.device) for _ in range(3))
         g_h_TD = torch.empty_like(h_TD) if training else None
@@ -80,12 +83,10 @@ class Head(nn.Module):
     def forward(self, h_BSD: Tensor, target_BS: Tensor, z: float) -> TokenLoss:
         """Loss sums in fp32; targets equal to -1 are not counted."""
         h_TD = h_BSD.flatten(0, 1)
-        w_VD: Tensor = self.weight
         device = h_TD.device.type
         if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            h_TD, w_VD = h_TD.to(dtype), w_VD.to(dtype)
-        return TokenLoss(*_ChunkedLoss.apply(h_TD, w_VD, target_BS.flatten(), z, torch.is_grad_enabled()))  # type: ignore[no-untyped-call]
+            h_TD = h_TD.to(torch.get_autocast_dtype(device))
+        return TokenLoss(*_ChunkedLoss.apply(h_TD, self.weight, target_BS.flatten(), z, torch.is_grad_enabled()))  # type: ignore[no-untyped-call]
 
     def logits(self, h_BSD: Tensor) -> Tensor:
         return F.linear(h_BSD, self.weight).float()

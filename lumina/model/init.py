@@ -1,4 +1,4 @@
-"""Initial weights, drawn per parameter name: adding a layer or a process changes no other parameter.
+"""Initial weights, drawn per parameter name: adding a layer or a process changes no other parameter's draw.
 
 Matrices are normal with standard deviation 0.02 (GPT-2, Qwen3); those that write into the residual stream are
 divided by sqrt(2·layers) (GPT-2), so that its variance at the output does not grow with depth.

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumina.model.attention import NORM_EPS
+from lumina.model.cost import PREDICTOR_SHRINK, chosen
 
-PREDICTOR_SHRINK = 4  # the predictor's hidden layer is width / 4
 QUANTILE_MEMORY = 0.9  # moving average over optimizer steps; longer ones lag behind a predictor that learns
 
 
@@ -43,7 +43,8 @@ class Predictor(nn.Module):
         super().__init__()
         self.w_in = nn.Parameter(torch.empty(width // PREDICTOR_SHRINK, width))
         self.w_out = nn.Parameter(torch.empty(width // PREDICTOR_SHRINK))
-        # The prior: a share c of the tokens is selected. c = 1 selects all and needs no prediction.
+        # The prior: a share c of the tokens is selected. c = 1 selects all and needs no prediction. Trained, the bias
+        # cannot change which logits are the largest, but holds their (1-c) quantile still for the moving average.
         self.prior = math.log(capacity / (1 - capacity)) if capacity < 1 else 20.0
         self.bias = nn.Parameter(torch.empty(1))
 
@@ -58,7 +59,7 @@ class DepthRouter(nn.Module):
     """Decides which tokens of a sequence pass through the block."""
 
     quantile: Tensor
-    seeded: Tensor
+    steps: Tensor
 
     def __init__(self, width: int, capacity: float) -> None:
         super().__init__()
@@ -66,14 +67,14 @@ class DepthRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.predictor = Predictor(width, capacity)
         self.register_buffer("quantile", torch.empty(1))  # decode rule: logit > quantile
-        self.register_buffer("seeded", torch.empty(1))  # 1 after the first training step
+        self.register_buffer("steps", torch.empty(1))  # live training steps that moved it
 
     def reset(self) -> None:
         """The rule before any data: the prior of a token being selected, for every token."""
         with torch.no_grad():
             self.predictor.bias.fill_(self.predictor.prior)
         self.quantile.fill_(self.predictor.prior)
-        self.seeded.zero_()
+        self.steps.zero_()
 
     def score(self, x_BSD: Tensor) -> Tensor:
         """r in fp32: a near-tie must not fall differently in a recomputed forward."""
@@ -83,7 +84,7 @@ class DepthRouter(nn.Module):
     def select(self, x_BSD: Tensor) -> Selection:
         """The training choice: exactly C tokens of each sequence, ties by position."""
         S = x_BSD.shape[1]
-        C = math.ceil(self.capacity * S)
+        C = chosen(self.capacity, S)
         r_BS = self.score(x_BSD)
         index_BC = r_BS.detach().argsort(dim=1, descending=True, stable=True)[:, :C].sort(dim=1).values
         target_BS = torch.zeros_like(r_BS).scatter_(1, index_BC, 1.0)
@@ -102,11 +103,14 @@ class DepthRouter(nn.Module):
 
     @torch.no_grad()
     def follow(self, quantile: Tensor, live: Tensor) -> None:
-        """Moves the threshold towards this step's quantile where `live` (bool); the first live step seeds it."""
-        moved = quantile.lerp(self.quantile, QUANTILE_MEMORY * self.seeded)
+        """Moves the threshold towards this step's quantile where `live` (bool).
+
+        The first live step sets it; then it is the mean of all steps until that is as long as the moving average.
+        """
+        moved = quantile.lerp(self.quantile, (self.steps / (self.steps + 1)).clamp_max(QUANTILE_MEMORY))
         # `where`, not a product with `live`: a skipped step's quantile may be NaN.
         self.quantile.copy_(torch.where(live, moved, self.quantile))
-        self.seeded.copy_(torch.where(live, torch.ones_like(self.seeded), self.seeded))
+        self.steps += live
 
 
 class _TakeRows(torch.autograd.Function):

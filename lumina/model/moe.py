@@ -48,18 +48,16 @@ class _Combine(torch.autograd.Function):
     """sum over a of gate[t, a] · y[row of (t, a)]; both gradients are gathers."""
 
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, gate_TA: Tensor, token_R: Tensor, row_TA: Tensor) -> Tensor:
+    def forward(ctx: Any, y_RD: Tensor, gate_TA: Tensor, order_R: Tensor, row_TA: Tensor) -> Tensor:
         y_TAD = y_RD.index_select(0, row_TA.flatten()).unflatten(0, row_TA.shape)
-        ctx.save_for_backward(y_RD, gate_TA, token_R, row_TA)
+        ctx.save_for_backward(y_RD, gate_TA, order_R, row_TA)
         return torch.bmm(gate_TA.to(y_TAD.dtype).unsqueeze(1), y_TAD).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y_RD, gate_TA, token_R, row_TA = ctx.saved_tensors
-        g_RD = grads[0].index_select(0, token_R)
-        # Row r is the pair order[r]; `row_TA` is the inverse permutation, so scattering pairs to rows is a gather
-        # of gates by the pair at each row.
-        gate_R = torch.empty_like(gate_TA.flatten()).index_copy_(0, row_TA.flatten(), gate_TA.flatten())
+        y_RD, gate_TA, order_R, row_TA = ctx.saved_tensors
+        g_RD = grads[0].index_select(0, order_R // gate_TA.shape[1])
+        gate_R = gate_TA.flatten().index_select(0, order_R)
         g_gate_R = (g_RD * y_RD).sum(-1, dtype=torch.float32)
         g_gate_TA = g_gate_R.index_select(0, row_TA.flatten()).view_as(gate_TA).to(gate_TA.dtype)
         return g_RD * gate_R.unsqueeze(1).to(g_RD.dtype), g_gate_TA, None, None
@@ -106,12 +104,11 @@ class MoE(nn.Module):
         )
         count_E = F.one_hot(expert_R, self.experts).sum(0)
         offs_E = count_E.cumsum(0).to(torch.int32)
-        token_R = order_R // self.top_k
 
-        x_RD = _Dispatch.apply(x_TD, token_R, row_TA)  # type: ignore[no-untyped-call]
+        x_RD = _Dispatch.apply(x_TD, order_R // self.top_k, row_TA)  # type: ignore[no-untyped-call]
         h_RF = swiglu(grouped_linear(x_RD, self.w_gate_up, offs_E, self.kernel))
         y_RD = grouped_linear(h_RF, self.w_down, offs_E, self.kernel)
-        y_BSD = _Combine.apply(y_RD, gate_TA, token_R, row_TA).view_as(x_BSD)  # type: ignore[no-untyped-call]
+        y_BSD = _Combine.apply(y_RD, gate_TA, order_R, row_TA).view_as(x_BSD)  # type: ignore[no-untyped-call]
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
         return y_BSD, count_E.float()

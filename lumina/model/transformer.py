@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lumina.config.schema.model import ModelConfig
 from lumina.model.attention import Attention, KeyValueCache, RMSNorm, rope_table
+from lumina.model.cost import is_routed
 from lumina.model.feedforward import FeedForward
 from lumina.model.head import Head, TokenLoss
 from lumina.model.init import initialize
@@ -80,11 +81,8 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        every = config.mod.every if config.mod else 0
         self.embed = nn.Embedding(config.vocab, config.width)
-        self.blocks = nn.ModuleList(
-            Block(config, routed=bool(every) and layer % every == every - 1) for layer in range(config.layers)
-        )
+        self.blocks = nn.ModuleList(Block(config, routed=is_routed(config, layer)) for layer in range(config.layers))
         self.norm = RMSNorm(config.width)
         self.head = Head(config.width, config.vocab)
         if config.tied:

@@ -42,7 +42,10 @@ class Groups:
 
 
 def group_parameters(model: nn.Module, optimizer: str) -> Groups:
-    """Embedding, head, norms and routers belong to AdamW in either optimizer (Jordan et al.; OLMo 2: no decay)."""
+    """Embedding, head, norms and routers belong to AdamW in either optimizer (Jordan et al.).
+
+    Weight decay is for the matrices and a head of its own; a tied head is the embedding, which OLMo 2 does not decay.
+    """
     groups = Groups({}, {}, {}, {})
     for name, parameter in model.named_parameters():
         if ".predictor." in name:

@@ -13,7 +13,7 @@ def span(value: float, steps: int) -> int:
 
 
 def decay_start(train: TrainConfig, steps: int) -> int:
-    """The first step of the final decay; router biases are frozen from here on."""
+    """The last step before the final decay; router biases are frozen after it."""
     return steps - span(train.decay, steps)
 
 

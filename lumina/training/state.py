@@ -18,7 +18,7 @@ class Progress:
     step: int = 0  # optimizer steps done or skipped
     tokens: int = 0  # trained tokens
     wall: float = 0.0  # seconds of training, over all attempts; shown, never used
-    best_loss: float | None = None  # lowest held-out loss so far
+    best_loss: float | None = None  # lowest held-out loss of a step that was saved
     best_step: int | None = None
     pending: list[float] | None = None  # metrics of `step`, not yet observed (they are consumed one step late)
     step_seconds: float = 0.0  # that `step` took

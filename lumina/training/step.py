@@ -18,7 +18,7 @@ from lumina.model.transformer import RoutingStats, Transformer
 from lumina.training.optim import Optimizer, gradient_norm
 from lumina.training.precision import Precision
 
-METRICS = ("nats", "z", "correct", "count", "grad_norm", "skipped", "balance", "predictor", "agreement")
+METRICS = ("nats", "correct", "count", "grad_norm", "skipped", "balance", "agreement")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def train_step(
     """Takes one step and returns its metrics, a float32 vector on the device in the order of `METRICS`."""
     optimizer.zero_grad()
     device = model.embed.weight.device
-    sums = torch.zeros(4, device=device)
+    sums = torch.zeros(3, device=device)
     stats: list[RoutingStats] = []
     for micro in batch.split(plan.micro_batches):
         micro = micro.to(device)
@@ -51,19 +51,21 @@ def train_step(
             loss, routing = model(micro.ids_BS, micro.segments_BS, micro.targets_BS, plan.z_loss)
         # Sums over the whole batch's tokens, not means of means: any split gives the same gradient.
         ((loss.loss + routing.predictor_loss) / batch.targets).backward()
-        sums += torch.stack([loss.nats, loss.loss.detach(), loss.correct, loss.tokens])
+        sums += torch.stack([loss.nats, loss.correct, loss.tokens])
         stats.append(RoutingStats(*(value.detach() for value in routing)))
     routing = RoutingStats(*(torch.stack(values).sum(0) for values in zip(*stats, strict=True)))
 
     norm = gradient_norm(optimizer.groups.clipped)
-    finite = torch.isfinite(norm) & torch.isfinite(sums[1]) & torch.isfinite(routing.predictor_loss)
+    finite = torch.isfinite(norm) & torch.isfinite(sums).all() & torch.isfinite(routing.predictor_loss)
+    if optimizer.groups.predictors:
+        finite &= torch.isfinite(gradient_norm(optimizer.groups.predictors.values()))
     skip = (~finite).float()
     gradients = [p.grad for p in optimizer.groups.clipped if p.grad is not None]
     torch._foreach_mul_(gradients, (plan.clip / (norm + 1e-6)).clamp(max=1.0))
     optimizer.step(lr, skip)
     _update_routers(model, routing, finite, plan, 0.0 if freeze_bias else plan.bias_rate, batch)
 
-    return torch.stack([sums[0], sums[1], sums[2], sums[3], norm, skip, *_routing_metrics(model, routing, batch)])
+    return torch.stack([*sums, norm, skip, *_routing_metrics(model, routing, batch)])
 
 
 @torch.no_grad()
@@ -78,9 +80,9 @@ def _update_routers(
 
 
 def _routing_metrics(model: Transformer, routing: RoutingStats, batch: Batch) -> list[Tensor]:
-    """Largest over mean expert load (mean over layers), predictor loss and agreement per routed token."""
+    """Largest over mean expert load (mean over layers) and predictor agreement per token and routed layer."""
     load_LE = routing.load_LE
     one = torch.ones((), device=routing.predictor_loss.device)
     balance = (load_LE.amax(1) / load_LE.mean(1)).mean() if len(load_LE) else one
     tokens = max(1, len(model.routers)) * batch.ids_BS.numel()
-    return [balance, routing.predictor_loss / tokens, routing.agreement / tokens]
+    return [balance, routing.agreement / tokens]

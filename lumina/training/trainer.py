@@ -8,6 +8,8 @@ are part of the checkpoint. Everything a reader wants goes through one `EventWri
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -52,11 +54,13 @@ class Trainer:
         listeners: Sequence[Listener] = (),
         **keys: Any,
     ) -> None:
-        if data is not None:
-            keys["data.train"] = data
         if settings and keys:
             raise TypeError("give keys as `settings` or as keyword arguments, not both")
-        self.resolved = resolve(source, settings or keys)
+        settings = settings or keys
+        if data is not None:
+            named = {"data.train": data}
+            settings = {**settings, **named} if isinstance(settings, Mapping) else [*settings, *_as_text(named)]
+        self.resolved = resolve(source, settings)
         self.root, self.fresh, self.listeners = Path(root), fresh, listeners
         self.already_finished = False  # whether `fit` found the request answered by a finished run
 
@@ -224,13 +228,14 @@ class Session:
     # -- saving, stopping, restoring ----------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Publishes a checkpoint of this step and points `latest`, and perhaps `best`, at it."""
+        """Publishes a checkpoint of this step and points `latest` at it, and `best` if it was evaluated as the best."""
         start, progress = time.perf_counter(), self.progress
         if self.last_eval and self.last_eval[0] == progress.step and self.last_eval[1].comparable:
             loss = self.last_eval[1].loss
-            if progress.best_loss is None or loss < progress.best_loss:
+            if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
                 progress.best_loss, progress.best_step = loss, progress.step
-        progress.pending = self.pending.read() if self.pending else None
+        if self.pending:  # else it is what this attempt began with, if that is not observed yet
+            progress.pending = self.pending.read()
         receipt = store.save(
             self.run.checkpoints,
             progress.step,
@@ -289,6 +294,11 @@ class Session:
             matmul_flops=self.meta["matmul_flops"],
             **setup.description(self.parts),
         )
+
+
+def _as_text(settings: Mapping[str, Any]) -> list[str]:
+    """The `key=value` form; JSON is YAML."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and saved itself

@@ -28,15 +28,15 @@ def spread(model: Transformer, seed: int = 1) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
-@pytest.mark.parametrize("capacity", [0.125, 0.25, 0.3, 1.0])
-def test_selects_exactly_c_tokens_in_order_ties_included(capacity: float) -> None:
+@pytest.mark.parametrize(("capacity", "tokens"), [(0.125, 3), (0.25, 5), (0.3, 6), (0.35, 7), (1.0, 20)])
+def test_selects_exactly_c_tokens_in_order_ties_included(capacity: float, tokens: int) -> None:
     router = DepthRouter(16, capacity)
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.zero_()  # every score ties
     router.reset()
     chosen = router.select(torch.randn(3, 20, 16))
-    assert chosen.index_BC.shape == (3, math.ceil(capacity * 20))
+    assert chosen.index_BC.shape == (3, tokens)
     assert (chosen.index_BC.diff(dim=1) > 0).all()
 
 
@@ -124,19 +124,21 @@ def test_a_bypassed_token_changes_no_selected_token() -> None:
     assert torch.equal(take(x, first.index_BC), take(changed, second.index_BC))
 
 
-def test_threshold_is_seeded_then_follows_and_ignores_skipped_steps() -> None:
+def test_threshold_is_a_mean_then_a_moving_average_and_ignores_skipped_steps() -> None:
     router = DepthRouter(8, 0.25)
     router.reset()
     live, skipped = torch.tensor(True), torch.tensor(False)
     router.follow(torch.tensor(float("nan")), skipped)
-    assert router.seeded.item() == 0
+    assert router.steps.item() == 0
     assert router.quantile.item() == pytest.approx(math.log(0.25 / 0.75))
-    router.follow(torch.tensor(2.0), live)
-    assert router.quantile.item() == 2.0
-    router.follow(torch.tensor(3.0), live)
-    assert router.quantile.item() == pytest.approx(2.1)
+    for value, expected in ((2.0, 2.0), (3.0, 2.5), (7.0, 4.0)):
+        router.follow(torch.tensor(value), live)
+        assert router.quantile.item() == pytest.approx(expected)
     router.follow(torch.tensor(float("nan")), skipped)
-    assert router.quantile.item() == pytest.approx(2.1)
+    assert router.quantile.item() == pytest.approx(4.0)
+    router.steps.fill_(1000)
+    router.follow(torch.tensor(5.0), live)
+    assert router.quantile.item() == pytest.approx(4.1)
 
 
 def test_decode_rule_takes_about_c_of_the_tokens_it_was_seeded_with() -> None:
