@@ -1,30 +1,31 @@
 # make demo: set up and train the debug model. make test: set up and run the suite. make check: ruff and mypy.
 PYTHON ?= python3
-VENV := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
-demo: .venv/core
-	$(VENV)/lumina demo
+demo: $(VENV)/core
+	$(BIN)/lumina demo
 
-test: .venv/dev
-	$(VENV)/pytest -n 2
+test: $(VENV)/dev
+	$(BIN)/pytest -n 2
 
-check: .venv/dev
-	$(VENV)/ruff check .
-	$(VENV)/ruff format --check .
-	$(VENV)/mypy
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Each stamp is newer than what it was installed from, so that both targets can be repeated at no cost.
-.venv/core: pyproject.toml constraints.txt
+$(VENV)/core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=…")'
-	test -x $(VENV)/python || $(PYTHON) -m venv .venv
-	$(VENV)/pip install --quiet -c constraints.txt -e .
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e .
 	touch $@
 
-.venv/dev: .venv/core
-	$(VENV)/pip install --quiet -c constraints.txt -e .[dev]
+$(VENV)/dev: $(VENV)/core
+	$(BIN)/pip install --quiet -c constraints.txt -e .[dev]
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .PHONY: demo test check clean

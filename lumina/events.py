@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -64,9 +65,10 @@ class EventWriter:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
+            again = f"lumina resume {shlex.quote(str(self.path.parent))}"
             raise UserError(
                 f"{self.path}: event not written: {error.strerror}",
-                fix="make the disk writable or free space on it, then: lumina resume " + str(self.path.parent),
+                fix=f"make the disk writable or free space on it, then: {again}",
             ) from error
 
     def close(self) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
 from lumina import __version__
 from lumina.cli import demo, generate, train
 from lumina.errors import UserError
-from lumina.run.exit_codes import STOPPED, USER_ERROR
+from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, USER_ERROR
 
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
@@ -21,14 +23,36 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 
 app = typer.Typer(
-    help="Train dense, MoE, MoD and hybrid language models, from a laptop CPU to many nodes.",
+    help="Train dense, MoE, MoD and hybrid language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with its errors turned into a message and an exit code: outside of it, typer would answer first."""
+
+    @functools.wraps(verb)
+    def guarded(*arguments: Any, **options: Any) -> None:
+        try:
+            verb(*arguments, **options)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(USER_ERROR) from None
+        except KeyboardInterrupt:
+            print("\nstopped at once; checkpoints saved before are complete", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # the reader of a pipe went away: nobody is left to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(DONE) from None
+
+    return guarded
+
+
 for name, function in VERBS.items():
-    app.command(name)(function)
+    app.command(name)(_guarded(function))
 
 
 @app.callback(invoke_without_command=True)
@@ -41,16 +65,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 def run(arguments: list[str] | None) -> int:
     """Runs a command line; returns the exit code."""
     try:
-        result = app(args=arguments, prog_name="lumina", standalone_mode=True)
+        app(args=arguments, prog_name="lumina")
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("stopped at once; what was saved before is complete", file=sys.stderr)
-        return STOPPED
-    except BrokenPipeError:  # the reader of a pipe went away: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return result if isinstance(result, int) else 0
+        return end.code if isinstance(end.code, int) else BUG
+    return DONE

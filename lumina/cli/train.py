@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -77,9 +78,9 @@ def _finish(train: Callable[[], Run]) -> Run:
         run = train()
     except Stopped as stop:
         typer.echo(f"saved  {stop.run.checkpoints / 'latest'} at step {stop.step}")
-        typer.echo(f"next   lumina resume {stop.run.path}")
+        typer.echo(f"next   lumina resume {shlex.quote(str(stop.run.path))}")
         raise typer.Exit(STOPPED) from None
     links = ", ".join(name for name in ("latest", "best") if (run.checkpoints / name).exists())
     typer.echo(f"files  {run.path}/  config.yaml · events.jsonl · log.txt · tokenizer/ · checkpoints/ ({links})")
-    typer.echo(f'next   lumina generate {run.path} -p "your prompt"')
+    typer.echo(f'next   lumina generate {shlex.quote(str(run.path))} -p "your prompt"')
     return run

@@ -81,7 +81,7 @@ def read_file(path: Path) -> File:
 def read_settings(settings: Sequence[str] | Mapping[str, Any], problems: list[str]) -> Layer:
     """`["train.lr=3e-4", …]` or `{"train.lr": 3e-4, …}`; what cannot be read is added to `problems`."""
     if isinstance(settings, Mapping):
-        return Layer(COMMAND_LINE, flat(settings))
+        return Layer("Python", flat(settings))
     values: Values = {}
     for setting in settings:
         key, equals, text = (part.strip() for part in setting.partition("="))

@@ -20,10 +20,7 @@ ALIASES = {
     "train.warmup": "warmup_steps warmup_iters warmup_ratio",
     "train.decay": "decay_steps lr_decay_iters cooldown",
     "train.batch_tokens": "batch_size global_batch_size total_batch_size train_batch_size",
-    "train.micro_batch": (
-        "micro_batch_size device_batch_size per_device_train_batch_size "
-        "gradient_accumulation_steps grad_accum accumulation_steps"
-    ),
+    "train.micro_batch": "micro_batch_size device_batch_size per_device_train_batch_size",
     "train.clip": "grad_clip gradient_clipping max_grad_norm clip_grad",
     "train.optimizer": "optim",
     "train.schedule": "lr_scheduler lr_scheduler_type scheduler",

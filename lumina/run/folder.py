@@ -1,7 +1,7 @@
 """The folder of one run: where everything is, and what happened in it.
 
 runs/<preset>-<date>-<4 chars>/
-  config.yaml  meta.json  plan.json  events.jsonl  log.txt  lock  tokenizer/  inbox/  trials/  checkpoints/
+  config.yaml  meta.json  events.jsonl  log.txt  lock  tokenizer/  checkpoints/
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import secrets
 import time
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class Run:
         """A new empty folder below `root`, which is made if needed. Raises `UserError` if it cannot be."""
         try:
             root.mkdir(parents=True, exist_ok=True)
-            return cls(_new_folder(root, f"{preset}-{time.strftime('%Y%m%d')}"))
+            name = re.sub(r"[^\w.-]+", "-", preset)  # one that a shell takes without quotes
+            return cls(_new_folder(root, f"{name}-{time.strftime('%Y%m%d')}"))
         except OSError as error:
             raise UserError(
                 f"{root}: cannot make a run folder here: {error.strerror}",
@@ -60,10 +62,6 @@ class Run:
         return self.path / "meta.json"
 
     @property
-    def plan(self) -> Path:
-        return self.path / "plan.json"
-
-    @property
     def event_log(self) -> Path:
         return self.path / "events.jsonl"
 
@@ -78,14 +76,6 @@ class Run:
     @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"
-
-    @property
-    def inbox(self) -> Path:
-        return self.path / "inbox"
-
-    @property
-    def trials(self) -> Path:
-        return self.path / "trials"
 
     @property
     def checkpoints(self) -> Path:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from lumina.errors import UserError
 from lumina.run.folder import Run, missing
 
 Status = Literal["none", "finished", "unfinished"]
 
 
 def runs(root: Path) -> list[Run]:
-    """Every run below `root`, newest first. Raises `UserError` for a damaged meta.json."""
+    """Every run below `root`, newest first; one with a damaged meta.json is none."""
     paths = root.iterdir() if root.is_dir() else ()
-    found = [Run(path) for path in paths if not missing(path)]
-    return sorted(found, key=lambda run: run.read_meta().get("created", 0), reverse=True)
+    created: dict[Run, float] = {}
+    for run in (Run(path) for path in paths if not missing(path)):
+        with suppress(UserError):
+            created[run] = run.read_meta().get("created", 0.0)
+    return sorted(created, key=created.__getitem__, reverse=True)
 
 
 def newest(root: Path, request: str) -> tuple[Run | None, Status]:

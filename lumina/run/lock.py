@@ -31,7 +31,7 @@ class RunLock:
             self._file.close()
             raise UserError(
                 f"{self.path.parent}: in use by {holder}",
-                fix="wait until it ends or stop it there with kill, or start a run of your own with --fresh",
+                fix="wait until it ends or stop it there with kill, or start another: lumina train … --fresh",
             ) from None
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))

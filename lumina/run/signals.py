@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -32,3 +33,5 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
+        # `os.write`: a handler may run inside a print.
+        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")

@@ -13,6 +13,11 @@ from rich.markup import escape
 
 Event = dict[str, Any]
 
+# What a decision says, by rule and action.
+SENTENCES = {
+    ("non_finite", "skip_step"): "loss {loss:.4g} or gradient norm {grad_norm:.4g} is not finite; no weight was moved",
+}
+
 
 def count(value: float) -> str:
     """1234567 -> 1.23M"""
@@ -51,13 +56,14 @@ def step_line(event: Event, remaining: float | None) -> str:
         f"[Step {event['step']}] Loss: {loss:.3f}",
         f"Perplexity: {perplexity:.2f}",
         f"Accuracy: {100 * event['acc']:.1f}%",
-        f"lr {event['lr']:.1e}",
+        f"lr {event['lr']:.1e}".replace("e-0", "e-"),
         f"gnorm {event['grad_norm']:.2f}",
         f"{count(event['tok_s'])} tok/s",
         f"MFU {100 * event['mfu']:.0f}%",
         size(event["mem"]),
-        f"bal {event['bal']:.2f}",
     ]
+    if event["bal"] is not None:
+        parts.append(f"bal {event['bal']:.2f}")
     if remaining is not None:
         parts.append(f"ETA {duration(remaining)}")
     return " | ".join(parts)
@@ -97,7 +103,7 @@ class Console:
         self.log = Path(event["path"]) / "log.txt"
         self.steps = event["steps"]
         mean = "" if event["active_mean"] == event["active"] else f" ({count(event['active_mean'])} on average)"
-        data = event["data"]
+        data, tokens = event["data"], event["steps"] * event["batch_tokens"]
         resumed = event.get("parent_step") is not None
         for name, reason in event["skipped_checkpoints"]:
             self.write(f"! skipped {name}: {reason}")
@@ -110,13 +116,22 @@ class Console:
             f"data   {count(data['tokens']['train'])} tokens to train on, {count(data['tokens']['heldout'])} held out, "
             f"{data['bytes_per_token']:.2f} bytes a token, loader {count(event['loader_tok_s'])} tok/s"
         )
+        if data["ignored_files"]:
+            self.write(f"! {data['ignored_files']} files were passed over: their names are not those of text")
+        if data.get("eval_in_train"):
+            self.write(
+                f"! {data['eval_in_train']} of {data['documents']['heldout']} held-out documents are in the training "
+                "data too: their loss shows memory"
+            )
+        if data.get("rebuilt"):
+            self.write(f"! the token cache was damaged and is rebuilt: {data['rebuilt']}")
         self.write(
             f"here   {event['machine']['device_name']} ({event['device']}), {event['threads']} threads, "
             f"{event['precision']}, matmul {count(event['matmul_flops'])}FLOP/s"
         )
         self.write(
             f"plan   {event['steps']} steps of {count(event['batch_tokens'])} tokens = "
-            f"{count(event['steps'] * event['batch_tokens'])} tokens"
+            f"{count(tokens)} tokens, {tokens / data['tokens']['train']:.2g} passes over the data"
         )
 
     def _on_step(self, event: Event) -> None:
@@ -148,8 +163,8 @@ class Console:
         self.write(f"[Save {event['step']}] {size(event['bytes'])} in {event['seconds']:.2f}s")
 
     def _on_decision(self, event: Event) -> None:
-        evidence = ", ".join(f"{key} {value}" for key, value in event["evidence"].items())
-        self.write(f"! step {event['step']}: {event['rule']} -> {event['action']} ({evidence})")
+        sentence = SENTENCES[event["rule"], event["action"]].format(**event["evidence"])
+        self.write(f"! step {event['step']}: {sentence}")
 
     def _on_end(self, event: Event) -> None:
         signal = f" by {event['signal']}" if event.get("signal") else ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from lumina.checkpoint import retention, store
 from lumina.config.resolve import Resolved, read, request_hash, resolve, write
 from lumina.data.loader import heldout
 from lumina.data.shards import data_fingerprint
+from lumina.data.tokenizer import Tokenizer
 from lumina.errors import UserError
 from lumina.events import EventWriter
 from lumina.run import index
@@ -67,7 +69,10 @@ class Trainer:
     def fit(self) -> Run:
         """Trains to the end, going on with an unfinished run of the same request unless `fresh`."""
         data = self.resolved.config.data
-        request = request_hash(self.resolved, data_fingerprint(data.train, data.eval))
+        content = data_fingerprint(data.train, data.eval)
+        if data.tokenizer != "bpe":
+            content += Tokenizer.load(data.tokenizer).fingerprint
+        request = request_hash(self.resolved, content)
         if not self.fresh:
             known, status = index.newest(self.root, request)
             if known is not None:
@@ -76,13 +81,22 @@ class Trainer:
         corpus = setup.load_data(self.resolved.config)
         settled = setup.settle_all(self.resolved, corpus)
         parts = setup.build(settled.config, corpus)
+        meta = {
+            "request": request,
+            "data": corpus.fingerprint,
+            "started_in": str(Path.cwd()),
+            "machine": machine.facts(parts.config.parallel.device),
+            "matmul_flops": machine.matmul_rate(parts.config.parallel.device, parts.precision.dtype),
+        }
         run = Run.create(self.root, settled.source)
         with RunLock(run.lock):
-            write(settled, run.config)
-            corpus.tokenizer.save(run.tokenizer)
-            rate = machine.matmul_rate(parts.config.parallel.device, parts.precision.dtype)
-            facts = machine.facts(parts.config.parallel.device)
-            run.write_meta({"request": request, "machine": facts, "matmul_flops": rate, "data": corpus.fingerprint})
+            try:
+                write(settled, run.config)
+                corpus.tokenizer.save(run.tokenizer)
+                run.write_meta(meta)
+            except BaseException:  # half a folder is no run: nobody could go on with it
+                shutil.rmtree(run.path, ignore_errors=True)
+                raise
             Session(run, settled, parts, self.listeners).train()
         return run
 
@@ -96,12 +110,18 @@ def resume(run: Run, listeners: Sequence[Listener] = ()) -> Run:
         return run
     resolved = read(run.config)
     with RunLock(run.lock):
-        corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer))
         meta = run.read_meta()
+        try:
+            corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer))
+        except UserError as error:
+            if Path.cwd() == Path(meta["started_in"]):
+                raise
+            fix = f"the run was started in {meta['started_in']}; resume it from there"
+            raise UserError(error.message, fix) from error
         if corpus.fingerprint != meta["data"]:
             raise UserError(
                 f"{run.path}: its training data or tokenizer changed since it was started",
-                fix="restore the files, or start a new run with --fresh",
+                fix="restore the files, or start another: lumina train … --fresh",
             )
         Session(run, resolved, setup.build(resolved.config, corpus), listeners).train()
     return run
@@ -188,7 +208,7 @@ class Session:
             tok_s=round(tok_s, 1),
             mfu=round(tok_s * self.parts.cost.flops_per_token / self.meta["matmul_flops"], 4),
             mem=machine.memory_used(self.config.parallel.device),
-            bal=metrics["balance"],
+            bal=metrics["balance"] if self.parts.model.moes else None,
             agree=metrics["agreement"] if self.parts.model.routers else None,
         )
         if metrics["skipped"]:
@@ -274,7 +294,7 @@ class Session:
             if found.state[what] != value:
                 raise UserError(
                     f"{found.path}: saved with another {what} ({found.state[what]}) than the run now has ({value})",
-                    fix=f"restore the run's {what}, or start a new run with --fresh",
+                    fix=f"restore the run's {what}, or start another: lumina train … --fresh",
                 )
         store.load(found, self.parts.model.tensors(), self.parts.optimizer.tensors())
         self.progress = unpack(found.state, self.parts.optimizer)

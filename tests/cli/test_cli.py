@@ -186,3 +186,36 @@ def test_main_py_is_the_same_program(here: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "[Step 2]" in done.stdout
     assert next(here.glob("runs/my-*")).is_dir()
+
+
+def test_an_interrupt_outside_training_is_one_line(
+    trained: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lumina.inference.engine.load", interrupt)
+    assert main(["generate", trained, "-p", "x"]) == 130
+    assert capsys.readouterr().err == "\nstopped at once; checkpoints saved before are complete\n"
+
+
+def test_a_reader_that_goes_away_is_no_error(trained: str, here: Path) -> None:
+    command = [sys.executable, "-m", "lumina", "generate", trained, "-p", "x", "--max-tokens", "50"]
+    process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr is not None
+    assert b"Error" not in process.stderr.read()
+    process.stderr.close()
+
+
+def test_memorised_evaluation_and_passed_over_files_are_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "data").mkdir()
+    (here / "data" / "same.txt").write_text((here / "text.txt").read_text())
+    (here / "data" / "table.csv").write_text("1,2")
+    assert main(["train", "tiny", "data.train=data", "data.eval=text.txt", *FAST]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 1 held-out documents are in the training data too" in said
+    assert "1 files were passed over" in said
+    assert "passes over the data" in said

@@ -31,9 +31,13 @@ def test_units() -> None:
 def test_step_line() -> None:
     before = STEP | {"step": 90, "wall": 0.0}
     assert printed(before, STEP)[-1] == (
-        "[Step 100] Loss: 2.456 | Perplexity: 11.66 | Accuracy: 45.2% | lr 2.8e-04 | gnorm 0.92 | "
+        "[Step 100] Loss: 2.456 | Perplexity: 11.66 | Accuracy: 45.2% | lr 2.8e-4 | gnorm 0.92 | "
         "41.2k tok/s | MFU 31% | 6.1 GiB | bal 1.08 | ETA 1h30m"
     )
+
+
+def test_a_model_without_experts_has_no_balance() -> None:
+    assert "bal" not in printed(STEP | {"bal": None})[0]
 
 
 def test_only_every_so_many_steps_the_first_and_the_last() -> None:
@@ -52,9 +56,9 @@ def test_a_skipped_step_is_a_sentence() -> None:
         "step": 7,
         "rule": "non_finite",
         "action": "skip_step",
-        "evidence": {"loss": math.nan},
+        "evidence": {"loss": math.nan, "grad_norm": math.inf},
     }
-    assert printed(event) == ["! step 7: non_finite -> skip_step (loss nan)"]
+    assert printed(event) == ["! step 7: loss nan or gradient norm inf is not finite; no weight was moved"]
 
 
 def test_unknown_events_are_ignored() -> None:

@@ -116,6 +116,19 @@ def test_a_crash_right_after_a_checkpoint_loses_no_event(tmp_path: Path) -> None
     assert history(whole) == history(again)
 
 
+def test_a_crash_right_after_the_last_checkpoint_loses_no_event(tmp_path: Path) -> None:
+    def crash(event: dict[str, Any]) -> None:
+        if event["t"] == "checkpoint" and event["step"] == STEPS and event["attempt"] == 0:
+            raise RuntimeError("power cut")
+
+    keys = settings(tmp_path) | {"train.steps": STEPS}
+    whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
+    with pytest.raises(RuntimeError, match="power cut"):
+        Trainer("tiny", root=tmp_path / "parts", listeners=[crash], **keys).fit()
+    again = Trainer("tiny", root=tmp_path / "parts", **keys).fit()
+    assert history(whole) == history(again)
+
+
 def test_a_broken_checkpoint_is_passed_over_and_said(tmp_path: Path) -> None:
     keys = settings(tmp_path) | {"train.steps": STEPS, "checkpoint.every": 3}
     with pytest.raises(Stopped):

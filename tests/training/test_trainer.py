@@ -3,13 +3,109 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from support import settings
 
 from lumina.checkpoint import store
-from lumina.training.trainer import Trainer
+from lumina.config.resolve import resolve
+from lumina.data.tokenizer import train_bpe
+from lumina.errors import UserError
+from lumina.run.folder import Run
+from lumina.training import setup
+from lumina.training.trainer import Trainer, resume
+
+
+def losses(folder: Path, **keys: Any) -> list[float]:
+    """The losses and gradient norms of three steps, of which the first is shared by whoever only steps otherwise."""
+    request = settings(folder) | {"train.steps": 4, "checkpoint.every": 0} | keys
+    run = Trainer("tiny", root=folder / "runs", fresh=True, **request).fit()
+    return [event["loss"] for event in run.events() if event["t"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return losses(tmp_path_factory.mktemp("usual"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.lr", 1e-4), ("train.optimizer", "adamw"), ("train.schedule", "cosine"), ("train.warmup", 2),
+        ("train.decay", 0), ("train.weight_decay", 5.0), ("train.betas", [0.5, 0.6]), ("train.eps", 1e-2),
+        ("train.clip", 1e-3), ("train.z_loss", 10.0), ("train.seed", 1), ("precision.mode", "bf16"),
+        ("model.rope_theta", 10.0), ("model.tied", False), ("model.mod.capacity", 0.5), ("model.mod.every", 1),
+        ("model.moe.top_k", 3), ("model.moe.shared", 1), ("model.moe.bias_rate", 10.0), ("train.batch_tokens", 1024),
+    ],
+)  # fmt: skip
+def test_every_setting_changes_the_run(key: str, value: Any, usual: list[float], tmp_path: Path) -> None:
+    assert losses(tmp_path, **{key: value}) != usual
+
+
+def test_the_seed_is_of_weights_and_of_data_order(tmp_path: Path) -> None:
+    def parts(seed: int) -> setup.Parts:
+        resolved = resolve("tiny", settings(tmp_path, train__seed=seed))
+        corpus = setup.load_data(resolved.config)
+        return setup.build(setup.settle_all(resolved, corpus).config, corpus)
+
+    first, second = parts(0), parts(1)
+    assert not torch.equal(first.model.embed.weight, second.model.embed.weight)
+    assert first.loader.ids(0).tolist() != second.loader.ids(0).tolist()
+
+
+def test_data_goes_with_settings_in_either_form(tmp_path: Path) -> None:
+    for given in (["train.steps=3"], {"train.steps": 3}):
+        config = Trainer("tiny", given, data=["a.txt", "b, c.txt"]).resolved.config
+        assert config.data.train == ("a.txt", "b, c.txt")
+        assert config.train.steps == 3
+    with pytest.raises(TypeError, match="not both"):
+        Trainer("tiny", ["train.steps=3"], **{"train.lr": 1.0})
+
+
+def test_another_tokenizer_under_the_same_name_is_another_request(tmp_path: Path) -> None:
+    keys = settings(tmp_path, data__tokenizer=str(tmp_path / "tokenizer.json"))
+    text = (tmp_path / "text.txt").read_text()
+    runs = []
+    for vocab in (260, 300):
+        train_bpe([text], vocab).save(tmp_path)
+        runs.append(Trainer("tiny", root=tmp_path / "runs", **keys).fit())
+    assert runs[0] != runs[1]
+
+
+def test_an_interrupt_before_training_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "write_meta", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer("tiny", root=tmp_path / "runs", **settings(tmp_path)).fit()
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_run_with_relative_data_says_where_it_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        if event["t"] == "step":
+            raise RuntimeError("power cut")
+
+    keys = settings(tmp_path) | {"data.train": "text.txt"}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError):
+        Trainer("tiny", listeners=[stop], **keys).fit()
+    (run,) = (tmp_path / "runs").iterdir()
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    with pytest.raises(UserError, match=f"started in {tmp_path}"):
+        resume(Run(run))
+
+
+def test_a_damaged_run_beside_is_not_in_the_way(tmp_path: Path) -> None:
+    keys = settings(tmp_path)
+    first = Trainer("tiny", root=tmp_path / "runs", **keys).fit()
+    first.meta.write_text("")
+    assert Trainer("tiny", root=tmp_path / "runs", **keys).fit() != first
 
 
 def test_router_biases_move_until_the_decay_begins_and_rest_then(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ class PrecisionConfig(Section):
 class CheckpointConfig(Section):
     """`checkpoint`."""
 
-    every: Count = Field(0, ge=0, description="steps between checkpoints; 0 saves at the end only")
+    every: Count = Field(
+        0, ge=0, description="steps between checkpoints; 0: at the end only; evaluated ones can be best"
+    )
     keep_last: Count = Field(2, ge=1, description="newest checkpoints to keep; the best is kept besides")
 
 

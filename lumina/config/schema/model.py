@@ -26,10 +26,10 @@ KINDS_OF = {"ffn": ("dense", "mod"), "moe": ("moe", "hybrid"), "mod": ("mod", "h
 class MoEConfig(Section):
     """`model.moe`: experts in place of the dense feed-forward network (kinds moe and hybrid)."""
 
-    experts: Count = Field(8, ge=2, description="experts per layer")
+    experts: Count = Field(8, ge=2, le=2**16, description="experts per layer")
     top_k: Count = Field(2, ge=1, description="experts that each token takes")
-    ffn: Count = Field(384, ge=ROW, description="feed-forward width of one expert")
-    shared: Count = Field(0, ge=0, description="experts that every token takes besides, as one network")
+    ffn: Count = Field(384, ge=ROW, le=2**20, description="feed-forward width of one expert")
+    shared: Count = Field(0, ge=0, le=2**10, description="experts that every token takes besides, as one network")
     bias_rate: Number = Field(1e-3, ge=0, description="how far a step moves an expert's selection bias")
     kernel: Literal["auto", "grouped", "loop"] = Field("auto", description="how the experts are multiplied")
 
@@ -55,14 +55,14 @@ class ModelConfig(Section):
     """`model`. `moe` and `mod` are there exactly when the kind has them."""
 
     kind: Kind = Field("dense", description="sparse in width (moe), depth (mod), both (hybrid)")
-    width: Count = Field(256, ge=ROW, description="size of the residual stream")
-    layers: Count = Field(6, ge=1, description="transformer blocks")
-    heads: Count = Field(4, ge=1, description="query heads")
+    width: Count = Field(256, ge=ROW, le=2**17, description="size of the residual stream")
+    layers: Count = Field(6, ge=1, le=2**12, description="transformer blocks")
+    heads: Count = Field(4, ge=1, le=2**12, description="query heads")
     kv_heads: Count = Field(2, ge=1, description="key-value heads, each shared by a group of query heads")
-    head_dim: Count = Field(64, ge=2, description="size of one head")
-    ffn: Count = Field(768, ge=ROW, description="feed-forward width of a block without experts")
-    vocab: Count = Field(2048, ge=260, description="rows of the embedding: bytes, 4 special tokens, merges")
-    seq_len: Context = Field(256, ge=2, description="context length in tokens (4k is 4096)")
+    head_dim: Count = Field(64, ge=2, le=2**12, description="size of one head")
+    ffn: Count = Field(768, ge=ROW, le=2**20, description="feed-forward width of a block without experts")
+    vocab: Count = Field(2048, ge=260, le=2**24, description="rows of the embedding: bytes, 4 special tokens, merges")
+    seq_len: Context = Field(256, ge=2, le=2**27, description="context length in tokens (4k is 4096)")
     tied: bool = Field(True, description="whether the output head is the embedding")
     rope_theta: Number = Field(10000.0, gt=0, description="base of the rotary frequencies")
     moe: MoEConfig | None = Field(None, description="experts; kinds moe and hybrid")

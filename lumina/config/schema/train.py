@@ -14,10 +14,10 @@ LENGTHS = ("train.steps", "train.tokens", "train.time")
 class TrainConfig(Section):
     """`train`. Exactly one of `steps`, `tokens` and `time` says how long."""
 
-    steps: Count | None = Field(None, ge=1, description="optimizer steps")
-    tokens: Count | None = Field(None, ge=1, description="trained tokens, such as 2B")
+    steps: Count | None = Field(None, ge=1, le=2**53, description="optimizer steps")
+    tokens: Count | None = Field(None, ge=1, le=2**63, description="trained tokens, such as 2B")
     time: Seconds | None = Field(None, gt=0, description="training time in seconds, or as 2h")
-    batch_tokens: Count = Field(8192, ge=1, description="tokens of one optimizer step")
+    batch_tokens: Count = Field(8192, ge=1, le=2**40, description="tokens of one optimizer step")
     micro_batch: AutoCount = Field("auto", description="sequences computed at once")
     lr: Number = Field(3e-3, gt=0, description="peak learning rate")
     optimizer: Literal["muon", "adamw"] = Field("muon", description="for matrices; the rest is AdamW's")
@@ -38,6 +38,8 @@ class TrainConfig(Section):
         given = [length for length in (self.steps, self.tokens, self.time) if length is not None]
         if len(given) != 1:
             found.append(Problem(LENGTHS, "exactly one of them says how long to train"))
+        if self.tokens is not None and self.tokens < self.batch_tokens:
+            found.append(Problem(("train.tokens", "train.batch_tokens"), "less than one step"))
         if not all(0 <= beta < 1 for beta in self.betas):
             found.append(Problem(("train.betas",), "both must be at least 0 and below 1"))
         # Under train.time the steps are not known yet: shares alone count, and `settle` checks again.
