@@ -20,7 +20,7 @@ from lumina.training.trainer import Trainer, resume
 
 
 def losses(folder: Path, **keys: Any) -> list[float]:
-    """The losses and gradient norms of three steps, of which the first is shared by whoever only steps otherwise."""
+    """The losses of the four steps of a tiny hybrid with these keys."""
     request = settings(folder) | {"train.steps": 4, "checkpoint.every": 0} | keys
     run = Trainer("tiny", root=folder / "runs", fresh=True, **request).fit()
     return [event["loss"] for event in run.events() if event["t"] == "step"]
