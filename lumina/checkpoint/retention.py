@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Set
 from pathlib import Path
 
 from lumina.checkpoint import store
@@ -13,15 +12,15 @@ LINKS = ("latest", "best")
 LEFTOVER = re.compile(r".+\.tmp-(\d+)")  # what a process was writing or deleting
 
 
-def prune(root: Path, keep_last: int, protect: Set[int] = frozenset()) -> list[int]:
+def prune(root: Path, keep_last: int) -> list[int]:
     """Deletes all but the newest `keep_last` complete checkpoints; returns the deleted steps, oldest first.
 
-    What `latest` and `best` point at and the steps in `protect` stay. So does a folder without COMPLETE: it
+    What `latest` and `best` point at stays. So does a folder without COMPLETE: it
     is evidence. Leftovers of dead processes are swept away, and this one's: no save may be under way in it.
     """
     _sweep(root)
     links = [root / name for name in LINKS if (root / name).is_symlink()]
-    kept = protect | {store.step_of(Path(os.readlink(link))) for link in links}
+    kept = {store.step_of(Path(os.readlink(link))) for link in links}
     complete = [path for path in store.checkpoints(root) if _complete(path)]
     doomed = [path for path in reversed(complete[keep_last:]) if store.step_of(path) not in kept]
     for path in doomed:

@@ -7,7 +7,7 @@ PyTorch's meta kernel takes bf16 only and CPU autocast does not cast its inputs.
 On a CPU the kernel is ours: oneDNN generates and keeps code for every new shape of a bf16 product, and an expert's
 number of rows is new in every step. Products in few shapes halve the time and keep the memory flat (docs/log.md).
 
-Shapes: R rows (token, expert) sorted by expert, E experts, I inputs, O outputs.
+Shapes: R rows (token, expert) sorted by expert, E experts, I inputs, O outputs, Q rows padded with zeros.
 """
 
 from __future__ import annotations
@@ -58,11 +58,20 @@ def _padded(rows: int) -> int:
     return -(-rows // QUANTUM) * QUANTUM
 
 
+def native_rows(x_RI: Tensor, w_EIO: Tensor, offs_E: Tensor) -> Tensor:
+    """`x @ w` of each row's expert, in one kernel."""
+    return F.grouped_mm(x_RI, w_EIO, offs=offs_E)
+
+
+def native_weights(g_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
+    """`g.T @ x` of each expert's rows, in one kernel."""
+    return F.grouped_mm(g_RO.t(), x_RI, offs=offs_E)
+
+
 @torch.library.custom_op("lumina::grouped_mm", mutates_args=())
 def _grouped_mm(x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor) -> Tensor:
-    if x_RI.device.type == "cpu":
-        return _cpu_rows(x_RI, w_EOI.transpose(-1, -2), offs_E)
-    return F.grouped_mm(x_RI, w_EOI.transpose(-1, -2), offs=offs_E)
+    rows = _cpu_rows if x_RI.device.type == "cpu" else native_rows
+    return rows(x_RI, w_EOI.transpose(-1, -2), offs_E)
 
 
 @_grouped_mm.register_fake
@@ -75,7 +84,7 @@ def _grouped_mm_backward(g_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, offs_E: Tens
     g_RO = g_RO.contiguous()  # an expanded gradient has stride 0, which the kernel refuses
     if g_RO.device.type == "cpu":
         return _cpu_rows(g_RO, w_EOI, offs_E), _cpu_weights(g_RO, x_RI, offs_E)
-    return F.grouped_mm(g_RO, w_EOI, offs=offs_E), F.grouped_mm(g_RO.t(), x_RI, offs=offs_E)
+    return native_rows(g_RO, w_EOI, offs_E), native_weights(g_RO, x_RI, offs_E)
 
 
 @_grouped_mm_backward.register_fake

@@ -7,7 +7,7 @@ A token's way through the layer, for T tokens:
 2. *dispatch*: the T·A pairs (token, expert) are sorted by expert; row r of the sorted block holds the token
    `order[r] // A`. Experts now own contiguous rows.
 3. *compute*: two grouped products with SwiGLU between.
-4. *combine*: token t sums its A rows, found at `inverse[t]`, weighted by its gates.
+4. *combine*: token t sums its A rows, found at `row[t]`, weighted by its gates.
 
 The bias is a buffer: it enters the choice only, gets no gradient, and after each optimizer step moves by
 `bias_rate` towards balance (Wang et al. 2024, 2408.15664). Counts are returned, not stored, so that

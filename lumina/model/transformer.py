@@ -5,7 +5,7 @@
 A block's branch is attention plus feed-forward (dense or MoE) in pre-norm form. `mod` and `hybrid` route every
 `mod.every`-th block by depth. A dense model is Qwen3; a MoE with a shared expert is GLM-4-MoE.
 
-Shapes: B batch, S sequence, D width, K head dim, L layers, E experts, C selected tokens.
+Shapes: B batch, S sequence, N visible keys, D width, K head dim, L layers, E experts, C selected tokens.
 """
 
 from __future__ import annotations

@@ -263,12 +263,17 @@ class Session:
             self.parts.optimizer.tensors(),
             pack(progress, self.parts.optimizer, self.identity),
         )
-        if progress.best_step == progress.step:
-            store.point(self.run.checkpoints, "best", progress.step)
-        retention.prune(self.run.checkpoints, self.config.checkpoint.keep_last, protect=set())
+        self._link_best()
+        retention.prune(self.run.checkpoints, self.config.checkpoint.keep_last)
         self.saved_step = progress.step
         self.events.emit("checkpoint", step=progress.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes)
         self.last += time.perf_counter() - start
+
+    def _link_best(self) -> None:
+        """Points `best` where the state says it is: also after a crash between a save and its link."""
+        best = self.progress.best_step
+        if best is not None and store.folder(self.run.checkpoints, best).is_dir():
+            store.point(self.run.checkpoints, "best", best)
 
     def _stop(self, signal: str) -> None:
         """Saves where we are, then says how to go on."""
@@ -286,10 +291,19 @@ class Session:
         self.events.emit("end", step=self.progress.step, reason="done")
 
     def _restore(self) -> list[tuple[Path, str]]:
-        """Loads the newest complete checkpoint; returns those it had to pass over, with the reason."""
+        """Loads the newest complete checkpoint; returns those it had to pass over, with the reason.
+
+        Raises `UserError` if there are some and all are damaged: to begin again is for the user to say.
+        """
         found, skipped = store.newest(self.run.checkpoints)
+        if found is None and skipped:
+            reasons = [f"{path.name}: {reason}" for path, reason in skipped]
+            raise UserError(
+                "\n  - ".join([f"{self.run.checkpoints}: every checkpoint is damaged", *reasons]),
+                fix="restore one, or start another: lumina train … --fresh",
+            )
         if found is None:
-            return skipped
+            return []
         for what, value in self.identity.items():
             if found.state[what] != value:
                 raise UserError(
@@ -298,6 +312,7 @@ class Session:
                 )
         store.load(found, self.parts.model.tensors(), self.parts.optimizer.tensors())
         self.progress = unpack(found.state, self.parts.optimizer)
+        self._link_best()
         self.saved_step = found.step
         return skipped
 

@@ -38,11 +38,11 @@ def test_the_newest_stay(root: Path) -> None:
     assert sorted(os.listdir(root)) == ["latest", "step-000004", "step-000005"]
 
 
-def test_latest_best_and_protected_ones_stay(root: Path) -> None:
+def test_latest_and_best_stay(root: Path) -> None:
     store.point(root, "best", 2)
     store.point(root, "latest", 3)  # after going back: newer steps were damaged or rolled back
-    assert prune(root, keep_last=1, protect={1}) == [4]
-    assert steps(root) == [1, 2, 3, 5]
+    assert prune(root, keep_last=1) == [1, 4]
+    assert steps(root) == [2, 3, 5]
 
 
 def test_an_incomplete_folder_is_neither_counted_nor_deleted(root: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from support import model_config
 
+from lumina.model import moe
 from lumina.model.mod import DepthRouter, put, take
-from lumina.model.transformer import Transformer
+from lumina.model.transformer import Block, Transformer
 
 
 def batch(model: Transformer, sequences: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -163,3 +165,50 @@ def test_the_future_changes_no_past_output_in_decode_mode(kind: str) -> None:
     changed[:, cut:] = (changed[:, cut:] + 7) % model.config.vocab
     torch.testing.assert_close(model.logits(ids)[:, :cut], model.logits(changed)[:, :cut], rtol=0, atol=1e-5)
     assert not torch.allclose(model.logits(ids)[:, cut:], model.logits(changed)[:, cut:], atol=1e-3)
+
+
+def test_the_predictor_learns_the_choice_and_not_its_opposite() -> None:
+    router = DepthRouter(16, 0.25)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.zero_()
+        router.weight[0] = 1.0
+    router.reset()
+    x = torch.randn(4, 40, 16, generator=torch.Generator().manual_seed(0))
+    score = router.score(x)
+    cut = score.sort(dim=1, descending=True).values[:, 9:11].mean(1, keepdim=True)
+    results = []
+    for sign in (1.0, -1.0):
+        router.predictor.forward = lambda _, sign=sign: 1e3 * sign * (score - cut)  # type: ignore[method-assign]
+        router.quantile.zero_()
+        results.append(router.select(x))
+    right, wrong = results
+    assert right.agreement == x.shape[0] * x.shape[1]
+    assert right.predictor_loss < 1e-2 * wrong.predictor_loss
+    assert wrong.agreement == 0
+
+
+def test_a_routed_block_computes_only_the_chosen_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved is real: rows that enter blocks, and rows that enter the experts inside them."""
+    model = Transformer(model_config("hybrid"))
+    ids, segments, targets = batch(model)
+    rows: list[int] = []
+    expert_rows: list[int] = []
+    branch, grouped = Block.branch, moe.grouped_linear
+
+    def counted_branch(self: Block, x: torch.Tensor, *rest: Any) -> Any:
+        rows.append(x.shape[1])
+        return branch(self, x, *rest)
+
+    def counted_grouped(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        expert_rows.append(len(x))
+        return grouped(x, *rest)
+
+    monkeypatch.setattr(Block, "branch", counted_branch)
+    monkeypatch.setattr(moe, "grouped_linear", counted_grouped)
+    model(ids, segments, targets)
+    S, config = ids.shape[1], model.config
+    assert config.mod is not None
+    assert config.moe is not None
+    assert rows == [S if block.router is None else math.ceil(config.mod.capacity * S) for block in model._blocks()]
+    assert expert_rows == [len(ids) * n * config.moe.top_k for n in rows for _ in range(2)]

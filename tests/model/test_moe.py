@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lumina.config.schema.model import MoEConfig
 from lumina.model.feedforward import swiglu
-from lumina.model.grouped import grouped_linear
+from lumina.model.grouped import _loop, grouped_linear, native_rows, native_weights
 from lumina.model.moe import MoE
 
 WIDTH = 16
@@ -107,3 +107,27 @@ def test_an_expert_that_is_not_chosen_gets_no_gradient() -> None:
     assert moe.w_down.grad is not None
     assert moe.w_down.grad[3].abs().sum() == 0
     assert moe.w_down.grad[:3].abs().sum(dim=(1, 2)).min() > 0
+
+
+def test_the_router_computes_in_fp32_under_autocast() -> None:
+    moe = layer()
+    x = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = moe.route(x)
+    assert all(torch.equal(a, b) for a, b in zip(inside, moe.route(x), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [[3, 0, 13, 8], [0, 0, 5], [64, 1]])
+def test_the_kernel_of_gpus_equals_the_loop(sizes: list[int], dtype: torch.dtype) -> None:
+    """`F.grouped_mm` runs on a CPU too, only slower: the lines that a GPU takes, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((sum(sizes), 16), (len(sizes), 8, 16)))
+    offs = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    y = _loop(x, w, offs)
+    g = torch.randn(y.shape, generator=generator).to(dtype)
+    expected = (y, *torch.autograd.grad(y, [x, w], g))
+    got = (native_rows(x, w.transpose(-1, -2), offs), native_rows(g, w, offs), native_weights(g, x, offs))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)

@@ -95,3 +95,52 @@ def test_gradient_norm_is_the_global_one() -> None:
     for p in parameters:
         p.grad = torch.full_like(p, 2.0)
     assert gradient_norm(parameters).item() == pytest.approx((11 * 4) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_every_group_follows_the_rate_it_is_given(name: str) -> None:
+    """Without a rate nothing moves; AdamW's first step is the rate itself, Muon's is proportional to it."""
+
+    def moved(lr: float) -> dict[str, torch.Tensor]:
+        model = Transformer(model_config("hybrid", tied=False))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer = Optimizer(model, resolve("tiny", {"train.optimizer": name, "train.weight_decay": 0}).config.train)
+        generator = torch.Generator().manual_seed(0)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step(lr, LIVE)
+        return {n: p.detach() - before[n] for n, p in model.named_parameters()}
+
+    assert all((change == 0).all() for change in moved(0.0).values())
+    once, twice = moved(1e-3), moved(2e-3)
+    for n, change in once.items():
+        assert (twice[n].norm() / change.norm()).item() == pytest.approx(2, rel=1e-2), n
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_only_matrices_and_a_head_of_its_own_decay(name: str) -> None:
+    model = Transformer(model_config("hybrid", tied=False))
+    optimizer = Optimizer(model, resolve("tiny", {"train.optimizer": name, "train.weight_decay": 1}).config.train)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step(0.1, LIVE)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    leaves = ("w_qkv", "w_out", "w_gate_up", "w_down", "head.weight")
+    assert changed == {n for n in before if n.endswith(leaves) and ".predictor." not in n}
+
+
+def test_fused_weights_of_the_model_are_split_into_their_parts() -> None:
+    model = Transformer(model_config("moe"))
+    splits = Optimizer(model, resolve("tiny").config.train).muon.splits
+    fused = {n for n, _ in model.named_parameters() if n.endswith(("w_qkv", "w_gate_up"))}
+    assert splits.keys() == fused
+    rows = dict(model.named_parameters())
+    assert all(len(parts) > 1 and sum(parts) == rows[n].shape[-2] for n, parts in splits.items())
+
+
+def test_predictors_are_outside_the_clipped_norm() -> None:
+    groups = group_parameters(Transformer(model_config("mod")), "muon")
+    clipped = {id(p) for p in groups.clipped}
+    assert groups.predictors
+    assert not any(id(p) in clipped for p in groups.predictors.values())

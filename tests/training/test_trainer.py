@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lumina.data.tokenizer import train_bpe
 from lumina.errors import UserError
 from lumina.run.folder import Run
 from lumina.training import setup
+from lumina.training.evaluate import Evaluation
 from lumina.training.trainer import Trainer, resume
 
 
@@ -124,3 +127,68 @@ def test_router_biases_move_until_the_decay_begins_and_rest_then(tmp_path: Path)
     assert not torch.equal(bias(3), bias(4))
     assert torch.equal(bias(4), bias(5))
     assert torch.equal(bias(4), bias(8))
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, results: list[tuple[float, bool]]) -> None:
+    """Evaluations with these losses; False marks one that is not comparable."""
+    script = iter(results)
+
+    def evaluate(*_: Any) -> Evaluation:
+        loss, comparable = next(script)
+        return Evaluation(loss, 1.0, 0.0, 1.0, 1, [], comparable)
+
+    monkeypatch.setattr("lumina.training.trainer.evaluate", evaluate)
+
+
+def shape(run: Run) -> tuple[list[str], str, str]:
+    folders = sorted(path.name for path in run.checkpoints.iterdir() if not path.is_symlink())
+    return folders, *(os.readlink(run.checkpoints / name) for name in ("latest", "best"))  # type: ignore[return-value]
+
+
+EVALUATED = {"train.steps": 10, "train.eval_every": 2, "checkpoint.every": 2, "checkpoint.keep_last": 1}
+LOSSES = [(3.0, True), (1.0, True), (0.5, False), (math.nan, True), (2.0, True)]
+
+
+def test_best_is_the_lowest_comparable_loss_and_keep_last_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, LOSSES)
+    run = Trainer("tiny", root=tmp_path / "runs", **(settings(tmp_path) | EVALUATED)).fit()
+    assert shape(run) == (["step-000004", "step-000010"], "step-000010", "step-000004")
+
+
+def test_a_crash_between_a_checkpoint_and_its_best_link_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, point = settings(tmp_path) | EVALUATED, store.point
+
+    def crash(root: Path, name: str, step: int) -> None:
+        if (name, step) == ("best", 4):
+            raise RuntimeError("power cut")
+        point(root, name, step)
+
+    scripted(monkeypatch, LOSSES[:2])
+    trainer = Trainer("tiny", root=tmp_path / "runs", **keys)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "point", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            trainer.fit()
+    scripted(monkeypatch, LOSSES[2:])
+    run = Trainer("tiny", root=tmp_path / "runs", **keys).fit()
+    assert shape(run) == (["step-000004", "step-000010"], "step-000010", "step-000004")
+
+
+def test_when_every_checkpoint_is_damaged_nothing_begins_again_unasked(tmp_path: Path) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        if event["t"] == "step" and event["step"] == 3:
+            raise RuntimeError("power cut")
+
+    keys = settings(tmp_path)
+    with pytest.raises(RuntimeError):
+        Trainer("tiny", root=tmp_path / "runs", listeners=[stop], **keys).fit()
+    (run,) = (Run(path) for path in (tmp_path / "runs").iterdir())
+    state = store.folder(run.checkpoints, 2) / store.STATE
+    state.write_text(state.read_text() + " ")
+    with pytest.raises(UserError, match=r"every checkpoint is damaged(.|\n)*step-000002(.|\n)*--fresh"):
+        resume(run)
+    assert state.exists()
