@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lumina.config.resolve import resolve
 from lumina.config.schema.model import ModelConfig
+from lumina.data.documents import Document, find_files, raise_problems, read_files
 
 KINDS = ("dense", "moe", "mod", "hybrid")
 
@@ -17,6 +19,13 @@ def model_config(kind: str, **changes: Any) -> ModelConfig:
         changes["mod.capacity"] = changes.pop("capacity")
     keys = {f"model.{key}": value for key, value in changes.items()}
     return resolve("tiny", {"model.kind": kind, **keys}).config.model
+
+
+def read_documents(specs: Sequence[str]) -> Iterator[Document]:
+    """The documents of all `specs`, in order; `UserError` with all problems comes after the last one."""
+    problems: list[str] = []
+    yield from read_files(find_files(specs, problems), problems)
+    raise_problems(problems)
 
 
 def write_text(folder: Path, lines: int = 600) -> Path:

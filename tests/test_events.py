@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,13 +56,20 @@ def test_each_event_is_on_disk_when_emit_returns(log: Path) -> None:
     events.close()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_a_user_error_that_says_how_to_go_on(log: Path) -> None:
-    with EventWriter(log, 0) as events:
-        events._file.close()
-        events._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 - the writer closes it
-        with pytest.raises(UserError, match=r"not written: No space left(.|\n)*lumina resume"):
-            events.emit("step", step=1)
+def test_a_full_disk_is_a_user_error_that_says_how_to_go_on(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullDisk:
+        def write(self, _: bytes) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def close(self) -> None: ...
+
+    with EventWriter(log, attempt=0) as events:
+        events.emit("step", step=1)
+        with monkeypatch.context() as full:
+            full.setattr(events, "_file", FullDisk())
+            with pytest.raises(UserError, match=r"not written: No space left(.|\n)*lumina resume"):
+                events.emit("step", step=2)
+    assert [event["step"] for event in read_events(log)] == [1]
 
 
 @given(value=plain)

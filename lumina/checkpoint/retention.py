@@ -15,8 +15,8 @@ LEFTOVER = re.compile(r".+\.tmp-(\d+)")  # what a process was writing or deletin
 def prune(root: Path, keep_last: int) -> list[int]:
     """Deletes all but the newest `keep_last` complete checkpoints; returns the deleted steps, oldest first.
 
-    What `latest` and `best` point at stays. So does a folder without COMPLETE: it
-    is evidence. Leftovers of dead processes are swept away, and this one's: no save may be under way in it.
+    What `latest` and `best` point at stays, and so does a folder without COMPLETE: it is evidence. Leftovers of
+    dead processes are swept away, and this one's: no save may be under way in it.
     """
     _sweep(root)
     links = [root / name for name in LINKS if (root / name).is_symlink()]

@@ -54,13 +54,6 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_documents(specs: Sequence[str]) -> Iterator[Document]:
-    """The documents of all `specs`, in order. Raises `UserError` with all problems, after the last one."""
-    problems: list[str] = []
-    yield from read_files(find_files(specs, problems), problems)
-    raise_problems(problems)
-
-
 def raise_problems(problems: Sequence[str]) -> None:
     if problems:
         shown = list(problems[:MAX_PROBLEMS])

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 # Rows of a product on a CPU: whole blocks, then a multiple of the quantum.
 BLOCK, QUANTUM = 1024, 64
@@ -68,7 +68,7 @@ def native_weights(g_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
     return F.grouped_mm(g_RO.t(), x_RI, offs=offs_E)
 
 
-@torch.library.custom_op("lumina::grouped_mm", mutates_args=())
+@library.custom_op("lumina::grouped_mm", mutates_args=())
 def _grouped_mm(x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor) -> Tensor:
     rows = _cpu_rows if x_RI.device.type == "cpu" else native_rows
     return rows(x_RI, w_EOI.transpose(-1, -2), offs_E)
@@ -79,7 +79,7 @@ def _(x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor) -> Tensor:
     return x_RI.new_empty(x_RI.shape[0], w_EOI.shape[1])
 
 
-@torch.library.custom_op("lumina::grouped_mm_backward", mutates_args=())
+@library.custom_op("lumina::grouped_mm_backward", mutates_args=())
 def _grouped_mm_backward(g_RO: Tensor, x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor) -> tuple[Tensor, Tensor]:
     g_RO = g_RO.contiguous()  # an expanded gradient has stride 0, which the kernel refuses
     if g_RO.device.type == "cpu":

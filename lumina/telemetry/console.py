@@ -171,6 +171,12 @@ class Console:
         self.write(f"end    {event['reason']}{signal} at step {event['step']}, {time.strftime('%H:%M:%S')}")
 
 
+class _Terminal(Terminal):
+    def on_broken_pipe(self) -> None:
+        """Falls silent where rich would exit: a reader that goes away (`| head`) must not take the run along."""
+        self.quiet = True
+
+
 def _terminal_writer() -> Callable[[str], None]:
-    terminal = Terminal(soft_wrap=True, highlight=False)
+    terminal = _Terminal(soft_wrap=True, highlight=False)
     return lambda line: terminal.print(escape(line))

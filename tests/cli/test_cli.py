@@ -210,6 +210,18 @@ def test_a_reader_that_goes_away_is_no_error(trained: str, here: Path) -> None:
     process.stderr.close()
 
 
+def test_a_reader_that_goes_away_does_not_take_the_run_along(here: Path) -> None:
+    command = [sys.executable, "-m", "lumina", "train", "tiny", "data.train=text.txt", *FAST]
+    process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    (run,) = here.glob("runs/*")
+    assert json.loads((run / "events.jsonl").read_text().splitlines()[-1])["reason"] == "done"
+    assert "[Step 3]" in (run / "log.txt").read_text()
+
+
 def test_memorised_evaluation_and_passed_over_files_are_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "data").mkdir()
     (here / "data" / "same.txt").write_text((here / "text.txt").read_text())

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+from support import read_documents
 
-from lumina.data.documents import MAX_PROBLEMS, read_documents
+from lumina.data.documents import MAX_PROBLEMS
 from lumina.errors import UserError
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support import read_documents
 
 from lumina.data import sample
-from lumina.data.documents import Document, read_documents
+from lumina.data.documents import Document
 from lumina.data.families import SHARE, SHINGLE, near_duplicates
 from lumina.data.split import MOST, split
 from lumina.data.split import SHARE as HELD_OUT
