@@ -105,39 +105,43 @@ def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str,
     final = folder(root, step)
     aside = temporary(final)
     try:
-        remove(aside)
-        aside.mkdir(parents=True)
-        _write_tensors(aside / MODEL, model)
-        _write_tensors(aside / OPTIM, optim)
-        (aside / STATE).write_text(json.dumps(state, indent=2))
-        size = _seal(aside, step)
-        _publish(aside, final)
+        with _disk(f"{final}: checkpoint not written"):
+            remove(aside)
+            aside.mkdir(parents=True)
+            _write_tensors(aside / MODEL, model)
+            _write_tensors(aside / OPTIM, optim)
+            (aside / STATE).write_text(json.dumps(state, indent=2))
+            size = _seal(aside, step)
+            _publish(aside, final)
         point(root, "latest", step)
-    except OSError as error:
-        raise UserError(
-            f"{final}: checkpoint not written: {error.strerror or error}",
-            fix="make the disk writable or free space on it; earlier checkpoints are untouched",
-        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Receipt(final, step, time.perf_counter() - start, size)
 
 
 def point(root: Path, name: str, step: int) -> None:
-    """Makes `<root>/<name>` a link to the checkpoint of `step`, replacing an older link as a whole."""
+    """Makes `<root>/<name>` a link to the checkpoint of `step`, replacing an older link as a whole.
+
+    Raises `UserError` if the disk refuses.
+    """
     aside = temporary(root / name)
-    remove(aside)
-    aside.symlink_to(folder(root, step).name)
-    aside.replace(root / name)
-    _sync(root)
+    with _disk(f"{root / name}: link not written"):
+        remove(aside)
+        aside.symlink_to(folder(root, step).name)
+        aside.replace(root / name)
+        _sync(root)
 
 
 def discard(path: Path) -> None:
-    """Deletes a checkpoint. It stops being one at once, however long its files take."""
+    """Deletes a checkpoint. It stops being one at once, however long its files take.
+
+    Raises `UserError` if the disk refuses.
+    """
     aside = temporary(path)
-    remove(aside)
-    path.rename(aside)
-    remove(aside)
+    with _disk(f"{path}: not deleted"):
+        remove(aside)
+        path.rename(aside)
+        remove(aside)
 
 
 def remove(path: Path) -> None:
@@ -289,6 +293,18 @@ def _headers(path: Path) -> dict[str, TensorStorageMetadata]:
 
 
 # -- files --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _disk(failed: str) -> Iterator[None]:
+    """Turns what the disk refuses into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{failed}: {error.strerror or error}",
+            fix="make the disk writable or free space on it; what was saved before is untouched",
+        ) from error
 
 
 @contextmanager

@@ -337,12 +337,31 @@ def test_a_disk_that_refuses_is_a_user_error_and_changes_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, failing, refuse)
-        with pytest.raises(UserError, match=r"step-000020: checkpoint not written: No space left on device"):
+        failed = "latest: link" if failing == "symlink" else "step-000020: checkpoint"  # the link comes last
+        with pytest.raises(UserError, match=f"{failed} not written: No space left on device"):
             save(tmp_path, 20)
     assert not list(tmp_path.glob("*.tmp-*"))
     step, skipped = found(tmp_path)
     assert (step, skipped) == (20 if failing == "symlink" else 10, [])
     assert save(tmp_path, 20).step == 20
+
+
+def test_a_disk_that_refuses_a_link_or_a_deletion_is_a_user_error_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 10)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "symlink", refuse)
+        patch.setattr(os, "rename", refuse)
+        with pytest.raises(UserError, match="best: link not written: Read-only"):
+            store.point(tmp_path, "best", 10)
+        with pytest.raises(UserError, match="step-000010: not deleted: Read-only"):
+            store.discard(store.folder(tmp_path, 10))
+    assert found(tmp_path) == (10, [])
 
 
 def test_an_interrupt_inside_torch_is_still_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
