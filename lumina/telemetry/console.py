@@ -11,41 +11,14 @@ from typing import Any
 from rich.console import Console as Terminal
 from rich.markup import escape
 
+from lumina.telemetry.figures import count, duration, size
+
 Event = dict[str, Any]
 
 # What a decision says, by rule and action.
 SENTENCES = {
     ("non_finite", "skip_step"): "loss {loss:.4g} or gradient norm {grad_norm:.4g} is not finite; no weight was moved",
 }
-
-
-def count(value: float) -> str:
-    """1234567 -> 1.23M"""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """4500 -> 1h15m"""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    minutes, seconds = divmod(seconds, 60)
-    if minutes < 60:
-        return f"{minutes}m{seconds:02d}s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m"
-
-
-def size(value: float) -> str:
-    """Bytes in binary units: 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
 
 
 def step_line(event: Event, remaining: float | None) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lumina.telemetry.console import Console, count, duration, size
+from lumina.telemetry.console import Console
+from lumina.telemetry.figures import count, duration, size
 
 STEP: dict[str, Any] = {
     "t": "step", "attempt": 0, "step": 100, "tokens": 819200, "wall": 60.0, "loss": 2.4561, "acc": 0.4521,

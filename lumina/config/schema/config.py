@@ -15,7 +15,12 @@ from lumina.config.schema.train import TrainConfig
 class PrecisionConfig(Section):
     """`precision`."""
 
-    mode: Literal["auto", "fp32", "bf16"] = Field("auto", description="of matmuls; weights are always fp32")
+    mode: Literal["auto", "fp32", "bf16", "fp16", "bf16_pure"] = Field(
+        "auto", description="of training's matmuls; weights and moments are fp32, but bf16 in bf16_pure"
+    )
+    eval: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of evaluation's matmuls; auto: as in training"
+    )
 
 
 class CheckpointConfig(Section):

@@ -31,6 +31,10 @@ class TrainConfig(Section):
     z_loss: Number = Field(1e-4, ge=0, description="weight of the squared log-partition")
     eval_every: Count = Field(0, ge=0, description="steps between evaluations; 0 evaluates at the end only")
     seed: Count = Field(0, ge=0, lt=2**63, description="of weights and data order")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations computed again in the backward pass: memory for time"
+    )
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: if the run is long enough")
     deterministic: bool = Field(False, description="refuse non-deterministic kernels (matters on GPUs)")
 
     def problems(self) -> list[Problem]:
