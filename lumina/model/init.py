@@ -26,8 +26,10 @@ def name_seed(seed: int, name: str) -> int:
 
 @torch.no_grad()
 def initialize(model: nn.Module, layers: int, seed: int) -> None:
-    """Fills every parameter and persistent buffer of a `Transformer` of so many layers."""
+    """Fills every parameter and persistent buffer of a `Transformer` of so many layers; meta tensors stay empty."""
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
         _fill(parameter, name, seed, layers)
     for module in model.modules():
         if isinstance(module, MoE | DepthRouter):
