@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from lumina.model.mod import DepthRouter
 from lumina.model.moe import MoE
 
 STD = 0.02
+Assign = Callable[[Tensor, Tensor], Any]  # stores a value in a parameter
 
 
 def name_seed(seed: int, name: str) -> int:
@@ -25,27 +28,22 @@ def name_seed(seed: int, name: str) -> int:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, layers: int, seed: int) -> None:
-    """Fills every parameter and persistent buffer of a `Transformer` of so many layers; meta tensors stay empty."""
+def initialize(model: nn.Module, layers: int, seed: int, assign: Assign = Tensor.copy_) -> None:
+    """Fills every parameter and persistent buffer of a `Transformer` of so many layers."""
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            continue
-        _fill(parameter, name, seed, layers)
+        assign(parameter, _draw(parameter.shape, name, seed, layers))
     for module in model.modules():
         if isinstance(module, MoE | DepthRouter):
             module.reset()
 
 
-def _fill(parameter: Tensor, name: str, seed: int, layers: int) -> None:
+def _draw(shape: torch.Size, name: str, seed: int, layers: int) -> Tensor:
     if name.endswith("norm.weight"):
-        parameter.fill_(1.0)
-        return
+        return torch.ones(shape)
     if name.endswith(("predictor.w_out", "predictor.bias")):  # `DepthRouter.reset` sets the prior
-        parameter.zero_()
-        return
+        return torch.zeros(shape)
     std = STD
     if name.endswith(("attn.w_out", "ffn.w_down", "shared.w_down")):
         std = STD / math.sqrt(2 * layers)
     generator = torch.Generator().manual_seed(name_seed(seed, name))
-    draw = torch.randn(parameter.shape, generator=generator) * std
-    parameter.copy_(draw)
+    return torch.randn(shape, generator=generator) * std

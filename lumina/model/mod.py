@@ -52,7 +52,7 @@ class Predictor(nn.Module):
         x_BSD = F.rms_norm(x_BSD.detach(), x_BSD.shape[-1:], eps=NORM_EPS)
         h_BSP = F.silu(F.linear(x_BSD, self.w_in))
         with torch.autocast(x_BSD.device.type, enabled=False):
-            return (h_BSP.float() @ self.w_out + self.bias).clamp(-30, 30)
+            return (h_BSP.float() @ self.w_out.float() + self.bias.float()).clamp(-30, 30)
 
 
 class DepthRouter(nn.Module):
@@ -79,7 +79,7 @@ class DepthRouter(nn.Module):
     def score(self, x_BSD: Tensor) -> Tensor:
         """r in fp32: a near-tie must not fall differently in a recomputed forward."""
         with torch.autocast(x_BSD.device.type, enabled=False):
-            return x_BSD.float() @ self.weight
+            return x_BSD.float() @ self.weight.float()
 
     def select(self, x_BSD: Tensor) -> Selection:
         """The training choice: exactly C tokens of each sequence, ties by position."""

@@ -10,7 +10,7 @@ Shapes: B batch, S sequence, N visible keys, D width, K head dim, L layers, E ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,11 +22,36 @@ from lumina.model.attention import Attention, KeyValueCache, RMSNorm, rope_table
 from lumina.model.cost import is_routed
 from lumina.model.feedforward import FeedForward
 from lumina.model.head import Head, TokenLoss
-from lumina.model.init import initialize
+from lumina.model.init import Assign, initialize
 from lumina.model.mod import DepthRouter, put, take
 from lumina.model.moe import MoE
+from lumina.model.recompute import recomputed
 
 Rope = tuple[Tensor, Tensor]
+
+
+class View(NamedTuple):
+    """What attention knows of each row besides its content."""
+
+    position_BS: Tensor
+    segments_BS: Tensor  # the document it belongs to
+    rope: Rope  # cosines and sines of its position, each [B, S, K/2]
+    mask_B1SS: Tensor  # which row it may see
+
+    def at(self, index_BC: Tensor) -> View:
+        """The view of these rows among themselves."""
+        position_BC, segments_BC = self.position_BS.gather(1, index_BC), self.segments_BS.gather(1, index_BC)
+        cos_BCK, sin_BCK = (t.gather(1, index_BC.unsqueeze(-1).expand(-1, -1, t.shape[-1])) for t in self.rope)
+        return View(position_BC, segments_BC, (cos_BCK, sin_BCK), document_mask(position_BC, segments_BC))
+
+
+class BlockStats(NamedTuple):
+    """What the routers of one block did in one training forward; None where it has none."""
+
+    load_E: Tensor | None  # assignments each expert received
+    predictor_loss: Tensor | None
+    agreement: Tensor | None
+    quantile: Tensor | None
 
 
 class RoutingStats(NamedTuple):
@@ -39,7 +64,11 @@ class RoutingStats(NamedTuple):
 
 
 class Block(nn.Module):
-    """One transformer block. `branch` is what it adds to the residual stream."""
+    """One transformer block. `branch` is what it adds to the residual stream.
+
+    `forward` trains and `decode` evaluates and generates; nothing outside of these two uses a block's parameters,
+    so that a block can be sharded, recomputed and compiled as one unit.
+    """
 
     def __init__(self, config: ModelConfig, routed: bool) -> None:
         super().__init__()
@@ -50,6 +79,29 @@ class Block(nn.Module):
             MoE(config.width, config.moe) if config.moe else FeedForward(config.width, config.ffn)
         )
         self.router = DepthRouter(config.width, config.mod.capacity) if config.mod and routed else None
+        self.recompute = "none"
+        self.run: Callable[[Tensor, View], tuple[Tensor, BlockStats]] = self._train
+
+    def forward(self, x_BSD: Tensor, view: View) -> tuple[Tensor, BlockStats]:
+        """Training: the new residual stream, and what the routers did."""
+        return self.run(x_BSD, view)
+
+    def decode(
+        self, x_BSD: Tensor, rope: Rope, mask_B1SS: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Evaluation and generation: the new residual stream, and how many tokens a routed block took.
+
+        Computes all rows of a routed block and masks them (exact and parallel), except that while generating a block
+        which no token takes is skipped.
+        """
+        if self.router is None:
+            return x_BSD + self.branch(x_BSD, rope, mask_B1SS, cache)[0], None
+        keep_BS, r_BS = self.router.decode(x_BSD)
+        if cache is not None and not keep_BS.any():
+            return x_BSD, keep_BS.sum()
+        mask = None if mask_B1SS is None else _only_selected(mask_B1SS, keep_BS)
+        y_BSD = x_BSD + r_BS.unsqueeze(-1) * self.branch(x_BSD, rope, mask, cache, keep_BS)[0]
+        return torch.where(keep_BS.unsqueeze(-1), y_BSD.to(x_BSD.dtype), x_BSD), keep_BS.sum()
 
     def branch(
         self,
@@ -66,6 +118,27 @@ class Block(nn.Module):
             f_BSD, load_E = self.ffn(h_BSD)
             return a_BSD + f_BSD, load_E
         return a_BSD + self.ffn(h_BSD), None
+
+    def compile(self) -> None:  # type: ignore[override]  # ours takes no options and never breaks the graph
+        """Compiles training as one graph; evaluation, probe and generation stay as they are."""
+        self.run = torch.compile(self._train, fullgraph=True, dynamic=False)
+
+    def _train(self, x_BSD: Tensor, view: View) -> tuple[Tensor, BlockStats]:
+        if self.recompute == "none":
+            return self._compute(x_BSD, view)
+        y_BSD, stats = recomputed(self.recompute, self._compute, x_BSD, view)
+        return y_BSD, stats
+
+    def _compute(self, x_BSD: Tensor, view: View) -> tuple[Tensor, BlockStats]:
+        if self.router is None:
+            y_BSD, load_E = self.branch(x_BSD, view.rope, view.mask_B1SS)
+            return x_BSD + y_BSD, BlockStats(load_E, None, None, None)
+        chosen = self.router.select(x_BSD)
+        x_BCD, view_C = take(x_BSD, chosen.index_BC), view.at(chosen.index_BC)
+        y_BCD, load_E = self.branch(x_BCD, view_C.rope, view_C.mask_B1SS)
+        y_BCD = x_BCD + chosen.weight_BC.unsqueeze(-1) * y_BCD
+        stats = BlockStats(load_E, chosen.predictor_loss, chosen.agreement, chosen.quantile)
+        return put(x_BSD, chosen.index_BC, y_BCD.to(x_BSD.dtype)), stats
 
 
 class Transformer(nn.Module):
@@ -86,11 +159,27 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width)
         self.head = Head(config.width, config.vocab)
         if config.tied:
-            self.head.weight = self.embed.weight  # type: ignore[assignment]  # it is a Parameter
-        cos_SK, sin_SK = rope_table(config.seq_len, config.head_dim, config.rope_theta)
-        self.register_buffer("cos_SK", cos_SK, persistent=False)
-        self.register_buffer("sin_SK", sin_SK, persistent=False)
-        initialize(self, config.layers, seed)
+            self.head.weight = self.embed.weight
+        for name in ("cos_SK", "sin_SK"):
+            self.register_buffer(name, torch.empty(config.seq_len, config.head_dim // 2), persistent=False)
+        self.initialize(seed)
+
+    def initialize(self, seed: int, assign: Assign = Tensor.copy_) -> None:
+        """Draws every weight and fills every buffer; on the meta device nothing happens.
+
+        `assign(parameter, value)` stores a whole value where the parameter may be only this process's part of it.
+        """
+        if self.embed.weight.is_meta:
+            return
+        initialize(self, self.config.layers, seed, assign)
+        tables = rope_table(self.config.seq_len, self.config.head_dim, self.config.rope_theta)
+        for buffer, table in zip((self.cos_SK, self.sin_SK), tables, strict=True):
+            buffer.copy_(table)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Parameters in another dtype; router biases and thresholds, which move in small steps, stay in fp32."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     @property
     def routers(self) -> list[DepthRouter]:
@@ -118,31 +207,12 @@ class Transformer(nn.Module):
         """
         x_BSD = self.embed(ids_BS)
         position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
-        rope, mask_B1SS = self._rope(position_BS), document_mask(position_BS, segments_BS)
-        loads: list[Tensor] = []
-        zero = torch.zeros((), device=ids_BS.device)
-        predictor_loss, agreement, quantiles = zero, zero, []
-
+        view = View(position_BS, segments_BS, self._rope(position_BS), document_mask(position_BS, segments_BS))
+        done: list[BlockStats] = []
         for block in self._blocks():
-            if block.router is None:
-                y_BSD, load_E = block.branch(x_BSD, rope, mask_B1SS)
-                x_BSD = x_BSD + y_BSD
-            else:
-                chosen = block.router.select(x_BSD)
-                x_BCD = take(x_BSD, chosen.index_BC)
-                position_BC = chosen.index_BC
-                mask_B1CC = document_mask(position_BC, segments_BS.gather(1, position_BC))
-                y_BCD, load_E = block.branch(x_BCD, self._rope(position_BC), mask_B1CC)
-                y_BCD = x_BCD + chosen.weight_BC.unsqueeze(-1) * y_BCD
-                x_BSD = put(x_BSD, chosen.index_BC, y_BCD)
-                predictor_loss = predictor_loss + chosen.predictor_loss
-                agreement = agreement + chosen.agreement
-                quantiles.append(chosen.quantile)
-            if load_E is not None:
-                loads.append(load_E)
-
-        stats = RoutingStats(_stack(loads, zero), predictor_loss, agreement, _stack(quantiles, zero))
-        return self.head(self.norm(x_BSD), targets_BS, z), stats
+            x_BSD, stats = block(x_BSD, view)
+            done.append(stats)
+        return self.head(self.norm(x_BSD), targets_BS, z), _total(done, torch.zeros((), device=ids_BS.device))
 
     @torch.no_grad()
     def evaluate(self, ids_BS: Tensor, segments_BS: Tensor, targets_BS: Tensor) -> tuple[TokenLoss, Tensor]:
@@ -170,8 +240,7 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The forward pass of evaluation and generation: routed blocks take the tokens their predictor names.
 
-        Computes all rows of a routed block and masks them (exact and parallel), except that a block which no
-        token takes is skipped while generating. Returns the normalised hidden states and the tokens taken.
+        Returns the normalised hidden states and, per routed layer, the number of tokens taken.
         """
         x_BSD = self.embed(ids_BS)
         position_BS = start + torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
@@ -179,17 +248,9 @@ class Transformer(nn.Module):
         mask_B1SS = None if segments_BS is None else document_mask(position_BS, segments_BS)
         taken: list[Tensor] = []
         for layer, block in enumerate(self._blocks()):
-            memory = None if cache is None else cache[layer]
-            if block.router is None:
-                x_BSD = x_BSD + block.branch(x_BSD, rope, mask_B1SS, memory)[0]
-                continue
-            keep_BS, r_BS = block.router.decode(x_BSD)
-            taken.append(keep_BS.sum())
-            if memory is not None and not keep_BS.any():
-                continue
-            mask = None if mask_B1SS is None else _only_selected(mask_B1SS, keep_BS)
-            y_BSD = x_BSD + r_BS.unsqueeze(-1) * block.branch(x_BSD, rope, mask, memory, keep_BS)[0]
-            x_BSD = torch.where(keep_BS.unsqueeze(-1), y_BSD, x_BSD)
+            x_BSD, count = block.decode(x_BSD, rope, mask_B1SS, None if cache is None else cache[layer])
+            if count is not None:
+                taken.append(count)
         return self.norm(x_BSD), _stack(taken, torch.zeros((), device=ids_BS.device))
 
     def _rope(self, position_BS: Tensor) -> Rope:
@@ -207,6 +268,14 @@ def _only_selected(mask_B1SS: Tensor, keep_BS: Tensor) -> Tensor:
     S = keep_BS.shape[1]
     itself = torch.eye(S, dtype=torch.bool, device=keep_BS.device)
     return mask_B1SS & (keep_BS.unsqueeze(1).unsqueeze(1) | itself)
+
+
+def _total(blocks: list[BlockStats], zero: Tensor) -> RoutingStats:
+    """One entry for the whole model, `zero` where no block has such routers."""
+    loads, losses, agreements, quantiles = (
+        [value for value in values if value is not None] for values in zip(*blocks, strict=True)
+    )
+    return RoutingStats(_stack(loads, zero), sum(losses, zero), sum(agreements, zero), _stack(quantiles, zero))
 
 
 def _stack(values: list[Tensor], like: Tensor) -> Tensor:
