@@ -21,6 +21,33 @@ def cpu_has_fast_bf16() -> bool:
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
+def mps_has_bf16() -> bool:
+    """Whether this Mac's GPU multiplies bf16 (macOS 14 and newer, Apple silicon)."""
+    try:
+        one = torch.ones(8, 8, device="mps", dtype=torch.bfloat16)
+        return bool((one @ one == 8).all())
+    except (RuntimeError, TypeError):
+        return False
+
+
+def compiler_missing(device: str) -> str | None:
+    """What torch.compile would need here and does not find; None if nothing."""
+    if device == "cpu":
+        from torch._inductor import cpp_builder
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "a C++ compiler"
+        return None
+    if device == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "triton"
+    return "a backend for this device"
+
+
 def grouped_mm_works(device: str, dtype: torch.dtype) -> bool:
     """Whether `F.grouped_mm` runs here and agrees with two plain products. On a CPU it is not needed.
 

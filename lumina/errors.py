@@ -8,13 +8,18 @@ from collections.abc import Sequence
 class UserError(Exception):
     """A mistake in the input. The command line prints it without a traceback and exits with code 2.
 
-    `message` says what is wrong and where; `fix` says what to do about it.
+    `message` says what is wrong and where; `fix` says what to do about it. `told`: another process prints it.
     """
+
+    told = False
 
     def __init__(self, message: str, fix: str = "") -> None:
         self.message = message
         self.fix = fix
-        super().__init__(f"{message}\n  fix: {fix}" if fix else message)
+        super().__init__(message, fix)
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
 
     @classmethod
     def collect(cls, problems: Sequence[str], title: str) -> UserError:

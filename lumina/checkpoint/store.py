@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lumina.errors import UserError
 from lumina.events import require_plain
+from lumina.parallel.world import ALONE, World
 
 FORMAT = 1
 COMPLETE = "COMPLETE"
@@ -89,11 +90,12 @@ def temporary(path: Path) -> Path:
 # -- writing ------------------------------------------------------------------------------------------------
 
 
-def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str, Any]) -> Receipt:
+def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str, Any], world: World = ALONE) -> Receipt:
     """Publishes a checkpoint of `step`, replacing one of the same step, and points `latest` at it.
 
     Tensors may have any device, strides and dtype of safetensors; a tied one is given once. They need a
-    dimension: scalars belong in `state`, which holds plain JSON values (NaN and infinities too).
+    dimension: scalars belong in `state`, which holds plain JSON values (NaN and infinities too). Every process of
+    `world` calls this and writes its own rows; `state` is the main process's.
     Raises `ValueError`, `TypeError` or (two tensors in the same memory) `RuntimeError` for anything else, and
     `UserError` if the disk refuses; whatever was saved before is untouched then.
     """
@@ -103,19 +105,32 @@ def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str,
             raise ValueError(f"{kind} tensors without a dimension belong in the state: {', '.join(scalars)}")
     require_plain(state, "checkpoint state")
     final = folder(root, step)
-    aside = temporary(final)
-    try:
-        with _disk(f"{final}: checkpoint not written"):
+    refused = f"{final}: checkpoint not written"
+
+    def begin() -> Path:
+        aside = temporary(final)
+        with _disk(refused):
             remove(aside)
             aside.mkdir(parents=True)
-            _write_tensors(aside / MODEL, model)
-            _write_tensors(aside / OPTIM, optim)
+        return aside
+
+    def finish() -> int:
+        with _disk(refused):
             (aside / STATE).write_text(json.dumps(state, indent=2))
             size = _seal(aside, step)
             _publish(aside, final)
         point(root, "latest", step)
+        return size
+
+    aside = world.decide(begin)
+    try:
+        with _disk(refused):
+            _write_tensors(aside / MODEL, model, world)
+            _write_tensors(aside / OPTIM, optim, world)
+        size = world.decide(finish)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if world.main:
+            shutil.rmtree(aside, ignore_errors=True)
     return Receipt(final, step, time.perf_counter() - start, size)
 
 
@@ -152,12 +167,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _write_tensors(path: Path, tensors: Tensors) -> None:
+def _write_tensors(path: Path, tensors: Tensors, world: World) -> None:
     if tensors:
         writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
         packed = {name: tensor.contiguous() for name, tensor in tensors.items()}  # safetensors has no strides
         with _torch_checkpoint():
-            state_dict_saver.save(packed, storage_writer=writer, no_dist=True)
+            state_dict_saver.save(packed, storage_writer=writer, no_dist=world.size == 1)
 
 
 def _seal(path: Path, step: int) -> int:
@@ -208,8 +223,15 @@ def verify(path: Path) -> list[str]:
     return problems
 
 
-def newest(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
-    """The newest checkpoint that verifies, and the newer ones passed over, each with the reason."""
+def newest(root: Path, world: World = ALONE) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that verifies, and the newer ones passed over, each with the reason.
+
+    The main process of `world` reads and decides.
+    """
+    return world.decide(lambda: _newest(root))
+
+
+def _newest(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     skipped: list[tuple[Path, str]] = []
     for path in checkpoints(root):
         problems = verify(path)
@@ -249,7 +271,7 @@ def _damage(path: Path, name: str, size: int, sha256: str) -> Iterator[str]:
 # -- loading ------------------------------------------------------------------------------------------------
 
 
-def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None) -> None:
+def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None, world: World = ALONE) -> None:
     """Reads every tensor of a checkpoint into the given ones, in place; without `optim`, the model's only.
 
     Names, shapes and dtypes must be equal: else one `UserError` lists the first differences, and nothing changed.
@@ -264,7 +286,7 @@ def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None) -
         if targets:
             reader = HuggingFaceStorageReader(str(checkpoint.path / kind))
             with _torch_checkpoint():
-                state_dict_loader.load(dict(targets), storage_reader=reader, no_dist=True)
+                state_dict_loader.load(dict(targets), storage_reader=reader, no_dist=world.size == 1)
 
 
 def _differences(path: Path, kind: str, targets: Tensors) -> Iterator[str]:

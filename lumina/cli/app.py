@@ -39,7 +39,8 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*arguments, **options)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if not error.told:
+                print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             print("\nstopped at once; checkpoints saved before are complete", file=sys.stderr)
@@ -63,7 +64,9 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def run(arguments: list[str] | None) -> int:
-    """Runs a command line; returns the exit code."""
+    """Runs a command line; returns the exit code. Of several processes under torchrun the first one speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
         app(args=arguments, prog_name="lumina")
     except SystemExit as end:

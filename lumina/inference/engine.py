@@ -89,7 +89,10 @@ def load(run: Run) -> Model:
             f"was trained with ({found.state['tokenizer']})",
             fix="restore the run's tokenizer/tokenizer.json",
         )
-    transformer = Transformer(read(run.config).config.model)
+    config = read(run.config).config
+    transformer = Transformer(config.model)
+    transformer.cast(torch.bfloat16 if config.precision.mode == "bf16_pure" else torch.float32)
     store.load(found, transformer.tensors())
+    transformer.cast(torch.float32)
     transformer.eval()
     return Model(transformer, tokenizer, found.step, [f"{path.name}: {why}" for path, why in skipped])

@@ -119,7 +119,7 @@ class Block(nn.Module):
             return a_BSD + f_BSD, load_E
         return a_BSD + self.ffn(h_BSD), None
 
-    def compile(self) -> None:  # type: ignore[override]  # ours takes no options and never breaks the graph
+    def compile(self) -> None:
         """Compiles training as one graph; evaluation, probe and generation stay as they are."""
         self.run = torch.compile(self._train, fullgraph=True, dynamic=False)
 
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width)
         self.head = Head(config.width, config.vocab)
         if config.tied:
-            self.head.weight = self.embed.weight
+            self.head.weight = self.embed.weight  # type: ignore[assignment]  # it is a Parameter
         for name in ("cos_SK", "sin_SK"):
             self.register_buffer(name, torch.empty(config.seq_len, config.head_dim // 2), persistent=False)
         self.initialize(seed)
@@ -183,20 +183,22 @@ class Transformer(nn.Module):
 
     @property
     def routers(self) -> list[DepthRouter]:
-        return [block.router for block in self._blocks() if block.router is not None]
+        return [block.router for block in self.units if block.router is not None]
 
     @property
     def moes(self) -> list[MoE]:
-        return [block.ffn for block in self._blocks() if isinstance(block.ffn, MoE)]
+        return [block.ffn for block in self.units if isinstance(block.ffn, MoE)]
+
+    @property
+    def units(self) -> list[Block]:
+        """The blocks: what is sharded, recomputed and compiled as one."""
+        return list(self.blocks)  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's state by name: parameters (tied ones once) and persistent buffers. Load into them in place."""
         names = self.state_dict(keep_vars=True)
         buffers = {name: buffer for name, buffer in self.named_buffers() if name in names}
         return {name: p.detach() for name, p in self.named_parameters()} | buffers
-
-    def _blocks(self) -> list[Block]:
-        return list(self.blocks)  # type: ignore[arg-type]
 
     def forward(
         self, ids_BS: Tensor, segments_BS: Tensor, targets_BS: Tensor, z: float = 0.0
@@ -209,7 +211,7 @@ class Transformer(nn.Module):
         position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
         view = View(position_BS, segments_BS, self._rope(position_BS), document_mask(position_BS, segments_BS))
         done: list[BlockStats] = []
-        for block in self._blocks():
+        for block in self.units:
             x_BSD, stats = block(x_BSD, view)
             done.append(stats)
         return self.head(self.norm(x_BSD), targets_BS, z), _total(done, torch.zeros((), device=ids_BS.device))
@@ -247,7 +249,7 @@ class Transformer(nn.Module):
         rope = self._rope(position_BS)
         mask_B1SS = None if segments_BS is None else document_mask(position_BS, segments_BS)
         taken: list[Tensor] = []
-        for layer, block in enumerate(self._blocks()):
+        for layer, block in enumerate(self.units):
             x_BSD, count = block.decode(x_BSD, rope, mask_B1SS, None if cache is None else cache[layer])
             if count is not None:
                 taken.append(count)

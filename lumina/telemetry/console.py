@@ -18,6 +18,10 @@ Event = dict[str, Any]
 # What a decision says, by rule and action.
 SENTENCES = {
     ("non_finite", "skip_step"): "loss {loss:.4g} or gradient norm {grad_norm:.4g} is not finite; no weight was moved",
+    (
+        "overflow",
+        "skip_step",
+    ): "fp16 gradients overflowed; no weight was moved, the loss scale is halved to {halved_to:g}",
 }
 
 

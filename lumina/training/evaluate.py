@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 import torch
 
 from lumina.data.loader import Batch
 from lumina.model.transformer import Transformer
+from lumina.parallel.world import ALONE, World
 from lumina.training.precision import Precision
 
 
@@ -39,21 +41,28 @@ def evaluate(
     text_bytes: int,
     precision: Precision,
     capacity: float | None,
+    world: World = ALONE,
 ) -> Evaluation:
-    """Evaluates all of `batches`, which hold `text_bytes` of text. `capacity` is the trained share c, if any."""
+    """Evaluates all of `batches`, which hold `text_bytes` of text. `capacity` is the trained share c, if any.
+
+    Several processes take turns at the batches. One that has none left repeats the first, for the others need its
+    part of the model; it counts only once.
+    """
     device = model.embed.weight.device
     sums = torch.zeros(3, dtype=torch.float64)
     taken = torch.zeros(len(model.routers))
     positions = 0
-    for batch in batches:
-        batch = batch.to(device)
-        with precision.autocast():
+    for turn in _batched(batches, world.size):
+        counts = world.rank < len(turn)
+        batch = turn[world.rank if counts else 0].to(device)
+        with precision.evaluating():
             loss, taken_L = model.evaluate(batch.ids_BS, batch.segments_BS, batch.targets_BS)
-        sums += torch.stack([loss.nats, loss.correct, loss.tokens]).double().cpu()
-        taken += taken_L.cpu()
-        positions += batch.ids_BS.numel()
-    nats, correct, count = sums.tolist()
-    shares = [t / positions for t in taken.tolist()]
+        if counts:
+            sums += torch.stack([loss.nats, loss.correct, loss.tokens]).double().cpu()
+            taken += taken_L.cpu()
+        positions += sum(one.ids_BS.numel() for one in turn)
+    nats, correct, count = world.sum(sums).tolist()
+    shares = [t / positions for t in world.sum(taken).tolist()]
     return Evaluation(
         loss=nats / count,
         ppl=math.exp(min(nats / count, 700.0)),
@@ -63,3 +72,10 @@ def evaluate(
         mod_capacity=[round(share, 4) for share in shares],
         comparable=capacity is None or all(capacity / 2 <= share <= 2 * capacity for share in shares),
     )
+
+
+def _batched(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Groups of `size`; the last one may be smaller. (itertools has it from Python 3.12 on.)"""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group

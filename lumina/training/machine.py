@@ -11,14 +11,17 @@ import psutil
 import torch
 
 from lumina import __version__
-from lumina.compat import cpu_has_fast_bf16, grouped_mm_works, usable_cores
+from lumina.compat import compiler_missing, cpu_has_fast_bf16, grouped_mm_works, mps_has_bf16, usable_cores
+from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
-from lumina.training.precision import Precision
+from lumina.parallel.world import ALONE, World
+from lumina.training.precision import DTYPES
 
 MICRO_TOKENS = 8192  # a micro-batch's activations: larger gains nothing on a CPU and costs memory
 MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # large enough that waiting for the device does not count
 MATMUL_SECONDS = 0.25
+COMPILE_SECONDS, COMPILE_SAVES = 60.0, 0.05  # docs/log.md
 Choices = dict[str, tuple[Any, str]]
 
 
@@ -37,46 +40,78 @@ def choose_device(wanted: str) -> tuple[str, str]:
     return wanted, "as configured"
 
 
-def choose_precision(wanted: str, device: str) -> tuple[str, str]:
-    """fp32, or bf16 where the hardware multiplies it faster."""
-    if wanted != "auto":
-        return wanted, "as configured"
+def choose_precision(device: str) -> tuple[str, str]:
+    """The fastest format that trains safely here, and why."""
     if device == "cuda":
-        fast = torch.cuda.get_device_capability() >= (8, 0)
-        return ("bf16", "compute capability 8.0 or more") if fast else ("fp32", "no bf16 units on this GPU")
+        if torch.cuda.get_device_capability() >= (8, 0):
+            return "bf16", "compute capability 8.0 or more"
+        return "fp16", "this GPU has fp16 units, and no bf16 units"
     if device == "cpu" and cpu_has_fast_bf16():
         return "bf16", "this CPU has AVX512-BF16 or AMX"
+    if device == "mps" and mps_has_bf16():
+        return "bf16", "this GPU multiplies bf16"
     return "fp32", f"no fast bf16 on this {device}"
 
 
-def choose(config: Config) -> Choices:
-    """Every machine-dependent choice as {key: (value, why)}, for `config.resolve.settle`."""
-    device, device_why = choose_device(config.parallel.device)
-    mode, mode_why = choose_precision(config.precision.mode, device)
+def choose(config: Config, world: World = ALONE) -> Choices:
+    """The choices that this machine and its processes decide, as {key: (value, why)}, for `config.resolve.settle`."""
     choices: Choices = {}
-    if config.parallel.device == "auto":
-        choices["parallel.device"] = (device, device_why)
+    device: str = config.parallel.device
+    mode: str = config.precision.mode
+    chosen, why = choose_device(device)
+    if device == "auto":
+        device, choices["parallel.device"] = chosen, (chosen, why)
+    if mode == "auto":
+        mode, why = choose_precision(device)
+        choices["precision.mode"] = mode, why
+    elif device == "mps" and mode.startswith("bf16") and not mps_has_bf16():
+        raise UserError(f"precision.mode={mode}: this GPU does not multiply bf16", fix="use precision.mode=fp32")
+    if config.precision.eval == "auto":
+        choices["precision.eval"] = mode.removesuffix("_pure"), "as in training"
     if config.parallel.threads == "auto":
-        choices["parallel.threads"] = (usable_cores(), "cores this process may use")
-    if config.precision.mode == "auto":
-        choices["precision.mode"] = (mode, mode_why)
+        among = f", shared by {world.local_size} processes" if world.local_size > 1 else ""
+        choices["parallel.threads"] = max(1, usable_cores() // world.local_size), f"cores this process may use{among}"
     if config.model.moe and config.model.moe.kernel == "auto":
-        works = grouped_mm_works(device, Precision(mode, device).dtype)
+        works = grouped_mm_works(device, DTYPES[mode])
         kernel = ("grouped", "grouped matmul works here") if works else ("loop", "no grouped matmul here")
         choices["model.moe.kernel"] = kernel
     if config.train.micro_batch == "auto":
-        choices["train.micro_batch"] = (_micro_batch(config), f"at most {MICRO_TOKENS} tokens at once")
+        limit = max(1, MICRO_TOKENS // config.model.seq_len)
+        choices["train.micro_batch"] = micro_batch(config, world, limit), f"at most {MICRO_TOKENS} tokens at once"
     if config.train.tokens is not None:
         steps = max(1, round(config.train.tokens / config.train.batch_tokens))
         choices["train.steps"] = (steps, f"train.tokens={config.train.tokens} / train.batch_tokens")
     return choices
 
 
-def _micro_batch(config: Config) -> int:
-    """The largest number of sequences that divides the batch and stays within `MICRO_TOKENS`."""
+def micro_batch(config: Config, world: World, limit: int) -> int:
+    """The largest number of sequences, at most `limit`, that divides a process's part of the batch.
+
+    Raises `UserError` if the batch does not divide among the processes.
+    """
     sequences = config.train.batch_tokens // config.model.seq_len
-    limit = max(1, MICRO_TOKENS // config.model.seq_len)
-    return next(n for n in range(min(limit, sequences), 0, -1) if sequences % n == 0)
+    own, rest = divmod(sequences, world.size)
+    if rest or not own:
+        raise UserError(
+            f"train.batch_tokens={config.train.batch_tokens}: its {sequences} sequences do not divide among "
+            f"{world.size} processes",
+            fix=f"start {nearest_divisor(world.size, sequences)} processes, or change train.batch_tokens",
+        )
+    return next(n for n in range(min(limit, own), 0, -1) if own % n == 0)
+
+
+def choose_compile(config: Config, steps: int, flops_per_token: float, rate: float) -> tuple[str, str]:
+    """Whether torch.compile pays: it costs `COMPILE_SECONDS`, and saves `COMPILE_SAVES` of a step's time.
+
+    `rate` is the matmul rate of all processes together, in FLOP/s: the run takes at least its FLOPs at that rate.
+    """
+    if missing := compiler_missing(config.parallel.device):
+        return "off", f"there is no {missing.removeprefix('a ')} here"
+    seconds = steps * config.train.batch_tokens * flops_per_token / rate
+    pays = COMPILE_SECONDS / COMPILE_SAVES
+    if seconds >= pays:
+        return "on", f"at least {seconds:.0f}s of arithmetic; compiling pays from {pays:.0f}s on"
+    return "off", f"{seconds:.0f}s of arithmetic at the matmul rate; compiling pays from {pays:.0f}s on"
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:

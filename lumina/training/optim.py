@@ -8,18 +8,24 @@ all layers, go through the iterations as one batch.
 
 A step takes `skip`, a float32 scalar that is exactly 0 or 1 and lives on the device: with 1 nothing moves, neither
 weights nor moments nor the bias-correction step, and no host synchronisation is needed to decide it.
+
+With several processes each holds its rows of every weight and moment. AdamW needs no more; Muon's matrices are put
+together first, each process orthogonalises a share of them, and keeps its rows of the result.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lumina.config.schema.train import TrainConfig
+from lumina.parallel.sharding import like, local, own_rows, whole
+from lumina.parallel.world import ALONE, World
+from lumina.training.precision import LossScale
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Jordan et al.: fast, not exact
@@ -37,8 +43,8 @@ class Groups:
     predictors: dict[str, Tensor]  # AdamW, outside the clipped norm: their loss is their own
 
     @property
-    def clipped(self) -> list[Tensor]:
-        return [*self.matrices.values(), *self.decayed.values(), *self.plain.values()]
+    def clipped(self) -> dict[str, Tensor]:
+        return self.matrices | self.decayed | self.plain
 
 
 def group_parameters(model: nn.Module, optimizer: str) -> Groups:
@@ -76,41 +82,82 @@ def orthogonalize(x_NIJ: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 class Muon:
-    """Muon over named matrices `[I, J]` or stacks of matrices `[E, I, J]`."""
+    """Muon over named matrices `[I, J]` or stacks of matrices `[E, I, J]`; `splits` are the rows of fused parts."""
 
-    def __init__(self, matrices: dict[str, Tensor], splits: dict[str, tuple[int, ...]]) -> None:
-        self.matrices = matrices
-        self.splits = splits
-        self.momentum = {name: torch.zeros_like(w) for name, w in matrices.items()}
+    def __init__(self, matrices: dict[str, Tensor], splits: dict[str, tuple[int, ...]], world: World = ALONE) -> None:
+        self.matrices, self.splits, self.world = matrices, splits, world
+        self.momentum = {name: torch.zeros_like(local(w)) for name, w in matrices.items()}
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float, skip: Tensor) -> None:
         """One step; `skip` of 1 leaves weights and momentum as they are, even if gradients are not finite."""
         live = 1 - skip
-        batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        batches: dict[tuple[int, ...], list[_Part]] = defaultdict(list)
+        for name, direction in self._whole(self._directions(live)).items():
+            weight, rows = self.matrices[name], self.splits.get(name, (direction.shape[-2],))
+            own = own_rows(weight) if weight.ndim == 2 else slice(0, sum(rows))
+            start = 0
+            for part in direction.split(rows, dim=-2):
+                n, columns = part.shape[-2:]
+                first, last = max(own.start, start), max(min(own.stop, start + n), own.start, start)
+                mine = local(weight)[..., first - own.start : last - own.start, :]
+                batches[n, columns, weight.ndim].append(_Part(mine, part, slice(first - start, last - start)))
+                start += n
+        for (n, columns, ndim), parts in batches.items():
+            stacks = [part.direction.reshape(part.direction.shape[:-2].numel(), n, columns) for part in parts]
+            # Stacks of experts are shared out by expert, so that no other process has these.
+            updates = self._orthogonalize(torch.cat(stacks), shared=ndim == 2)
+            rate = lr * MATCH_RMS * max(n, columns) ** 0.5 * live
+            for part, update in zip(parts, updates.split([len(stack) for stack in stacks]), strict=True):
+                update = update.view_as(part.direction)[..., part.rows, :]
+                part.weight.mul_(1 - lr * weight_decay * live).sub_(update * rate)
+
+    def _directions(self, live: Tensor) -> dict[str, Tensor]:
+        """Nesterov's direction of this process's rows."""
+        directions = {}
         for name, weight in self.matrices.items():
             if weight.grad is None:
                 continue
             # Once the gradient is clean, factors of exactly 0 and 1 keep a skipped step exact to the bit.
-            gradient = torch.where(live.bool(), weight.grad, 0.0)
-            momentum = self.momentum[name].lerp_(gradient, (1 - MOMENTUM) * live)
-            direction = gradient.lerp_(momentum, MOMENTUM)  # Nesterov
-            rows = self.splits.get(name, (weight.shape[-2],))
-            for w, d in zip(weight.split(rows, dim=-2), direction.split(rows, dim=-2), strict=True):
-                batches[tuple(w.shape[-2:])].append((w, d))
-        for (rows_of_each, columns), parts in batches.items():
-            updates = orthogonalize(torch.cat([d.reshape(-1, rows_of_each, columns) for _, d in parts]))
-            rate = lr * MATCH_RMS * max(rows_of_each, columns) ** 0.5 * live
-            sizes = [d.numel() // (rows_of_each * columns) for _, d in parts]
-            for (w, _), update in zip(parts, updates.split(sizes), strict=True):
-                w.mul_(1 - lr * weight_decay * live).sub_(update.view_as(w) * rate)
+            gradient = torch.where(live.bool(), local(weight.grad), 0.0)
+            momentum = self.momentum[name].lerp_(gradient, (1 - MOMENTUM) * live.to(gradient.dtype))
+            directions[name] = gradient.lerp_(momentum, MOMENTUM)
+        return directions
+
+    def _whole(self, directions: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The directions of whole matrices. They travel in bf16, in which they are orthogonalised anyway."""
+        names = [name for name in directions if self.matrices[name].ndim == 2]
+        if self.world.size == 1 or not names:
+            return directions
+        parts = [directions[name].bfloat16() for name in names]
+        matrices = whole(parts, [len(self.matrices[name]) for name in names], self.world)
+        return directions | dict(zip(names, matrices, strict=True))
+
+    def _orthogonalize(self, x_NIJ: Tensor, shared: bool) -> Tensor:
+        """All N matrices, of which each process computes a share if they are the same in all."""
+        if self.world.size == 1 or not shared:
+            return orthogonalize(x_NIJ)
+        N, each = len(x_NIJ), -(-len(x_NIJ) // self.world.size)
+        padded = torch.nn.functional.pad(x_NIJ, (0, 0, 0, 0, 0, each * self.world.size - N))
+        share = orthogonalize(padded[self.world.rank * each : (self.world.rank + 1) * each])
+        return self.world.gather(share).flatten(0, 1)[:N]
+
+
+class _Part(NamedTuple):
+    """A map inside a fused weight: what of it this process has, its direction, and which rows of that are its own."""
+
+    weight: Tensor
+    direction: Tensor
+    rows: slice
 
 
 class Optimizer:
     """Both halves behind one `step`, with their state as flat named tensors for the checkpoint."""
 
-    def __init__(self, model: nn.Module, train: TrainConfig) -> None:
-        self.train = train
+    def __init__(
+        self, model: nn.Module, train: TrainConfig, world: World = ALONE, loss_scale: LossScale | None = None
+    ) -> None:
+        self.train, self.world, self.loss_scale = train, world, loss_scale
         self.groups = group_parameters(model, train.optimizer)
         modules = dict(model.named_modules())
         splits: dict[str, tuple[int, ...]] = {}
@@ -118,45 +165,54 @@ class Optimizer:
             owner, _, leaf = name.rpartition(".")
             if leaf in ("w_qkv", "w_gate_up"):
                 splits[name] = modules[owner].splits
-        self.muon = Muon(self.groups.matrices, splits)
-        plain = {**self.groups.plain, **self.groups.predictors}
-        self.named = {**self.groups.decayed, **plain}
+        self.muon = Muon(self.groups.matrices, splits, world)
+        plain = self.groups.plain | self.groups.predictors
+        self.named = self.groups.decayed | plain
+        # What AdamW moves: the parameter itself, or this process's rows of it as a leaf in the same memory.
+        self.leaves = {name: p if local(p) is p else nn.Parameter(local(p)) for name, p in self.named.items()}
         self.adamw = torch.optim.AdamW(
             [
-                {"params": list(self.groups.decayed.values()), "weight_decay": train.weight_decay},
-                {"params": list(plain.values()), "weight_decay": 0.0},
+                {"params": [self.leaves[name] for name in self.groups.decayed], "weight_decay": train.weight_decay},
+                {"params": [self.leaves[name] for name in plain], "weight_decay": 0.0},
             ],
             lr=train.lr,
             betas=train.betas,
             eps=train.eps,
             fused=True,
         )
-        for parameter in self.named.values():
-            self.adamw.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+        for tensor in self.leaves.values():
+            self.adamw.state[tensor] = {
+                "step": torch.zeros((), device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
             }
 
     def step(self, lr: float, skip: Tensor) -> None:
         """Applies the gradients, or nothing at all where `skip` is 1."""
         self.muon.step(lr, self.train.weight_decay, skip)
+        for name, leaf in self.leaves.items():
+            gradient = self.named[name].grad
+            leaf.grad = None if gradient is None else local(gradient)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.found_inf = skip  # type: ignore[attr-defined]
         self.adamw.step()
 
     def zero_grad(self) -> None:
-        for parameter in (*self.groups.clipped, *self.groups.predictors.values()):
+        for parameter in (self.groups.clipped | self.groups.predictors).values():
             parameter.grad = None
+
+    def gradients(self, parameters: dict[str, Tensor]) -> list[Tensor]:
+        """This process's part of the gradients there are."""
+        return [local(p.grad) for p in parameters.values() if p.grad is not None]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every moment under its parameter's name; loading writes into these tensors in place."""
-        state = {f"{name}.momentum": m for name, m in self.muon.momentum.items()}
+        state = {f"{name}.momentum": like(m, self.groups.matrices[name]) for name, m in self.muon.momentum.items()}
         for name, parameter in self.named.items():
             for moment in ("exp_avg", "exp_avg_sq"):
-                state[f"{name}.{moment}"] = self.adamw.state[parameter][moment]
-        return state
+                state[f"{name}.{moment}"] = like(self.adamw.state[self.leaves[name]][moment], parameter)
+        return state | (self.loss_scale.tensors() if self.loss_scale else {})
 
     @property
     def steps_taken(self) -> int:
@@ -169,9 +225,8 @@ class Optimizer:
             state["step"].fill_(value)
 
 
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The global L2 norm of the gradients, in fp32, on the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+def gradient_norm(gradients: list[Tensor], world: World = ALONE) -> Tensor:
+    """The global L2 norm, in fp32, on the device; `gradients` are this process's parts of them."""
     norms = torch._foreach_norm(gradients)
     total: Tensor = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
-    return total
+    return total if world.size == 1 else world.sum(total.square()).sqrt()

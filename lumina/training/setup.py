@@ -9,10 +9,12 @@ import os
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from lumina.compat import compiler_missing, usable_cores
 from lumina.config.resolve import Resolved, settle
 from lumina.config.schema.config import Config
 from lumina.data.loader import Loader
@@ -20,9 +22,11 @@ from lumina.data.shards import Corpus, prepare
 from lumina.errors import UserError
 from lumina.model import cost
 from lumina.model.transformer import Transformer
+from lumina.parallel import sharding
+from lumina.parallel.world import ALONE, World
 from lumina.training import machine
 from lumina.training.optim import Optimizer
-from lumina.training.precision import Precision
+from lumina.training.precision import LossScale, Precision
 from lumina.training.step import Step, train_step
 
 VOCAB_MULTIPLE = 64  # rows of the embedding: matmuls like round numbers
@@ -42,6 +46,7 @@ class Parts:
     precision: Precision
     plan: Step
     cost: cost.Cost
+    world: World
 
     @property
     def steps(self) -> int:
@@ -49,54 +54,112 @@ class Parts:
         return self.config.train.steps
 
 
-def load_data(config: Config, tokenizer: str | None = None) -> Corpus:
-    """The corpus of `config.data`; `tokenizer` (a run's own) replaces the configured one."""
-    return prepare(
+def load_data(config: Config, tokenizer: str | None = None, world: World = ALONE) -> Corpus:
+    """The corpus of `config.data`; `tokenizer` (a run's own) replaces the configured one.
+
+    The main process prepares it, the others find it in the cache.
+    """
+    load = partial(
+        prepare,
         train=config.data.train,
         eval=config.data.eval,
         tokenizer=tokenizer or config.data.tokenizer,
         vocab=config.model.vocab,
         seq_len=config.model.seq_len,
     )
+    loaded: list[Corpus] = []
+    world.decide(lambda: loaded.append(load()))
+    return loaded[0] if loaded else load()
 
 
-def settle_all(resolved: Resolved, corpus: Corpus) -> Resolved:
-    """Settles vocabulary, device, precision, kernel, micro-batch and steps for this machine and this data."""
-    resolved = settle(resolved, _vocab_choice(resolved, corpus) | machine.choose(resolved.config))
-    seconds = resolved.config.train.time
-    if seconds is None:
-        return resolved
-    # One step stands in until the step time is known.
-    trial = settle(resolved, {"train.steps": (10**6, "trial")})
-    step_time = _measure_step_time(build(trial.config, corpus))
+def settle_all(resolved: Resolved, corpus: Corpus, world: World = ALONE) -> tuple[Resolved, float]:
+    """Settles vocabulary, device, precision, kernel, micro-batch, steps and compilation for this machine and data.
+
+    Returns the matmul rate too, in FLOP/s of one process, which the last choice needs.
+    """
+    machine.choose_device(resolved.config.parallel.device)  # each process may be on another machine
+    chosen = world.decide(lambda: _vocab_choice(resolved, corpus) | machine.choose(resolved.config, world))
+    resolved = settle(resolved, chosen)
+    config = resolved.config
+    torch.set_num_threads(int(config.parallel.threads))
+    precision = Precision.of(config.precision, config.parallel.device)
+    rate = world.decide(lambda: machine.matmul_rate(config.parallel.device, precision.dtype))
+    seconds = config.train.time
+    if seconds is not None:
+        # One step, not compiled, stands in until the step time is known.
+        trial = settle(resolved, {"train.steps": (10**6, "trial"), "train.compile": ("off", "trial")})
+        step_time = _measure_step_time(build(trial.config, corpus, world))
+        resolved = settle(resolved, world.decide(lambda: _deadline_choice(seconds, step_time)))
+    if config.train.compile == "auto":
+        steps, flops = resolved.config.train.steps or 0, cost.count(config.model).flops_per_token
+        choice = world.decide(lambda: machine.choose_compile(config, steps, flops, rate * world.size))
+        resolved = settle(resolved, {"train.compile": choice})
+    elif config.train.compile == "on" and (missing := compiler_missing(config.parallel.device)):
+        raise UserError(f"train.compile=on: torch.compile needs {missing}", fix="install it, or use train.compile=auto")
+    return resolved, rate
+
+
+def _deadline_choice(seconds: float, step_time: float) -> machine.Choices:
     steps = max(1, int(seconds * (1 - DEADLINE_RESERVE) / step_time))
-    return settle(resolved, {"train.steps": (steps, f"train.time={seconds:g}s at {step_time:.3f}s a step")})
+    return {"train.steps": (steps, f"train.time={seconds:g}s at {step_time:.3f}s a step")}
 
 
-def build(config: Config, corpus: Corpus) -> Parts:
+def adapt(config: Config, world: World) -> Config:
+    """A run's settled configuration for the processes it goes on with: they share this machine's cores."""
+    if world.local_size == 1:
+        return config
+    threads = min(int(config.parallel.threads), max(1, usable_cores() // world.local_size))
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"threads": threads})})
+
+
+def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
     """Model, optimizer and loader of a settled configuration, freshly initialised."""
-    threads = config.parallel.threads
-    torch.set_num_threads(int(threads))
+    torch.set_num_threads(int(config.parallel.threads))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(config.train.deterministic)
-    model = Transformer(config.model, config.train.seed).to(config.parallel.device)
+    precision = Precision.of(config.precision, config.parallel.device)
+    model = _build_model(config, precision, world)
     sequences = config.train.batch_tokens // config.model.seq_len
+    micro = machine.micro_batch(config, world, int(config.train.micro_batch))
     return Parts(
         config=config,
         corpus=corpus,
         model=model,
-        optimizer=Optimizer(model, config.train),
+        optimizer=Optimizer(
+            model, config.train, world, LossScale(config.parallel.device) if config.precision.mode == "fp16" else None
+        ),
         loader=Loader(corpus.train, config.model.seq_len, sequences, config.train.seed, corpus.tokenizer.end_id),
-        precision=Precision(config.precision.mode, config.parallel.device),
+        precision=precision,
         plan=Step(
-            micro_batches=sequences // int(config.train.micro_batch),
+            micro_batches=sequences // world.size // micro,
             clip=config.train.clip,
             z_loss=config.train.z_loss,
             bias_rate=config.model.moe.bias_rate if config.model.moe else 0.0,
+            world=world,
         ),
         cost=cost.count(config.model),
+        world=world,
     )
+
+
+def _build_model(config: Config, precision: Precision, world: World) -> Transformer:
+    """The model on its device, shared out among the processes; no process ever holds all of it."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    model.cast(precision.weights)
+    if config.train.compile == "on":
+        torch.compiler.reset()  # graphs of another model would count towards the limit of this one
+    for block in model.units:
+        block.recompute = config.train.recompute
+        if config.train.compile == "on":
+            block.compile()
+    if world.size > 1:
+        units = model.units if config.model.tied else [model.embed, *model.units]
+        sharding.shard(model, units, world, config.parallel.device)
+    sharding.materialize(model, config.parallel.device)
+    model.initialize(config.train.seed, sharding.assign)
+    return model
 
 
 def _vocab_choice(resolved: Resolved, corpus: Corpus) -> machine.Choices:
@@ -143,6 +206,10 @@ def description(parts: Parts) -> dict[str, Any]:
         "device": config.parallel.device,
         "threads": config.parallel.threads,
         "precision": config.precision.mode,
+        "precision_eval": config.precision.eval,
+        "recompute": config.train.recompute,
+        "compile": config.train.compile,
+        "processes": parts.world.size,
         "vocab": config.model.vocab,
         "data": corpus.facts,
     }

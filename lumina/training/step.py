@@ -15,20 +15,22 @@ from torch import Tensor
 
 from lumina.data.loader import Batch
 from lumina.model.transformer import RoutingStats, Transformer
+from lumina.parallel.world import ALONE, World
 from lumina.training.optim import Optimizer, gradient_norm
 from lumina.training.precision import Precision
 
-METRICS = ("nats", "correct", "count", "grad_norm", "skipped", "balance", "agreement")
+METRICS = ("nats", "correct", "count", "grad_norm", "skipped", "balance", "agreement", "loss_scale")
 
 
 @dataclass(frozen=True)
 class Step:
     """The constants of training that a step needs."""
 
-    micro_batches: int
+    micro_batches: int  # of each process
     clip: float
     z_loss: float
     bias_rate: float
+    world: World = ALONE
 
 
 def train_step(
@@ -40,32 +42,54 @@ def train_step(
     precision: Precision,
     freeze_bias: bool,
 ) -> Tensor:
-    """Takes one step and returns its metrics, a float32 vector on the device in the order of `METRICS`."""
+    """Takes one step and returns its metrics, a float32 vector on the device in the order of `METRICS`.
+
+    `batch` is the whole batch, in every process.
+    """
     optimizer.zero_grad()
-    device = model.embed.weight.device
+    device, scale = model.embed.weight.device, optimizer.loss_scale
     sums = torch.zeros(3, device=device)
     stats: list[RoutingStats] = []
-    for micro in batch.split(plan.micro_batches):
+    tokens = batch.targets
+    for micro in batch.split(plan.world.size)[plan.world.rank].split(plan.micro_batches):
         micro = micro.to(device)
-        with precision.autocast():
+        with precision.training():
             loss, routing = model(micro.ids_BS, micro.segments_BS, micro.targets_BS, plan.z_loss)
         # Sums over the whole batch's tokens, not means of means: any split gives the same gradient.
-        ((loss.loss + routing.predictor_loss) / batch.targets).backward()
+        total = (loss.loss + routing.predictor_loss) / tokens
+        (total * scale.scale if scale else total).backward()
         sums += torch.stack([loss.nats, loss.correct, loss.tokens])
         stats.append(RoutingStats(*(value.detach() for value in routing)))
     routing = RoutingStats(*(torch.stack(values).sum(0) for values in zip(*stats, strict=True)))
+    sums, routing = _everywhere(sums, routing, plan.world)
 
-    norm = gradient_norm(optimizer.groups.clipped)
+    clipped, predictors = (
+        optimizer.gradients(group) for group in (optimizer.groups.clipped, optimizer.groups.predictors)
+    )
+    if scale:
+        scale.unscale([*clipped, *predictors])
+    norm = gradient_norm(clipped, plan.world)
     finite = torch.isfinite(norm) & torch.isfinite(sums).all() & torch.isfinite(routing.predictor_loss)
-    if optimizer.groups.predictors:
-        finite &= torch.isfinite(gradient_norm(optimizer.groups.predictors.values()))
+    if predictors:
+        finite &= torch.isfinite(gradient_norm(predictors, plan.world))
     skip = (~finite).float()
-    gradients = [p.grad for p in optimizer.groups.clipped if p.grad is not None]
-    torch._foreach_mul_(gradients, (plan.clip / (norm + 1e-6)).clamp(max=1.0))
+    torch._foreach_mul_(clipped, (plan.clip / (norm + 1e-6)).clamp(max=1.0))
     optimizer.step(lr, skip)
     _update_routers(model, routing, finite, plan, 0.0 if freeze_bias else plan.bias_rate, batch)
+    used = scale.scale[0].clone() if scale else torch.ones((), device=device)
+    if scale:
+        scale.update(skip)
+    return torch.stack([*sums, norm, skip, *_routing_metrics(model, routing, batch), used])
 
-    return torch.stack([*sums, norm, skip, *_routing_metrics(model, routing, batch)])
+
+def _everywhere(sums: Tensor, routing: RoutingStats, world: World) -> tuple[Tensor, RoutingStats]:
+    """The sums over all processes, in one exchange."""
+    if world.size == 1:
+        return sums, routing
+    parts = [sums, *routing]
+    total = world.sum(torch.cat([part.flatten() for part in parts]))
+    sums, *rest = (t.view_as(part) for t, part in zip(total.split([p.numel() for p in parts]), parts, strict=True))
+    return sums, RoutingStats(*rest)
 
 
 @torch.no_grad()

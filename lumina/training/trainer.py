@@ -20,10 +20,11 @@ from typing import Any
 from lumina.checkpoint import retention, store
 from lumina.config.resolve import Resolved, read, request_hash, resolve, write
 from lumina.data.loader import heldout
-from lumina.data.shards import data_fingerprint
+from lumina.data.shards import Corpus, data_fingerprint
 from lumina.data.tokenizer import Tokenizer
 from lumina.errors import UserError
 from lumina.events import EventWriter
+from lumina.parallel.world import join
 from lumina.run import index
 from lumina.run.folder import Run
 from lumina.run.lock import RunLock
@@ -67,38 +68,50 @@ class Trainer:
         self.already_finished = False  # whether `fit` found the request answered by a finished run
 
     def fit(self) -> Run:
-        """Trains to the end, going on with an unfinished run of the same request unless `fresh`."""
-        data = self.resolved.config.data
-        content = data_fingerprint(data.train, data.eval)
-        if data.tokenizer != "bpe":
-            content += Tokenizer.load(data.tokenizer).fingerprint
-        request = request_hash(self.resolved, content)
-        if not self.fresh:
-            known, status = index.newest(self.root, request)
-            if known is not None:
-                self.already_finished = status == "finished"
-                return resume(known, self.listeners)
-        corpus = setup.load_data(self.resolved.config)
-        settled = setup.settle_all(self.resolved, corpus)
-        parts = setup.build(settled.config, corpus)
+        """Trains to the end, going on with an unfinished run of the same request unless `fresh`.
+
+        Started by torchrun, all its processes call this; listeners hear of it in the main process only.
+        """
+        world = join()
+        request, known, self.already_finished = world.decide(self._look_up)
+        if known is not None:
+            return resume(known, self.listeners)
+        corpus = setup.load_data(self.resolved.config, world=world)
+        settled, rate = setup.settle_all(self.resolved, corpus, world)
+        parts = setup.build(settled.config, corpus, world)
         meta = {
             "request": request,
             "data": corpus.fingerprint,
             "started_in": str(Path.cwd()),
             "machine": machine.facts(parts.config.parallel.device),
-            "matmul_flops": machine.matmul_rate(parts.config.parallel.device, parts.precision.dtype),
+            "matmul_flops": rate,
         }
-        run = Run.create(self.root, settled.source)
-        with RunLock(run.lock):
-            try:
-                write(settled, run.config)
-                corpus.tokenizer.save(run.tokenizer)
-                run.write_meta(meta)
-            except BaseException:  # half a folder is no run: nobody could go on with it
-                shutil.rmtree(run.path, ignore_errors=True)
-                raise
+        run = world.decide(lambda: Run.create(self.root, settled.source))
+        with world.holding(RunLock(run.lock)):
+            world.decide(lambda: _write(run, settled, corpus, meta))
             Session(run, settled, parts, self.listeners).train()
         return run
+
+    def _look_up(self) -> tuple[str, Run | None, bool]:
+        """The hash of this request, the run that answers it if there is one, and whether that is finished."""
+        data = self.resolved.config.data
+        content = data_fingerprint(data.train, data.eval)
+        if data.tokenizer != "bpe":
+            content += Tokenizer.load(data.tokenizer).fingerprint
+        request = request_hash(self.resolved, content)
+        known, status = (None, "none") if self.fresh else index.newest(self.root, request)
+        return request, known, status == "finished"
+
+
+def _write(run: Run, settled: Resolved, corpus: Corpus, meta: dict[str, Any]) -> None:
+    """What makes a folder a run."""
+    try:
+        write(settled, run.config)
+        corpus.tokenizer.save(run.tokenizer)
+        run.write_meta(meta)
+    except BaseException:  # half a folder is no run: nobody could go on with it
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def resume(run: Run, listeners: Sequence[Listener] = ()) -> Run:
@@ -106,13 +119,14 @@ def resume(run: Run, listeners: Sequence[Listener] = ()) -> Run:
 
     A finished run is returned as it is.
     """
-    if run.finished:
+    world = join()
+    if world.decide(lambda: run.finished):
         return run
     resolved = read(run.config)
-    with RunLock(run.lock):
+    with world.holding(RunLock(run.lock)):
         meta = run.read_meta()
         try:
-            corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer))
+            corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer), world=world)
         except UserError as error:
             if Path.cwd() == Path(meta["started_in"]):
                 raise
@@ -123,7 +137,8 @@ def resume(run: Run, listeners: Sequence[Listener] = ()) -> Run:
                 f"{run.path}: its training data or tokenizer changed since it was started",
                 fix="restore the files, or start another: lumina train … --fresh",
             )
-        Session(run, resolved, setup.build(resolved.config, corpus), listeners).train()
+        parts = setup.build(setup.adapt(resolved.config, world), corpus, world)
+        Session(run, resolved, parts, listeners).train()
     return run
 
 
@@ -131,8 +146,14 @@ class Session:
     """One attempt of a run: restores, steps to the end or to a stop request, and leaves everything saved."""
 
     def __init__(self, run: Run, resolved: Resolved, parts: setup.Parts, listeners: Sequence[Listener]) -> None:
-        self.run, self.config, self.parts, self.listeners = run, resolved.config, parts, listeners
+        self.run, self.config, self.parts, self.listeners = run, parts.config, parts, listeners
+        self.world = parts.world
         self.source = resolved.source
+        self.choices = {
+            key: origin.removeprefix("resolved: ")
+            for key, origin in resolved.origins.items()
+            if origin.startswith("resolved: ")
+        }
         self.meta = run.read_meta()
         self.identity = {
             "tokenizer": parts.corpus.tokenizer.fingerprint,
@@ -147,17 +168,18 @@ class Session:
 
     def train(self) -> None:
         """Runs the attempt. A first SIGINT or SIGTERM saves and raises `Stopped`."""
-        attempt = self.run.next_attempt()
+        attempt = self.world.decide(self.run.next_attempt)
         skipped = self._restore() if attempt else []
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
-            self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners))
-            self._announce(skipped)
+            if self.world.main:
+                self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners))
+            self._announce(skipped, attempt)
             self.last = time.perf_counter()
             while self.progress.step < self.parts.steps:
                 self._step()
-                if stop.requested:
-                    self._stop(stop.requested)
+                if self.world.any(stop.requested is not None):
+                    self._stop(self.world.decide(lambda: stop.requested or "another process"))
             self._finish()
 
     # -- one step -----------------------------------------------------------------------------------------------
@@ -196,7 +218,7 @@ class Session:
             return
         metrics, step = dict(zip(METRICS, values, strict=True)), self.progress.step
         tok_s = self.config.train.batch_tokens / self.progress.step_seconds
-        self.events.emit(
+        self._emit(
             "step",
             step=step,
             tokens=self.progress.tokens,
@@ -206,20 +228,19 @@ class Session:
             lr=learning_rate(self.config.train, step, self.parts.steps),
             grad_norm=metrics["grad_norm"],
             tok_s=round(tok_s, 1),
-            mfu=round(tok_s * self.parts.cost.flops_per_token / self.meta["matmul_flops"], 4),
+            mfu=round(tok_s * self.parts.cost.flops_per_token / (self.meta["matmul_flops"] * self.world.size), 4),
             mem=machine.memory_used(self.config.parallel.device),
             bal=metrics["balance"] if self.parts.model.moes else None,
             agree=metrics["agreement"] if self.parts.model.routers else None,
         )
-        if metrics["skipped"]:
-            self.events.emit(
-                "decision",
-                step=step,
-                kind="act",
-                rule="non_finite",
-                evidence={"loss": metrics["nats"] / metrics["count"], "grad_norm": metrics["grad_norm"]},
-                action="skip_step",
-            )
+        if not metrics["skipped"]:
+            return
+        evidence = {"loss": metrics["nats"] / metrics["count"], "grad_norm": metrics["grad_norm"]}
+        if self.parts.optimizer.loss_scale and math.isfinite(evidence["loss"]):
+            evidence = {"loss_scale": metrics["loss_scale"], "halved_to": metrics["loss_scale"] / 2}
+            self._emit("decision", step=step, kind="act", rule="overflow", evidence=evidence, action="skip_step")
+        else:
+            self._emit("decision", step=step, kind="act", rule="non_finite", evidence=evidence, action="skip_step")
 
     def _evaluate(self) -> None:
         """Evaluates all held-out tokens with the causal routing; its time is not training time."""
@@ -231,9 +252,10 @@ class Session:
             parts.corpus.heldout.text_bytes,
             parts.precision,
             self.config.model.mod.capacity if self.config.model.mod else None,
+            self.world,
         )
         seconds = time.perf_counter() - start
-        self.events.emit(
+        self._emit(
             "eval",
             step=self.progress.step,
             tokens=self.progress.tokens,
@@ -262,12 +284,16 @@ class Session:
             self.parts.model.tensors(),
             self.parts.optimizer.tensors(),
             pack(progress, self.parts.optimizer, self.identity),
+            self.world,
         )
+        self.world.decide(self._tidy)
+        self.saved_step = progress.step
+        self._emit("checkpoint", step=progress.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes)
+        self.last += time.perf_counter() - start
+
+    def _tidy(self) -> None:
         self._link_best()
         retention.prune(self.run.checkpoints, self.config.checkpoint.keep_last)
-        self.saved_step = progress.step
-        self.events.emit("checkpoint", step=progress.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes)
-        self.last += time.perf_counter() - start
 
     def _link_best(self) -> None:
         """Points `best` where the state says it is: also after a crash between a save and its link."""
@@ -280,7 +306,7 @@ class Session:
         if self.saved_step != self.progress.step:
             self._save()
         self._observe()
-        self.events.emit("end", step=self.progress.step, reason="stopped", signal=signal)
+        self._emit("end", step=self.progress.step, reason="stopped", signal=signal)
         raise Stopped(self.run, self.progress.step, signal)
 
     def _finish(self) -> None:
@@ -288,14 +314,14 @@ class Session:
         self._evaluate()
         self._save()
         self._observe()
-        self.events.emit("end", step=self.progress.step, reason="done")
+        self._emit("end", step=self.progress.step, reason="done")
 
     def _restore(self) -> list[tuple[Path, str]]:
         """Loads the newest complete checkpoint; returns those it had to pass over, with the reason.
 
         Raises `UserError` if there are some and all are damaged: to begin again is for the user to say.
         """
-        found, skipped = store.newest(self.run.checkpoints)
+        found, skipped = store.newest(self.run.checkpoints, self.world)
         if found is None and skipped:
             reasons = [f"{path.name}: {reason}" for path, reason in skipped]
             raise UserError(
@@ -310,23 +336,29 @@ class Session:
                     f"{found.path}: saved with another {what} ({found.state[what]}) than the run now has ({value})",
                     fix=f"restore the run's {what}, or start another: lumina train … --fresh",
                 )
-        store.load(found, self.parts.model.tensors(), self.parts.optimizer.tensors())
+        store.load(found, self.parts.model.tensors(), self.parts.optimizer.tensors(), self.world)
         self.progress = unpack(found.state, self.parts.optimizer)
-        self._link_best()
+        self.world.decide(self._link_best)
         self.saved_step = found.step
         return skipped
 
-    def _announce(self, skipped: Sequence[tuple[Path, str]]) -> None:
-        self.events.emit(
+    def _emit(self, type: str, /, **fields: Any) -> None:
+        """Events are the main process's to write."""
+        if self.world.main:
+            self.events.emit(type, **fields)
+
+    def _announce(self, skipped: Sequence[tuple[Path, str]], attempt: int) -> None:
+        self._emit(
             "run",
             step=self.progress.step,
             path=str(self.run.path),
             preset=self.source,
-            parent_step=self.progress.step if self.events.attempt else None,
+            parent_step=self.progress.step if attempt else None,
             skipped_checkpoints=[[path.name, reason] for path, reason in skipped],
             loader_tok_s=round(self.parts.loader.throughput()),
             machine=self.meta["machine"],
             matmul_flops=self.meta["matmul_flops"],
+            choices=self.choices,
             **setup.description(self.parts),
         )
 

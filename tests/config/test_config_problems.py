@@ -83,7 +83,7 @@ class TestValues:
             "train.eps=''": number,
             "train.clip=-1": "must be more than 0",
             "train.seed=true": whole,
-            "precision.mode=fp16": "must be auto, fp32 or bf16",
+            "precision.mode=fp8": "must be auto, fp32, bf16, fp16 or bf16_pure",
             "checkpoint.keep_last=0": "must be at least 1",
             "telemetry.log_every=0": "must be at least 1",
             "parallel.device=tpu": "must be auto, cpu, cuda or mps",

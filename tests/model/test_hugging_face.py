@@ -73,7 +73,7 @@ def scrambled(kind: str, **changes: Any) -> Transformer:
 def test_dense_is_qwen3(tied: bool) -> None:
     model = scrambled("dense", tied=tied)
     weights: dict[str, Tensor] = {}
-    for layer, block in enumerate(model._blocks()):
+    for layer, block in enumerate(model.units):
         prefix = f"model.layers.{layer}."
         gate, up = block.ffn.w_gate_up.split(block.ffn.splits)
         weights |= common_weights(block, prefix) | {
@@ -92,7 +92,7 @@ def test_shared_expert_moe_is_glm4_moe() -> None:
     for layer in model.moes:
         layer.bias_E.copy_(torch.linspace(-0.3, 0.3, moe.experts))
     weights: dict[str, Tensor] = {}
-    for number, block in enumerate(model._blocks()):
+    for number, block in enumerate(model.units):
         prefix, ffn = f"model.layers.{number}.", block.ffn
         gate, up = ffn.shared.w_gate_up.split(ffn.shared.splits)
         weights |= common_weights(block, prefix) | {

@@ -210,5 +210,5 @@ def test_a_routed_block_computes_only_the_chosen_tokens(monkeypatch: pytest.Monk
     S, config = ids.shape[1], model.config
     assert config.mod is not None
     assert config.moe is not None
-    assert rows == [S if block.router is None else math.ceil(config.mod.capacity * S) for block in model._blocks()]
+    assert rows == [S if block.router is None else math.ceil(config.mod.capacity * S) for block in model.units]
     assert expert_rows == [len(ids) * n * config.moe.top_k for n in rows for _ in range(2)]

@@ -13,7 +13,7 @@ from lumina.model.transformer import Transformer
 from lumina.training.evaluate import evaluate
 from lumina.training.precision import Precision
 
-FP32 = Precision("fp32", "cpu")
+FP32 = Precision("fp32", "fp32", "cpu")
 
 
 def batches(model: Transformer, sizes: list[int], seed: int = 0) -> list[Batch]:

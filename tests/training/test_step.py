@@ -13,7 +13,7 @@ from lumina.training.optim import Optimizer
 from lumina.training.precision import Precision
 from lumina.training.step import METRICS, Step, train_step
 
-FP32 = Precision("fp32", "cpu")
+FP32 = Precision("fp32", "fp32", "cpu")
 
 
 def batch(sequences: int = 8, seed: int = 0) -> Batch:
@@ -100,6 +100,8 @@ def test_clipping_bounds_the_gradient_and_reports_it_unclipped() -> None:
 def test_bf16_trains_on_fp32_weights() -> None:
     model = Transformer(model_config("hybrid"))
     optimizer = Optimizer(model, resolve("tiny").config.train)
-    train_step(model, optimizer, batch(), 1e-3, Step(1, 1.0, 0.0, 0.0), Precision("bf16", "cpu"), freeze_bias=False)
+    train_step(
+        model, optimizer, batch(), 1e-3, Step(1, 1.0, 0.0, 0.0), Precision("bf16", "bf16", "cpu"), freeze_bias=False
+    )
     assert all(p.dtype == torch.float32 and p.grad is not None for p in model.parameters())
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)

@@ -52,7 +52,7 @@ def test_the_seed_is_of_weights_and_of_data_order(tmp_path: Path) -> None:
     def parts(seed: int) -> setup.Parts:
         resolved = resolve("tiny", settings(tmp_path, train__seed=seed))
         corpus = setup.load_data(resolved.config)
-        return setup.build(setup.settle_all(resolved, corpus).config, corpus)
+        return setup.build(setup.settle_all(resolved, corpus)[0].config, corpus)
 
     first, second = parts(0), parts(1)
     assert not torch.equal(first.model.embed.weight, second.model.embed.weight)

@@ -22,6 +22,12 @@ class PrecisionConfig(Section):
         "auto", description="of evaluation's matmuls; auto: as in training"
     )
 
+    def problems(self) -> list[Problem]:
+        if self.mode == "bf16_pure" and self.eval not in ("auto", "bf16"):
+            keys = ("precision.mode", "precision.eval")
+            return [Problem(keys, "weights that are bf16 are evaluated in bf16; use precision.eval=auto")]
+        return []
+
 
 class CheckpointConfig(Section):
     """`checkpoint`."""

@@ -1,0 +1,1 @@
+"""One process flows in; several that agree to the bit on every decision, with the model shared out, flow out."""

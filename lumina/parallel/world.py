@@ -1,0 +1,117 @@
+"""The processes of a run: who they are, and how they agree. One process is a world of its own and never waits.
+
+`torchrun --nproc-per-node 2 -m lumina train …` starts them and tells each its rank in the environment. The main
+process (rank 0) decides whatever could differ: what is on the disk, what the clock says, what a signal asks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from lumina.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`; `local_*` counts those of this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def decide(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the main process, in all of them; so is its `UserError`. Others do not run it."""
+        if self.size == 1:
+            return work()
+        answer: list[Any] = [None]
+        if self.main:
+            try:
+                answer = [work()]
+            except UserError as error:
+                answer = [error]
+        torch.distributed.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        if isinstance(answer[0], UserError):
+            answer[0].told = not self.main
+            raise answer[0]
+        return cast("T", answer[0])
+
+    @contextmanager
+    def holding(self, resource: AbstractContextManager[object]) -> Iterator[None]:
+        """Inside the block the main process holds `resource`; if it cannot, all raise its `UserError`."""
+
+        def enter() -> None:
+            resource.__enter__()
+
+        self.decide(enter)
+        try:
+            yield
+        finally:
+            if self.main:
+                resource.__exit__(None, None, None)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true in any process."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor([int(flag)])
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+        return bool(votes.item())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, equal in all to the bit."""
+        if self.size > 1:
+            tensor = tensor.contiguous()
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """`[size, *shape]`: the tensors of all processes, which have one shape."""
+        gathered = tensor.new_empty(self.size * tensor.numel())
+        all_gather(gathered, tensor.contiguous().flatten())
+        return gathered.view(self.size, *tensor.shape)
+
+
+ALONE = World()
+# Renamed in torch 2.13.
+all_gather = getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)
+
+
+@functools.cache
+def join() -> World:
+    """The world that torchrun started this process in, joined once; without torchrun, this process alone.
+
+    Raises `UserError` if the environment is only half of what torchrun sets.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ALONE
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE={size} asks for several processes, but {', '.join(missing)} is not set",
+            fix="start them with: torchrun --nproc-per-node 2 -m lumina train …, or unset WORLD_SIZE",
+        )
+    world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backend)
+    atexit.register(torch.distributed.destroy_process_group)
+    return world
