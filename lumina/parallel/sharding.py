@@ -47,6 +47,8 @@ def materialize(model: nn.Module, device: str) -> None:
             module.register_parameter(name, made[parameter])
         for name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[name] = torch.empty_like(buffer, device=device)
+    # FSDP moves rows that do not divide evenly into padded memory: now, not when the optimizer knows the old place.
+    model._apply(lambda tensor: tensor)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -83,7 +83,9 @@ def settle_all(resolved: Resolved, corpus: Corpus, world: World = ALONE) -> tupl
     config = resolved.config
     torch.set_num_threads(int(config.parallel.threads))
     precision = Precision.of(config.precision, config.parallel.device)
-    rate = world.decide(lambda: machine.matmul_rate(config.parallel.device, precision.dtype))
+    # What the machine can do, also where the chosen format has no units of its own. On a CPU fp16 never has: 2 s a product.
+    formats = {torch.float32, precision.dtype} - ({torch.float16} if config.parallel.device == "cpu" else set())
+    rate = world.decide(lambda: max(machine.matmul_rate(config.parallel.device, dtype) for dtype in formats))
     seconds = config.train.time
     if seconds is not None:
         # One step, not compiled, stands in until the step time is known.
@@ -119,7 +121,7 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(config.train.deterministic)
     precision = Precision.of(config.precision, config.parallel.device)
-    model = _build_model(config, precision, world)
+    model = build_model(config, precision, world)
     sequences = config.train.batch_tokens // config.model.seq_len
     micro = machine.micro_batch(config, world, int(config.train.micro_batch))
     return Parts(
@@ -143,7 +145,7 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
     )
 
 
-def _build_model(config: Config, precision: Precision, world: World) -> Transformer:
+def build_model(config: Config, precision: Precision, world: World) -> Transformer:
     """The model on its device, shared out among the processes; no process ever holds all of it."""
     with torch.device("meta"):
         model = Transformer(config.model)

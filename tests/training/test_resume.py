@@ -25,6 +25,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "hybrid", "train__micro_batch": 2},
     {"kind": "hybrid", "precision__mode": "bf16", "train__schedule": "cosine", "train__decay": 0},
     {"kind": "hybrid", "train__deterministic": True},
+    {"kind": "dense", "precision__mode": "fp16"},
+    {"kind": "hybrid", "precision__mode": "bf16_pure", "train__recompute": "full"},
     {"kind": "moe", "train__optimizer": "adamw", "train__micro_batch": 4, "model__tied": False},
 ]
 

@@ -40,6 +40,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
         ("train.lr", 1e-4), ("train.optimizer", "adamw"), ("train.schedule", "cosine"), ("train.warmup", 2),
         ("train.decay", 0), ("train.weight_decay", 5.0), ("train.betas", [0.5, 0.6]), ("train.eps", 1e-2),
         ("train.clip", 1e-3), ("train.z_loss", 10.0), ("train.seed", 1), ("precision.mode", "bf16"),
+        ("precision.mode", "fp16"), ("precision.mode", "bf16_pure"),
         ("model.rope_theta", 10.0), ("model.tied", False), ("model.mod.capacity", 0.5), ("model.mod.every", 1),
         ("model.moe.top_k", 3), ("model.moe.shared", 1), ("model.moe.bias_rate", 10.0), ("train.batch_tokens", 1024),
     ],

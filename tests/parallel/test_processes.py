@@ -1,0 +1,137 @@
+"""Several processes against one: the same gradients, the same run, each other's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import worker
+from safetensors.torch import load_file
+from support import write_text
+
+from lumina.checkpoint import store
+from lumina.errors import UserError
+from lumina.parallel.world import World, join
+from lumina.run.folder import Run
+from lumina.training.trainer import resume
+
+TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d"]
+TORCHRUN += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node"]
+
+
+def torchrun(
+    processes: int, *arguments: str, check: bool = True, **options: object
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    command = [*TORCHRUN, str(processes), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **options)  # type: ignore[call-overload]
+    assert done.returncode == 0 or not check, done.stderr
+    return done  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_one_step_of_several_processes_is_that_of_one(processes: int, tmp_path: Path) -> None:
+    out = tmp_path / "gradients.safetensors"
+    cases = worker.CASES if processes == 2 else worker.CASES[-2:]
+    torchrun(processes, worker.__file__, "gradients", str(out))
+    several, one = load_file(out), worker.gradients(cases)
+    assert several.keys() == one.keys()
+    for name, want in one.items():
+        # Muon orthogonalises in bf16: where a sum rounds differently, an update differs in a bf16 digit.
+        tolerance = 2e-3 if " muon " in name and "grad" not in name else 1e-5
+        off = (several[name] - want).norm() / want.norm().clamp_min(1e-12)
+        assert off <= tolerance, f"{name}: {off:.2e}"
+
+
+def losses(run: Run, kind: str = "step") -> list[float]:
+    return [event["loss"] for event in run.events() if event["t"] == kind]
+
+
+def cut(run: Run, step: int, to: Path) -> Run:
+    """A copy of the run as if it had been killed after its checkpoint of `step`."""
+    shutil.copytree(run.path, to, symlinks=True)
+    copy = Run(to)
+    for path in store.checkpoints(copy.checkpoints):
+        if store.step_of(path) > step:
+            shutil.rmtree(path)
+    lines = copy.event_log.read_text().splitlines()
+    copy.event_log.write_text("\n".join(lines[:-1]) + "\n")
+    return copy
+
+
+def test_two_processes_train_as_one_does_and_each_goes_on_with_the_others_checkpoints(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    torchrun(2, worker.__file__, "train", str(tmp_path / "2"), str(text))
+    by_two = [Run(path) for kind in worker.KINDS for path in (tmp_path / "2" / kind).iterdir()]
+    by_one = worker.train(tmp_path / "1", text)
+    for one, two in zip(by_one, by_two, strict=True):
+        assert len(losses(one)) == len(losses(two)) == 20
+        assert losses(two) == pytest.approx(losses(one), abs=1e-4), one.path
+        assert losses(two, "eval") == pytest.approx(losses(one, "eval"), abs=1e-4)
+        (started,) = [event for event in two.events() if event["t"] == "run"]
+        assert started["processes"] == 2
+
+    back = [cut(run, 10, tmp_path / "back" / run.path.name) for run in by_two]
+    for run in back:
+        resume(run)
+    there = [cut(run, 10, tmp_path / "there" / run.path.name) for run in by_one]
+    torchrun(2, worker.__file__, "resume", *(str(run.path) for run in there))
+    for resumed, whole in zip([*back, *there], [*by_two, *by_one], strict=True):
+        assert losses(resumed) == pytest.approx(losses(whole), abs=1e-4)
+        last = [event for event in resumed.events() if event["t"] == "run"][-1]
+        assert last["parent_step"] == 10
+
+
+def test_a_signal_to_torchrun_saves_in_all_and_says_it_once(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    keys = ["data.train=text.txt", "train.steps=100000", "checkpoint.every=0"]
+    process = subprocess.Popen(
+        [*TORCHRUN, "2", "-m", "lumina", "train", "tiny", *keys],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for _ in range(600):
+        if any('"t":"step"' in log.read_text() for log in tmp_path.glob("runs/*/events.jsonl")):
+            break
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    (path,) = tmp_path.glob("runs/*")
+    assert store.verify((path / "checkpoints" / "latest").resolve()) == []
+    assert json.loads((path / "events.jsonl").read_text().splitlines()[-1])["reason"] == "stopped", err
+    assert out.count("lumina resume") == 1
+    assert out.count("[Step 1]") == 1
+
+
+def test_a_batch_that_does_not_divide_is_said_once_and_leaves_nothing(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    command = ["-m", "lumina", "train", "tiny", "data.train=text.txt", "train.batch_tokens=192"]
+    done = torchrun(2, *command, check=False, cwd=tmp_path)
+    assert done.stderr.count("3 sequences do not divide among 2 processes") == 1
+    assert "start 1 or 3 processes" in done.stderr
+    assert list((tmp_path / "runs").glob("*")) == []
+
+
+def test_half_of_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    join.cache_clear()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        join()
+    join.cache_clear()
+
+
+def test_a_world_of_one_waits_for_nobody() -> None:
+    alone = World()
+    assert alone.main
+    assert alone.decide(lambda: 7) == 7
+    assert alone.any(True)
+    assert torch.equal(alone.sum(torch.ones(2)), torch.ones(2))

@@ -1,0 +1,50 @@
+"""Choices that depend on the machine, its processes and the length of the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lumina.config.resolve import resolve
+from lumina.config.schema.config import Config
+from lumina.errors import UserError
+from lumina.parallel.world import ALONE, World
+from lumina.training import machine
+
+
+def config(**keys: Any) -> Config:
+    return resolve("tiny", {"parallel.threads": "auto", **keys}).config
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(1, 8), (2, 4), (3, 2), (16, 1)])
+def test_processes_of_one_machine_share_its_cores(
+    processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
+    keys = config(**{"train.batch_tokens": 64 * 48})
+    assert machine.choose(keys, World(0, processes, 0, processes))["parallel.threads"][0] == threads
+
+
+@pytest.mark.parametrize(("processes", "limit", "sequences"), [(1, 8, 8), (2, 8, 4), (4, 8, 2), (8, 8, 1), (2, 3, 2)])
+def test_a_micro_batch_divides_a_process_part(processes: int, limit: int, sequences: int) -> None:
+    assert machine.micro_batch(config(), World(0, processes, 0, processes), limit) == sequences
+
+
+def test_a_batch_that_does_not_divide_names_what_would() -> None:
+    with pytest.raises(UserError, match="8 sequences do not divide among 3 processes") as error:
+        machine.micro_batch(config(), World(0, 3, 0, 3), 8)
+    assert "start 2 or 4 processes" in error.value.fix
+
+
+def test_compiling_is_for_long_runs_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "compiler_missing", lambda device: None)
+    flops = 1e6 * config().train.batch_tokens  # of one step at a million a token
+    pays = machine.COMPILE_SECONDS / machine.COMPILE_SAVES
+    short, long = (machine.choose_compile(config(), steps, 1e6, flops) for steps in (int(pays) - 1, int(pays) + 1))
+    assert (short[0], long[0]) == ("off", "on")
+    assert f"{pays:.0f}s" in short[1]
+    assert f"{pays:.0f}s" in long[1]
+    monkeypatch.setattr(machine, "compiler_missing", lambda device: "a C++ compiler")
+    assert machine.choose_compile(config(), 10**9, 1e6, flops) == ("off", "there is no C++ compiler here")
+    assert machine.choose(config(), ALONE).keys().isdisjoint({"train.compile"})
