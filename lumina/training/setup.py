@@ -83,7 +83,7 @@ def settle_all(resolved: Resolved, corpus: Corpus, world: World = ALONE) -> tupl
     config = resolved.config
     torch.set_num_threads(int(config.parallel.threads))
     precision = Precision.of(config.precision, config.parallel.device)
-    # What the machine can do, also where the chosen format has no units of its own. On a CPU fp16 never has: 2 s a product.
+    # What the machine can do, also where the chosen format has no units of its own, as fp16 on a CPU.
     formats = {torch.float32, precision.dtype} - ({torch.float16} if config.parallel.device == "cpu" else set())
     rate = world.decide(lambda: max(machine.matmul_rate(config.parallel.device, dtype) for dtype in formats))
     seconds = config.train.time
