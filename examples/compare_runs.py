@@ -46,8 +46,8 @@ def column(run: Path) -> dict[str, str]:
         "memory, GiB (largest)": f"{max(event['mem'] for event in steps) / 2**30:.2f}",
         "seconds per epoch": f"{begun['data']['tokens']['train'] / speed:.1f}",
         "training loss, last step": f"{float(steps[-1]['loss']):.4f}",
-        "held-out loss": f"{float(final['loss']):.4f}" if final else "",
-        "held-out bits per byte": f"{float(final['bpb']):.4f}" if final else "",
+        "held-out loss": f"{float(final['loss']):.4f} at step {final['step']}" if final else "",
+        "held-out bits per byte": f"{float(final['bpb']):.4f} at step {final['step']}" if final else "",
     }
 
 

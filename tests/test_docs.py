@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 import json
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import write_text
+from support import debug_made_tiny, write_text
 
 from lumina.cli import main
 from lumina.cli.app import VERBS
@@ -27,17 +28,13 @@ DOCUMENTS = sorted(
 )
 COMING = {"chat", "doctor", "presets"}  # verbs that documents name before they are here
 HOLE = "\0"  # stands for what a message fills in
-TINY = {  # what makes the debug preset a matter of a second
-    "model.width": "32", "model.layers": "2", "model.heads": "2", "model.kv_heads": "1", "model.head_dim": "16",
-    "model.vocab": "300", "model.seq_len": "32", "train.batch_tokens": "128", "train.steps": "4",
-    "train.eval_every": "2", "checkpoint.every": "2", "parallel.threads": "1", "train.compile": "off",
-}  # fmt: skip
 
 
 def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+@functools.cache
 def messages() -> list[str]:
     """Every text of the source, implicit concatenation joined, `HOLE` where a value is filled in; the Makefile's."""
     found = [read("Makefile")]
@@ -146,9 +143,9 @@ def test_the_first_run_as_written(
     for line in (line for line in shell_lines(document) if line.startswith("lumina ")):
         verb, subject, *arguments = shlex.split(line, comments=True)[1:]
         if verb == "train":
-            mine = [setting for setting in arguments if setting.partition("=")[0] not in TINY]
-            tiny = TINY if subject == "my.yaml" else TINY | {"train.steps": "3"}
-            arguments = [*mine, *(f"{key}={value}" for key, value in tiny.items())]
+            tiny = debug_made_tiny(train__steps="4" if subject == "my.yaml" else "3")
+            given = {setting.partition("=")[0] for setting in tiny}
+            arguments = [*(setting for setting in arguments if setting.partition("=")[0] not in given), *tiny]
         else:
             (run,) = (path for path in Path("runs").glob("my-*"))
             subject = str(run)

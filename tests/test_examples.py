@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import write_text
+from support import debug_made_tiny, write_text
 
 import lumina
 from lumina.cli import main
@@ -19,17 +19,6 @@ from lumina.config.resolve import flatten, resolve
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 YAML = sorted(EXAMPLES.glob("*.yaml"))
-TINY = {  # what makes the debug preset a matter of a second
-    "model.width": "32", "model.layers": "2", "model.heads": "2", "model.kv_heads": "1", "model.head_dim": "16",
-    "model.vocab": "300", "model.seq_len": "32", "train.batch_tokens": "128", "train.steps": "4",
-    "train.eval_every": "2", "checkpoint.every": "0", "parallel.threads": "1", "train.compile": "off",
-}  # fmt: skip
-
-
-def tiny(**changes: str | None) -> list[str]:
-    """`TINY` as settings; a change to None leaves a key to the example."""
-    keys = TINY | {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"{key}={value}" for key, value in keys.items() if value is not None]
 
 
 @pytest.fixture
@@ -68,11 +57,11 @@ def test_a_file_says_something_and_nothing_twice(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "settings"),
     [
-        ("own_text.yaml", "hybrid", [*tiny(train__steps=None), "train.tokens=512"]),
-        ("moe.yaml", "moe", tiny()),
-        ("mod.yaml", "mod", tiny()),
-        ("dense_adamw_cosine.yaml", "dense", tiny()),
-        ("deadline.yaml", "hybrid", [*tiny(train__steps=None), "train.time=0.1"]),
+        ("own_text.yaml", "hybrid", [*debug_made_tiny(train__steps=None), "train.tokens=512"]),
+        ("moe.yaml", "moe", debug_made_tiny()),
+        ("mod.yaml", "mod", debug_made_tiny()),
+        ("dense_adamw_cosine.yaml", "dense", debug_made_tiny()),
+        ("deadline.yaml", "hybrid", [*debug_made_tiny(train__steps=None), "train.time=0.1"]),
     ],
 )
 def test_it_trains(name: str, kind: str, settings: list[str], here: Path) -> None:
@@ -86,16 +75,16 @@ def test_it_trains(name: str, kind: str, settings: list[str], here: Path) -> Non
 
 
 def test_a_tokenizer_of_ones_own(here: Path) -> None:
-    assert main(["train", str(EXAMPLES / "own_text.yaml"), *tiny(train__steps="2")]) == 0
+    assert main(["train", str(EXAMPLES / "own_text.yaml"), *debug_made_tiny(train__steps="2")]) == 0
     first = run_of(here)
     (first.tokenizer / "tokenizer.json").rename("tokenizer.json")
     first.path.rename("first")
-    assert main(["train", str(EXAMPLES / "tokenizer.yaml"), *tiny(model__vocab=None)]) == 0
+    assert main(["train", str(EXAMPLES / "tokenizer.yaml"), *debug_made_tiny(model__vocab=None)]) == 0
     assert "of tokenizer.json, rounded up" in run_of(here).config.read_text()
 
 
 def test_python_api(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = dict(setting.split("=") for setting in tiny(train__steps="6"))
+    keys = dict(setting.split("=") for setting in debug_made_tiny(train__steps="6"))
     runpy.run_path(str(EXAMPLES / "python_api.py"))["main"]("my.txt", **keys)
     said = capsys.readouterr().out
     evals = {event["step"]: event["bpb"] for event in run_of(here).events() if event["t"] == "eval"}
@@ -109,13 +98,13 @@ def test_python_api(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_sweep_compares_and_does_not_repeat(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_script("sweep.py", "my.txt", *tiny(), monkeypatch=monkeypatch)
+    run_script("sweep.py", "my.txt", *debug_made_tiny(), monkeypatch=monkeypatch)
     said = capsys.readouterr().out
     found = {float(rate): float(bpb) for rate, bpb in re.findall(r"train.lr=(\S+)  (\S+) bits", said)}
     assert sorted(found) == [2e-3, 6e-3, 2e-2]
     best = min(found, key=found.__getitem__)
     assert f"best: train.lr={best:g}" in said
-    run_script("sweep.py", "my.txt", *tiny(), monkeypatch=monkeypatch)
+    run_script("sweep.py", "my.txt", *debug_made_tiny(), monkeypatch=monkeypatch)
     assert capsys.readouterr().out == said
     assert len(list(here.glob("runs/*"))) == 3
 
@@ -151,7 +140,7 @@ def test_compare_runs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert rows["seconds per epoch"] == "10.0"
     assert rows["memory, GiB (largest)"] == "50.00"
     assert rows["steps · tokens"] == "50 · 76,250"
-    assert rows["held-out bits per byte"] == "2.0000"
+    assert rows["held-out bits per byte"] == "2.0000 at step 10"
 
 
 def test_two_processes_is_a_script_that_trains() -> None:
