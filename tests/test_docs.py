@@ -88,7 +88,13 @@ def test_commands_and_files_named_exist(path: Path) -> None:
     assert verbs <= VERBS.keys() | COMING
     targets = {target for w in words if w[:1] == ["make"] for target in w[1:] if target.isalpha()}
     assert targets <= set(re.findall(r"^(\w+):", read("Makefile"), re.M))
-    files = {word for w in words if w[:1] in (["pytest"], ["python"], ["sh"]) for word in w[1:2] if "/" in word}
+    files = {
+        word
+        for w in words
+        if w[:1] in (["pytest"], ["python"], ["sh"])
+        for word in w[1:]
+        if re.match(r"(tests|examples|docs)/", word)
+    }
     files |= {
         w[0] for w in words if len(w) == 1 and re.fullmatch(r"(docs|examples|tests|benchmarks|lumina)/[\w/.]*", w[0])
     }
