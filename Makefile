@@ -1,4 +1,5 @@
 # make demo: set up and train the debug model. make test: set up and run the suite. make check: ruff and mypy.
+# make hooks: ruff and mypy before each commit.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,6 +15,9 @@ check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+hooks: $(VENV)/dev
+	$(BIN)/pip install --quiet pre-commit && $(BIN)/pre-commit install
+
 # Each stamp is newer than what it was installed from, so that both targets can be repeated at no cost.
 $(VENV)/core: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=…")'
@@ -28,4 +32,4 @@ $(VENV)/dev: $(VENV)/core
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo test check clean
+.PHONY: demo test check hooks clean

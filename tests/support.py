@@ -38,6 +38,20 @@ def write_text(folder: Path, lines: int = 600) -> Path:
     return path
 
 
+def debug_made_tiny(**changes: str | None) -> list[str]:
+    """Settings that make the debug preset, or a file that extends it, a matter of a second.
+
+    A change to None leaves that key alone.
+    """
+    keys: dict[str, str | None] = {
+        "model.width": "32", "model.layers": "2", "model.heads": "2", "model.kv_heads": "1", "model.head_dim": "16",
+        "model.vocab": "300", "model.seq_len": "32", "train.batch_tokens": "128", "train.steps": "4",
+        "train.eval_every": "2", "checkpoint.every": "2", "parallel.threads": "1", "train.compile": "off",
+    }  # fmt: skip
+    keys |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={value}" for key, value in keys.items() if value is not None]
+
+
 def settings(folder: Path, kind: str = "hybrid", **keys: Any) -> dict[str, Any]:
     """A tiny run on `write_text`, in keyword form."""
     return {
