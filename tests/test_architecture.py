@@ -27,7 +27,7 @@ ALLOWED = {
     "inference": LEAVES | {"model", "data", "checkpoint", "run"},
     "training": LEAVES | {"model", "data", "checkpoint", "parallel", "run", "lumina"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
-    "cli": LEAVES | {"api", "inference", "run", "telemetry", "training", "lumina"},
+    "cli": LEAVES | {"api", "inference", "model", "run", "telemetry", "training", "lumina"},
 }
 TORCHLESS = [
     "lumina",
@@ -37,6 +37,7 @@ TORCHLESS = [
     "lumina.model.cost",
     "lumina.run.index",
     "lumina.telemetry.console",
+    "lumina.training.memory",
 ]
 
 

@@ -26,6 +26,20 @@ class Cost:
     active_mean: float  # averaged over depth routing; equals `active` without it
     flops_per_token: float
     kv_bytes_per_token: float
+    matrices: int  # parameters that Muon moves: it keeps one moment of each, AdamW two of the others
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What training holds all the time; activations come on top."""
+
+    weights: int
+    gradients: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.moments
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,7 @@ class _Block:
     matmul: int  # matmul parameters a token meets
     router: int  # of the depth router and predictor, met by every token
     total: int
+    matrices: int
 
 
 def chosen(capacity: float, sequence: int) -> int:
@@ -52,19 +67,28 @@ def count(config: ModelConfig, sequence: int | None = None, kv_bytes: int = 4) -
     head = config.vocab * config.width
     attention_flops = 6 * config.heads * config.head_dim * S
     kv = 2 * config.kv_heads * config.head_dim * kv_bytes
-    total, active, mean, flops, kv_total = head + config.width, head, float(head), 6.0 * head, 0.0
+    total, active, mean, flops, kv_total, matrices = head + config.width, head, float(head), 6.0 * head, 0.0, 0
     if not config.tied:
         total += head
     for layer in range(config.layers):
         routed = is_routed(config, layer)
         block, share = _block(config, routed), c if routed else 1.0
         total += block.total
+        matrices += block.matrices
         active += block.matmul + block.router
         mean += share * block.matmul + block.router
         # a routed block sees c·S tokens: c of the rows, each over c of the keys
         flops += 6 * (share * block.matmul + block.router) + share * share * attention_flops
         kv_total += share * kv
-    return Cost(total, head, active, mean, flops, kv_total)
+    return Cost(total, head, active, mean, flops, kv_total, matrices)
+
+
+def state_bytes(config: ModelConfig, optimizer: str, precision: str) -> StateBytes:
+    """Bytes of weights, gradients and moments: 4 each, or 2 in the precision bf16_pure."""
+    size = 2 if precision == "bf16_pure" else 4
+    counted = count(config)
+    moments = 2 * counted.total - (counted.matrices if optimizer == "muon" else 0)
+    return StateBytes(size * counted.total, size * counted.total, size * moments)
 
 
 def _block(config: ModelConfig, routed: bool) -> _Block:
@@ -72,15 +96,17 @@ def _block(config: ModelConfig, routed: bool) -> _Block:
     attention = D * config.head_dim * 2 * (config.heads + config.kv_heads)
     norms = 2 * D + 2 * config.head_dim
     if config.moe is None:
-        met = stored = 3 * D * config.ffn
+        met = stored = matrices = 3 * D * config.ffn
     else:
         expert, router = 3 * D * config.moe.ffn, D * config.moe.experts
         met = expert * (config.moe.top_k + config.moe.shared) + router
-        stored = expert * (config.moe.experts + config.moe.shared) + router
+        matrices = expert * (config.moe.experts + config.moe.shared)
+        stored = matrices + router
     hidden = D // PREDICTOR_SHRINK
     router_matmul = D + D * hidden + hidden if routed else 0
     return _Block(
         matmul=attention + met,
         router=router_matmul,
         total=attention + stored + norms + (router_matmul + 1 if routed else 0),
+        matrices=attention + matrices,
     )

@@ -29,4 +29,4 @@ def size(value: float) -> str:
         if value < 1024:
             return f"{value:.0f} {unit}"
         value /= 1024
-    return f"{value:.1f} GiB"
+    return f"{value:.1f} GiB" if value < 1024 else f"{value / 1024:.1f} TiB"

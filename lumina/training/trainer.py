@@ -29,7 +29,7 @@ from lumina.run import index
 from lumina.run.folder import Run
 from lumina.run.lock import RunLock
 from lumina.run.signals import StopRequest
-from lumina.training import machine, setup
+from lumina.training import machine, memory, setup
 from lumina.training.evaluate import Evaluation, evaluate
 from lumina.training.schedule import decay_start, learning_rate
 from lumina.training.state import Lagged, Progress, pack, unpack
@@ -73,6 +73,7 @@ class Trainer:
         Started by torchrun, all its processes call this; listeners hear of it in the main process only.
         """
         world = join()
+        memory.require(self.resolved, world.size, world.local_size)
         request, known, self.already_finished = world.decide(self._look_up)
         if known is not None:
             return resume(known, self.listeners)
@@ -123,6 +124,7 @@ def resume(run: Run, listeners: Sequence[Listener] = ()) -> Run:
     if world.decide(lambda: run.finished):
         return run
     resolved = read(run.config)
+    memory.require(resolved, world.size, world.local_size)
     with world.holding(RunLock(run.lock)):
         meta = run.read_meta()
         try:

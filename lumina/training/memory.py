@@ -1,0 +1,74 @@
+"""Whether a configuration can fit on this machine, said before anything is prepared or allocated. No torch on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from lumina.config.resolve import Resolved, presets, resolve
+from lumina.config.schema.config import Config
+from lumina.errors import UserError
+from lumina.model.cost import StateBytes, state_bytes
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+SHAPE = ("model.vocab", "model.width", "model.layers", "model.ffn", "model.heads", "model.moe.experts", "model.moe.ffn")
+GIB = 2**30
+
+
+def usable(device: str = "cpu") -> int:
+    """Bytes that this machine has for its processes, or one GPU for its own."""
+    if _is_cuda(device):
+        import torch
+
+        return torch.cuda.mem_get_info()[1]
+    memory: int = psutil.virtual_memory().total
+    try:
+        limit = CGROUP_LIMIT.read_text().strip()
+    except OSError:
+        return memory
+    return min(memory, int(limit)) if limit.isdigit() else memory
+
+
+def needed(config: Config, processes: int = 1, local: int = 1) -> StateBytes:
+    """Bytes of weights, gradients and moments in what `usable` counts.
+
+    All `processes` share them; the `local` ones of this machine share its memory, but each has its own GPU.
+    """
+    whole = state_bytes(config.model, config.train.optimizer, config.precision.mode)
+    here = 1 if _is_cuda(config.parallel.device) else local
+    return StateBytes(*(part * here // processes for part in (whole.weights, whole.gradients, whole.moments)))
+
+
+def fits(config: Config, processes: int = 1, local: int = 1) -> bool:
+    """Whether weights, gradients and moments fit; activations, which come on top, are not counted here."""
+    return needed(config, processes, local).total <= usable(config.parallel.device)
+
+
+def require(resolved: Resolved, processes: int = 1, local: int = 1) -> None:
+    """Raises `UserError` if weights, gradients and moments alone are larger than the memory there is."""
+    config, kind = resolved.config, resolved.config.model.kind
+    if fits(config, processes, local):
+        return
+    need, have = needed(config, processes, local), usable(config.parallel.device)
+    others = {name: resolve(name, {"model.kind": kind}).config for name in presets()}
+    fitting = {name: needed(other).total for name, other in others.items() if fits(other, processes, local)}
+    own = [f"{key}={value}" for key in SHAPE if (value := resolved.request.get(key)) is not None]
+    ways = [f"make {', '.join(own)} smaller"] if own else []
+    ways += [f"train the preset {max(fitting, key=fitting.__getitem__)}, which fits"] if fitting else []
+    ways += ["share the model among more machines or GPUs with torchrun", "see `lumina presets`"]
+    raise UserError(
+        f"this {kind} model does not fit: {need.weights / GIB:.1f} GiB of weights, {need.gradients / GIB:.1f} of "
+        f"gradients and {need.moments / GIB:.1f} of optimizer state are {need.total / GIB:.1f} GiB before any "
+        f"activation; here are {have / GIB:.1f} GiB",
+        fix="; or ".join(ways[:-1]) + f"; {ways[-1]}",
+    )
+
+
+def _is_cuda(device: str) -> bool:
+    """Whether the run will be on a GPU, asked without torch where the answer is known."""
+    if device not in ("auto", "cuda"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
