@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from lumina import __version__
-from lumina.cli import demo, generate, train
+from lumina.cli import chat, demo, generate, train
 from lumina.errors import UserError
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, USER_ERROR
 
@@ -20,6 +20,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "resume": train.resume,
     "generate": generate.generate,
+    "chat": chat.chat,
 }
 
 app = typer.Typer(
