@@ -73,7 +73,9 @@ def _reader() -> Callable[[], str]:
 
 
 def _write(piece: str) -> None:
-    sys.stdout.write(piece)
+    from lumina.inference.chat import visible
+
+    sys.stdout.write(visible(piece) if sys.stdout.isatty() else piece)
     sys.stdout.flush()
 
 

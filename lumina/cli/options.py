@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name below --root.")]
+RunName = Annotated[str, typer.Argument(help="A run folder, or its name below --root.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is off.")]

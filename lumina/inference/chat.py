@@ -38,15 +38,14 @@ OTHER_INPUT = (
 )
 NOT_TRAINED = "this model was not trained on conversations: it continues your text rather than answering it"
 HOW_TO_LEAVE = "/quit or ctrl-D leaves"
-# What a terminal would obey instead of showing.
-CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
+CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")  # all but tab and newline
 
 
 class Chat:
     """Answers lines until there are no more, and says the rest through `say`, one call a line.
 
-    `read` returns the next line without its end and raises `EOFError` after the last. `interactive`, for a person at
-    a terminal: an interrupt ends the answer only, and control characters are shown as U+FFFD instead of being sent.
+    `read` returns the next line without its end and raises `EOFError` after the last. `interactive`: a person is at
+    the keyboard, whose interrupt ends the answer only.
     """
 
     def __init__(
@@ -60,7 +59,8 @@ class Chat:
     ) -> None:
         self.run, self.conversation, self.interactive = run, conversation, interactive
         self.read, self.write, self.say = read, write, say
-        self._newest = newest_step(run)
+        self._told = False
+        self._known = self._known_step()
 
     def loop(self) -> None:
         """Reads and answers until `/quit` or the end of the input. A mistake in a line is said and changes nothing."""
@@ -74,6 +74,8 @@ class Chat:
                 going = self._take(self.read())
             except EOFError:
                 going = False
+                if self.interactive:
+                    self.say("")  # ctrl-D leaves the cursor behind the prompt
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
@@ -95,7 +97,7 @@ class Chat:
 
     def _answer(self, line: str) -> None:
         try:
-            answer = self.conversation.answer(line, self._show)
+            answer = self.conversation.answer(line, self.write)
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -104,9 +106,6 @@ class Chat:
         self.write("\n")
         for note in notes(answer, self.conversation):
             self.say(note)
-
-    def _show(self, piece: str) -> None:
-        self.write(piece.translate(CONTROL) if self.interactive else piece)
 
     def _command(self, name: str, argument: str) -> bool:
         conversation = self.conversation
@@ -147,17 +146,23 @@ class Chat:
 
     def _reload(self) -> None:
         before, self.conversation.model = self.conversation.model.step, engine.load(self.run)
-        self._newest = newest_step(self.run)
+        self._told = False
+        self._known = self._known_step()
         model = self.conversation.model
         for reason in model.skipped:
             self.say(f"! skipped {reason}")
         self.say(f"step {model.step}" + (", as before" if model.step == before else f" instead of {before}"))
 
+    def _known_step(self) -> int:
+        """The step up to which checkpoints are no news: the loaded one's, or that of one passed over as damaged."""
+        model = self.conversation.model
+        return newest_step(self.run) if model.skipped else model.step
+
     def _tell_of_newer(self) -> None:
-        """Says once of each checkpoint that appeared since."""
+        """Says once, until the next reload, that a checkpoint has appeared since the last one."""
         step = newest_step(self.run)
-        if step > self._newest:
-            self._newest = step
+        if step > self._known and not self._told:
+            self._told = True
             self.say(f"the run has saved step {step}; /reload takes it")
 
 
@@ -246,6 +251,11 @@ def save(conversation: Conversation, name: str) -> Path:
         path.unlink()
         raise _not_written(path, error) from None
     return path
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: what it would obey, escape sequences above all, becomes U+FFFD."""
+    return text.translate(CONTROL)
 
 
 def one_line(error: UserError) -> str:

@@ -53,6 +53,9 @@ class Conversation:
         self.turns: list[Turn] = []
         self.last: Answer | None = None
         self._answers = 0
+        # A first token for nobody: torch imports parts of itself in its first forward pass, which an interrupt of an
+        # answer would tear, and an answer's seconds would hold.
+        list(model.stream_ids(model.encode(""), 1, seed, sampler))
 
     @property
     def text(self) -> str:

@@ -69,6 +69,17 @@ def test_a_pipe_draws_no_prompt_and_carries_the_text_only(
     assert "not UTF-8 text at character 3" in said.err
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_is_not_sent_control_characters(
+    terminal: bool, run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lumina.data.tokenizer.TextStream.feed", lambda *_: "\x1b[2J\n\t\x9bé")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    assert main(["chat", str(run.path), "-p", "x", "--max-tokens", "1"]) == 0
+    written = "\ufffd[2J\n\t\ufffdé" if terminal else "\x1b[2J\n\t\x9bé"
+    assert capsys.readouterr().out.startswith(written)
+
+
 class Terminal:
     """A program at a terminal of its own: what it wrote so far, and what it is sent."""
 

@@ -66,7 +66,7 @@ def talk(
     run: Run, conversation: Conversation, *lines: str | type[BaseException], interactive: bool = True
 ) -> list[str]:
     """Plays a session; returns what was said after the introduction."""
-    terminal = Terminal(list(lines))
+    terminal = Terminal([*lines, "/quit"])
     chat.Chat(run, conversation, terminal.read, terminal.write, terminal.say, interactive).loop()
     return terminal.said[3:]
 
@@ -212,18 +212,6 @@ def test_an_interrupt_of_a_pipe_ends_the_program(run: Run, conversation: Convers
     assert terminal.lines == ["more"]
 
 
-@pytest.mark.parametrize("interactive", [True, False])
-def test_a_terminal_is_not_sent_control_characters(
-    interactive: bool, run: Run, conversation: Conversation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lumina.data.tokenizer.TextStream.feed", lambda *_: "\x1b[2J\n\t")
-    terminal = Terminal(["x"])
-    chat.Chat(run, conversation, terminal.read, terminal.write, terminal.say, interactive).loop()
-    assert ("\x1b" in terminal.written) is not interactive
-    assert "[2J\n\t" in terminal.written
-    assert "\x1b" in conversation.text
-
-
 def test_stats_measure(run: Run, conversation: Conversation) -> None:
     assert talk(run, conversation, "/stats")[-1] == "answer    none yet"
     model, context, sampling, answer, cache = talk(run, conversation, "line 7", "/stats")
@@ -296,37 +284,32 @@ def test_a_disk_that_fills_up_leaves_no_half_transcript(
 
 def test_a_run_that_trains_meanwhile(run: Run, tmp_path: Path) -> None:
     """Its lock is held, newer checkpoints appear, and a reload takes the newest whole one."""
-    live, aside = Run(tmp_path / "live"), tmp_path / "aside"
+    live = Run(tmp_path / "live")
     shutil.copytree(run.path, live.path, symlinks=True)
     for step in (4, 6):
-        store.folder(live.checkpoints, step).rename(aside.with_name(f"later-{step}"))
+        store.folder(live.checkpoints, step).rename(tmp_path / f"{step}")
     conversation = Conversation(engine.load(live), Sampler(), max_tokens=5, seed=0)
     assert conversation.model.step == 2
     terminal = Terminal([])
-    script = iter(["line 7", "publish", "", "/reload", "damage", "", "/reload", "/reload"])
+    script = iter(["line 7", "save 4", "save 6", "", "/reload", "save 8", "", "/reload", "/reload", "", "/quit"])
+    shutil.copytree(tmp_path / "6", tmp_path / "8")  # one that cannot be whole
 
     def read() -> str:
-        line = next(script, None)
-        if line is None:
-            raise EOFError
-        if line == "publish":
-            aside.with_name("later-4").rename(store.folder(live.checkpoints, 4))
-        if line == "damage":
-            aside.with_name("later-6").rename(store.folder(live.checkpoints, 6))
-            (store.folder(live.checkpoints, 6) / "state.json").unlink()
+        line = next(script)
+        if line.startswith("save"):
+            step = line.removeprefix("save ")
+            (tmp_path / step).rename(store.folder(live.checkpoints, int(step)))
         return line
 
     with RunLock(live.lock):
         chat.Chat(live, conversation, read, terminal.write, terminal.say, interactive=True).loop()
-    said = [line for line in terminal.said[3:] if not line.startswith("(")]
-    damaged = "! skipped step-000006: state.json is missing"
-    assert said == [
+    assert [line for line in terminal.said[3:] if not line.startswith("(")] == [
         "the run has saved step 4; /reload takes it",
-        "step 4 instead of 2",
-        "the run has saved step 6; /reload takes it",
-        *[damaged, "step 4, as before"] * 2,
+        "step 6 instead of 2",
+        "the run has saved step 8; /reload takes it",
+        *["! skipped step-000008: COMPLETE belongs to step 6", "step 6, as before"] * 2,
     ]
-    assert [turn.step for turn in conversation.turns if turn.step is not None] == [2, 2, 2, 4, 4]
+    assert [turn.step for turn in conversation.turns if turn.step is not None] == [2] * 4 + [6] * 3
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read(
