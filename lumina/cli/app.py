@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from lumina import __version__
-from lumina.cli import demo, generate, presets, train
+from lumina.cli import chat, demo, generate, presets, train
 from lumina.errors import UserError
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, USER_ERROR
 
@@ -21,6 +21,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "resume": train.resume,
     "generate": generate.generate,
     "presets": presets.presets,
+    "chat": chat.chat,
 }
 
 app = typer.Typer(

@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lumina.cli.options import MaxTokens, RunName, Seed, Temperature, TopK, TopP
+from lumina.cli.train import Root
+
 if TYPE_CHECKING:
     from lumina.run.folder import Run
 
 
 def generate(
-    run: Annotated[str, typer.Argument(help="A run folder, or its name below --root.")],
+    run: RunName,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 120,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 0.9,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    root: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    max_tokens: MaxTokens = 120,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.9,
+    seed: Seed = 0,
+    root: Root = Path("runs"),
 ) -> None:
     """Continue a prompt with a trained model.
 

@@ -40,21 +40,34 @@ class Model:
         yielded, for impossible sampling settings and for a prompt that is not Unicode text.
         """
         sampler = Sampler(**sampling)  # type: ignore[arg-type]
+        return self.stream_ids(self.encode(prompt), max_tokens, seed, sampler)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text that begins a document. Raises `UserError` if it is not Unicode."""
         try:
-            prompt.encode()
+            text.encode()
         except UnicodeEncodeError as error:  # an argument with bytes that are not UTF-8 arrives as lone surrogates
             raise UserError(
                 f"the prompt is not UTF-8 text at character {error.start + 1}",
                 fix="convert it, for example with iconv -f latin1 -t utf-8",
             ) from None
-        return self._stream([self.tokenizer.end_id, *self.tokenizer.encode(prompt)], max_tokens, seed, sampler)
+        return [self.tokenizer.end_id, *self.tokenizer.encode(text)]
 
-    def _stream(self, prompt_ids: list[int], max_tokens: int, seed: int, sampler: Sampler) -> Generator[str, None, str]:
-        generator = torch.Generator().manual_seed(seed)
-        config, text = self.transformer.config, self.tokenizer.stream()
-        room = min(max_tokens, config.seq_len // 2)
-        ids = torch.tensor([prompt_ids[-(config.seq_len - room) :]])
-        cache, reason = Cache(config, batch=1, like=self.transformer.embed.weight), "length"
+    def prompt_room(self, max_tokens: int) -> int:
+        """How many tokens of a prompt are read: what remains of the context beside an answer of at most half of it."""
+        context = self.transformer.config.seq_len
+        return context - min(max_tokens, context // 2)
+
+    def new_cache(self) -> Cache:
+        return Cache(self.transformer.config, batch=1, like=self.transformer.embed.weight)
+
+    def stream_ids(
+        self, prompt_ids: list[int], max_tokens: int, seed: int, sampler: Sampler, cache: Cache | None = None
+    ) -> Generator[str, None, str]:
+        """`stream` for an encoded prompt; a new `cache` from the caller shows what was stored."""
+        generator, text = torch.Generator().manual_seed(seed), self.tokenizer.stream()
+        ids = torch.tensor([prompt_ids[-self.prompt_room(max_tokens) :]])
+        cache, reason = cache or self.new_cache(), "length"
         for _ in range(max_tokens):
             logits_BV = self.transformer.next_logits(ids, cache.layers, cache.position)
             cache.advance(ids.shape[1])
@@ -76,12 +89,22 @@ def load(run: Run) -> Model:
 
     Raises `UserError` if there is none yet, or if the run's tokenizer is not the one the weights were trained with.
     """
-    found, skipped = store.newest(run.checkpoints)
-    if found is None:
-        raise UserError(
-            f"{run.path}: no complete checkpoint" + "".join(f"\n  {path.name}: {why}" for path, why in skipped),
-            fix=f"let it train until it saves one: lumina resume {run.path}",
-        )
+    while True:
+        found, skipped = store.newest(run.checkpoints)
+        if found is None:
+            raise UserError(
+                f"{run.path}: no complete checkpoint" + "".join(f"\n  {path.name}: {why}" for path, why in skipped),
+                fix=f"let it train until it saves one: lumina resume {run.path}",
+            )
+        try:
+            return _load(run, found, [f"{path.name}: {why}" for path, why in skipped])
+        except Exception:
+            if found.path.exists():
+                raise
+            # The run is training, and has deleted it for newer ones.
+
+
+def _load(run: Run, found: store.Checkpoint, skipped: list[str]) -> Model:
     tokenizer = Tokenizer.load(run.tokenizer)
     if tokenizer.fingerprint != found.state["tokenizer"]:
         raise UserError(
@@ -95,4 +118,4 @@ def load(run: Run) -> Model:
     store.load(found, transformer.tensors())
     transformer.cast(torch.float32)
     transformer.eval()
-    return Model(transformer, tokenizer, found.step, [f"{path.name}: {why}" for path, why in skipped])
+    return Model(transformer, tokenizer, found.step, skipped)
