@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -38,9 +39,10 @@ class File:
 
 
 def presets() -> list[str]:
-    """The names of the presets."""
+    """The names of the presets, smallest first."""
     names = (entry.name for entry in (files("lumina.config") / "presets").iterdir())
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    found = (name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    return sorted(found, key=lambda name: (name.startswith("b"), name != "tiny", int(re.sub(r"\D", "", name) or 0)))
 
 
 def read_preset(name: str, wanted_by: str = "") -> Layer:

@@ -205,9 +205,9 @@ class TestLengthAndKind:
 
 
 @pytest.mark.parametrize(("source", "message", "fix"), [
-    ("debgu", "unknown preset 'debgu'", "did you mean debug? the presets are debug, tiny"),
-    ("b7000", "unknown preset 'b7000'", "the presets are debug, tiny"),
-    ("nothere.yaml", "nothere.yaml: cannot be read: No such file or directory", "name a preset: debug, tiny"),
+    ("debgu", "unknown preset 'debgu'", "did you mean debug? the presets are tiny, debug, debug_200m"),
+    ("b7000", "unknown preset 'b7000'", "the presets are tiny, debug"),
+    ("nothere.yaml", "nothere.yaml: cannot be read: No such file or directory", "name a preset: tiny, debug"),
     ("configs/mine", "configs/mine: cannot be read: No such file or directory", "check the path"),
     ("folder.yml", "folder.yml: cannot be read: Is a directory", "check the path"),
     ("list.yaml", "list.yaml: no sections in it", "write `train:`"),

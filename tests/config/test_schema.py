@@ -17,8 +17,8 @@ KINDS = ("dense", "moe", "mod", "hybrid")
 
 
 def test_presets() -> None:
-    large = ["b1", "b100", "b14", "b200", "b30", "b300", "b50", "b7"]
-    assert presets() == [*large, "debug", "debug_200m", "tiny"]
+    large = ["b1", "b7", "b14", "b30", "b50", "b100", "b200", "b300"]
+    assert presets() == ["tiny", "debug", "debug_200m", *large]
 
 
 @pytest.mark.parametrize("kind", KINDS)
