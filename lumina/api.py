@@ -13,12 +13,18 @@ from lumina.training import trainer
 
 
 class Trainer(trainer.Trainer):
-    """The trainer of `lumina.training`, printing progress like the command line unless `quiet`."""
+    """The trainer of `lumina.training`, printing progress like the command line; `quiet` prints problems only."""
 
     def __init__(self, *args: Any, quiet: bool = False, **keys: Any) -> None:
         super().__init__(*args, **keys)
-        if not quiet:
-            self.listeners = [*self.listeners, Console(self.resolved.config.telemetry.log_every)]
+        self.console = Console(self.resolved.config.telemetry.log_every, quiet=quiet)
+        self.listeners = [*self.listeners, self.console]
+        self.progress = self.console.progress
+
+    def fit(self) -> Run:
+        """Trains to the end, going on with an unfinished run of the same request unless `fresh`."""
+        with self.console:
+            return super().fit()
 
 
 def load(run: Run | str | Path, root: str | Path = "runs") -> engine.Model:

@@ -54,8 +54,7 @@ class EventWriter:
         event: Event = {"t": type, "v": VERSION, "attempt": self.attempt}
         event |= fields if step is None else {"step": step, **fields}
         require_plain(event, f"event {type!r}")
-        line = json.dumps(_encode(event), allow_nan=False, separators=(",", ":"))
-        self._write(line.encode() + b"\n")
+        self._write(as_line(event).encode() + b"\n")
         for listener in self.listeners:
             listener(event)
         return event
@@ -79,6 +78,11 @@ class EventWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def as_line(event: Event) -> str:
+    """The event as its line in the log."""
+    return json.dumps(_encode(event), allow_nan=False, separators=(",", ":"))
 
 
 def read_events(path: Path) -> Iterator[Event]:

@@ -12,11 +12,12 @@ import pytest
 import lumina
 
 ROOT = Path(lumina.__file__).parent
-LEAVES = {"errors", "events", "compat", "config"}
+LEAVES = {"errors", "events", "compat", "config", "progress"}
 ALLOWED = {
     "errors": set(),
     "events": {"errors"},
     "compat": set(),
+    "progress": set(),
     "config": {"errors"},
     "data": LEAVES,
     "model": LEAVES,

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lumina.errors import UserError
 from lumina.events import require_plain
 from lumina.parallel.world import ALONE, World
+from lumina.progress import Tell, silent, tracked
 
 FORMAT = 1
 COMPLETE = "COMPLETE"
@@ -203,7 +204,7 @@ def _publish(aside: Path, final: Path) -> None:
 # -- finding and verifying ----------------------------------------------------------------------------------
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Path, progress: Tell = silent) -> list[str]:
     """What is wrong with a checkpoint: one sentence for each thing that is not as COMPLETE says."""
     try:
         seal = json.loads((path / COMPLETE).read_bytes())
@@ -219,22 +220,27 @@ def verify(path: Path) -> list[str]:
     problems = [] if step == step_of(path) else [f"{COMPLETE} belongs to step {step}"]
     problems += [f"{name} is missing" for name in sorted(files.keys() - present)]
     problems += [f"{name} does not belong here" for name in sorted(present - files.keys())]
-    problems += [p for name in sorted(present & files.keys()) for p in _damage(path, name, *files[name])]
+    names = sorted(present & files.keys())
+    what, total = f"verifying {path.name}", sum(files[name][0] for name in names)
+    checking = tracked(names, what, total, progress, lambda name: files[name][0])
+    problems += [p for name in checking for p in _damage(path, name, *files[name])]
     return problems
 
 
-def newest(root: Path, world: World = ALONE) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+def newest(
+    root: Path, world: World = ALONE, progress: Tell = silent
+) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the newer ones passed over, each with the reason.
 
     The main process of `world` reads and decides.
     """
-    return world.decide(lambda: _newest(root))
+    return world.decide(lambda: _newest(root, progress))
 
 
-def _newest(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+def _newest(root: Path, progress: Tell) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     skipped: list[tuple[Path, str]] = []
     for path in checkpoints(root):
-        problems = verify(path)
+        problems = verify(path, progress)
         if not problems:
             return _open(path), skipped
         skipped.append((path, "; ".join(problems)))

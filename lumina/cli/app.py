@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -41,7 +42,9 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*arguments, **options)
         except UserError as error:
-            if not error.told:
+            if options.get("json"):
+                print(json.dumps({"error": {"message": error.message, "fix": error.fix}}), file=sys.stderr)
+            elif not error.told:
                 print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
-from lumina.cli.train import Fresh, Root, fit
+from lumina.cli.train import Fresh, Json, Quiet, Root, Voice, fit
 
 PROMPT = "def read(self"
+TOKENS = 120
 
 
-def demo(fresh: Fresh = False, root: Root = Path("runs")) -> None:
+def demo(fresh: Fresh = False, root: Root = Path("runs"), quiet: Quiet = False, json: Json = False) -> None:
     """Train a small hybrid and complete a prompt.
 
     The hybrid MoE + MoD is the debug preset; its text is Python's standard library.
     """
-    from lumina.cli.generate import write
+    from lumina.cli.generate import document, write
+    from lumina.cli.output import print_json
 
-    run = fit("debug", [], root, fresh)
-    typer.echo(f"\nthe model continues {PROMPT!r}:\n")
-    write(run, PROMPT, max_tokens=120, temperature=0.8, top_k=0, top_p=0.9, seed=0)
+    voice = Voice(quiet, json)
+    run = fit("debug", [], root, fresh, voice)
+    sampling = {"temperature": 0.8, "top_k": 0, "top_p": 0.9}
+    if json:
+        print_json({"t": "sample", **document(run, PROMPT, TOKENS, 0, sampling)}, indent=None)
+    elif not quiet:
+        voice.say(f"\nthe model continues {PROMPT!r}:\n")
+        write(run, PROMPT, TOKENS, 0, sampling)

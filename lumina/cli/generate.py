@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lumina.cli.options import MaxTokens, RunName, Seed, Temperature, TopK, TopP
+from lumina.cli.output import Json, print_json
 from lumina.cli.train import Root
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def generate(
     top_p: TopP = 0.9,
     seed: Seed = 0,
     root: Root = Path("runs"),
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the text and problems only.")] = False,
+    json: Json = False,
 ) -> None:
     """Continue a prompt with a trained model.
 
@@ -32,29 +35,53 @@ def generate(
     """
     from lumina.run import index
 
-    write(index.find(root, run), prompt, max_tokens, temperature, top_k, top_p, seed)
+    found = index.find(root, run)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if json:
+        print_json(document(found, prompt, max_tokens, seed, sampling))
+    else:
+        write(found, prompt, max_tokens, seed, sampling, quiet)
 
 
-def write(run: Run, prompt: str, max_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+def document(run: Run, prompt: str, max_tokens: int, seed: int, sampling: dict[str, float]) -> dict[str, Any]:
+    """The continuation with all that it depends on."""
+    from lumina.inference.engine import load
+
+    model = load(run)
+    text, reason = _collect(model.stream(prompt, max_tokens, seed=seed, **sampling), lambda piece: None)
+    origin = {"run": str(run.path), "step": model.step, "skipped": model.skipped}
+    return {**origin, "prompt": prompt, "text": text, "reason": reason, "seed": seed, **sampling}
+
+
+def write(run: Run, prompt: str, max_tokens: int, seed: int, sampling: dict[str, float], quiet: bool = False) -> None:
     """Streams prompt and continuation to standard output; which checkpoint it was goes to standard error."""
     from lumina.inference.engine import load
 
     model = load(run)
     for reason in model.skipped:
         typer.echo(f"! skipped {reason}", err=True)
-    typer.echo(f"step {model.step} of {run.path}", err=True)
-    pieces = model.stream(prompt, max_tokens, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
-    sys.stdout.write(prompt)
-    reason = _print(pieces)
+    if not quiet:
+        typer.echo(f"step {model.step} of {run.path}", err=True)
+    pieces = model.stream(prompt, max_tokens, seed=seed, **sampling)
+    _write(prompt)
+    _, reason = _collect(pieces, _write)
+    _write("\n")
     if reason == "context":
         typer.echo(f"stopped: the context of {model.transformer.config.seq_len} tokens is full", err=True)
 
 
-def _print(pieces: Generator[str, None, str]) -> str:
+def _collect(pieces: Generator[str, None, str], show: Callable[[str], None]) -> tuple[str, str]:
+    """The whole text and why it ended; each piece is shown as it comes."""
+    text = ""
     while True:
         try:
-            sys.stdout.write(next(pieces))
-            sys.stdout.flush()
+            piece = next(pieces)
         except StopIteration as end:
-            sys.stdout.write("\n")
-            return str(end.value)
+            return text, str(end.value)
+        text += piece
+        show(piece)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

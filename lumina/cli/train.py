@@ -9,50 +9,41 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lumina.errors import UserError
+from lumina.events import Event, Listener, as_line
 from lumina.run.exit_codes import STOPPED
 
 if TYPE_CHECKING:
     from lumina.run.folder import Run
+    from lumina.telemetry.console import Console
 
 Root = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if this request has a run already.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print problems, and the run's folder at the end.")]
+Json = Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON, and nothing else.")]
 
 
 def train(
-    source: Annotated[str, typer.Argument(help="A preset (tiny, debug) or a YAML file.")] = "debug",
+    source: Annotated[str, typer.Argument(help="A preset (see `lumina presets`) or a YAML file.")] = "debug",
     settings: Annotated[
         list[str] | None, typer.Argument(help="Any key: train.steps=300 model.kind=moe …", show_default=False)
     ] = None,
     fresh: Fresh = False,
     root: Root = Path("runs"),
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Train a model. The same command again continues an unfinished run."""
     if "=" in source:  # the preset was left out: `lumina train train.steps=10`
         settings, source = [source, *(settings or [])], "debug"
-    fit(source, settings or [], root, fresh)
-
-
-def fit(source: str, settings: list[str], root: Path, fresh: bool) -> Run:
-    """Trains with the console attached and says what a person should know before and after."""
-    from lumina.telemetry.console import Console
-    from lumina.training.trainer import Trainer
-
-    trainer = Trainer(source, settings, root=root, fresh=fresh)
-    config = trainer.resolved.config
-    trainer.listeners = [Console(config.telemetry.log_every)]
-    if trainer.resolved.dropped:
-        keys = ", ".join(trainer.resolved.dropped)
-        typer.echo(f"note   a {config.model.kind} model has no {keys}: dropped from the preset")
-    typer.echo(f"read   {', '.join((*config.data.train, *config.data.eval))}")
-    run = _finish(trainer.fit)
-    if trainer.already_finished:
-        typer.echo(f"note   {run.path} answers this request and is finished; --fresh trains another")
-    return run
+    fit(source, settings or [], root, fresh, Voice(quiet, json))
 
 
 def resume(
     run: Annotated[str, typer.Argument(help="A run folder, or its name below --root.")],
     root: Root = Path("runs"),
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
     """Go on with a stopped run, to the bit.
 
@@ -60,27 +51,79 @@ def resume(
     """
     from lumina.config.resolve import read
     from lumina.run import index
-    from lumina.telemetry.console import Console
     from lumina.training import trainer
 
-    found = index.find(root, run)
+    voice, found = Voice(quiet, json), index.find(root, run)
     if found.finished:
-        typer.echo(f"note   {found.path} is finished: there is nothing to go on with")
-    console = Console(read(found.config).config.telemetry.log_every)
-    _finish(lambda: trainer.resume(found, [console]))
+        voice.say(f"note   {found.path} is finished: there is nothing to go on with")
+    console = voice.console(read(found.config).config.telemetry.log_every)
+    _finish(lambda: trainer.resume(found, voice.listeners(console), console.progress), console, voice)
 
 
-def _finish(train: Callable[[], Run]) -> Run:
+class Voice:
+    """How a verb that trains speaks: to a person, only of problems (`quiet`), or in events (`json`)."""
+
+    def __init__(self, quiet: bool, json: bool) -> None:
+        if quiet and json:
+            raise UserError("--quiet and --json ask for different things", fix="use one of them")
+        self.quiet, self.json = quiet, json
+
+    def say(self, line: str) -> None:
+        if not (self.quiet or self.json):
+            typer.echo(line)
+
+    def console(self, log_every: int) -> Console:
+        from lumina.telemetry.console import Console
+
+        return Console(log_every, show=_nowhere if self.json else None, quiet=self.quiet)
+
+    def listeners(self, console: Console) -> list[Listener]:
+        return [console, _print_event] if self.json else [console]
+
+
+def fit(source: str, settings: list[str], root: Path, fresh: bool, voice: Voice) -> Run:
+    """Trains with the console attached and says what a person should know before and after."""
+    from lumina.training.trainer import Trainer
+
+    trainer = Trainer(source, settings, root=root, fresh=fresh)
+    config = trainer.resolved.config
+    console = voice.console(config.telemetry.log_every)
+    trainer.listeners, trainer.progress = voice.listeners(console), console.progress
+    if trainer.resolved.dropped:
+        keys = ", ".join(trainer.resolved.dropped)
+        voice.say(f"note   a {config.model.kind} model has no {keys}: dropped from the preset")
+    voice.say(f"read   {', '.join((*config.data.train, *config.data.eval))}")
+    run = _finish(trainer.fit, console, voice)
+    if trainer.already_finished:
+        voice.say(f"note   {run.path} answers this request and is finished; --fresh trains another")
+    return run
+
+
+def _finish(train: Callable[[], Run], console: Console, voice: Voice) -> Run:
     """Trains, says where everything is and which command comes next; a stopped run exits with its own code."""
     from lumina.training.trainer import Stopped
 
     try:
-        run = train()
+        with console:
+            run = train()
     except Stopped as stop:
-        typer.echo(f"saved  {stop.run.checkpoints / 'latest'} at step {stop.step}")
-        typer.echo(f"next   lumina resume {shlex.quote(str(stop.run.path))}")
+        voice.say(f"saved  {stop.run.checkpoints / 'latest'} at step {stop.step}")
+        voice.say(f"next   lumina resume {shlex.quote(str(stop.run.path))}")
+        if voice.quiet:
+            typer.echo(stop.run.path)
         raise typer.Exit(STOPPED) from None
     links = ", ".join(name for name in ("latest", "best") if (run.checkpoints / name).exists())
-    typer.echo(f"files  {run.path}/  config.yaml · events.jsonl · log.txt · tokenizer/ · checkpoints/ ({links})")
-    typer.echo(f'next   lumina generate {shlex.quote(str(run.path))} -p "your prompt"')
+    name = shlex.quote(str(run.path))
+    voice.say(f"files  {run.path}/  config.yaml · events.jsonl · log.txt · tokenizer/ · checkpoints/ ({links})")
+    voice.say(f'next   lumina generate {name} -p "your prompt"   or   lumina chat {name}')
+    if voice.quiet:
+        typer.echo(run.path)
     return run
+
+
+def _print_event(event: Event) -> None:
+    typer.echo(as_line(event))
+
+
+def _nowhere(line: str) -> None:
+    """`log.txt` is written all the same."""

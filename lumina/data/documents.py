@@ -14,7 +14,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -141,7 +141,7 @@ def _missing(spec: str, path: Path) -> str:
     return f"{spec}: no such file or folder{hint}"
 
 
-def read_files(files: Sequence[DataFile], problems: list[str]) -> Iterator[Document]:
+def read_files(files: Iterable[DataFile], problems: list[str]) -> Iterator[Document]:
     """The documents of `files`, in order. Problems are appended; reading stops at `MAX_PROBLEMS` of them."""
     sample: list[tuple[str, str]] = []
     for file in files:

@@ -30,6 +30,7 @@ from lumina.data import split
 from lumina.data.documents import DataFile, Document, digest, find_files, raise_problems, read_files
 from lumina.data.tokenizer import Tokenizer, pieces, train_bpe
 from lumina.errors import UserError
+from lumina.progress import Tell, silent, tracked
 
 FORMAT = f"v1.{split.RULE}"  # of a cache entry
 BPE = "bpe"
@@ -65,12 +66,14 @@ class _Sources:
     train: list[DataFile]
     eval: list[DataFile]
 
-    @property
-    def fingerprint(self) -> str:
-        sides = [
-            sorted(_file_digest(file) for file in side if file.kind != "ignored") for side in (self.train, self.eval)
-        ]
-        return digest(json.dumps(sides))[:16]
+    def fingerprint(self, progress: Tell) -> str:
+        sides = [[file for file in side if file.kind != "ignored"] for side in (self.train, self.eval)]
+        files = [file for side in sides for file in side]
+        sizes = {file.path: _size(file.path) for file in files}
+        hashing = tracked(files, "hashing the data", sum(sizes.values()), progress, lambda file: sizes[file.path])
+        digests = [_file_digest(file) for file in hashing]
+        border = len(sides[0])
+        return digest(json.dumps([sorted(digests[:border]), sorted(digests[border:])]))[:16]
 
 
 def prepare(
@@ -81,6 +84,7 @@ def prepare(
     vocab: int,
     seq_len: int,
     cache: Path | None = None,
+    progress: Tell = silent,
 ) -> Corpus:
     """Token streams of `train`, with `eval` held out, or a part of `train` if there is none.
 
@@ -92,7 +96,7 @@ def prepare(
     sources = _find(train, eval)
     foreign = None if tokenizer == BPE else Tokenizer.load(tokenizer)
     folder = cache or Path(os.environ.get("LUMINA_CACHE") or "~/.cache/lumina").expanduser()
-    name = f"{FORMAT}-{sources.fingerprint}"
+    name = f"{FORMAT}-{sources.fingerprint(progress)}"
     entry = folder / f"{name}-{foreign.fingerprint if foreign else f'{BPE}{vocab}'}"
 
     built, damage = False, _damage(entry)
@@ -101,7 +105,7 @@ def prepare(
             damage = _damage(entry)  # another process may have built it meanwhile
             if damage is not None:
                 built = True
-                _build(folder / name, entry, sources, foreign, vocab)
+                _build(folder / name, entry, sources, foreign, vocab, progress)
     corpus = _open(entry)
     corpus.facts["ignored_files"] = sum(file.kind == "ignored" for file in sources.train + sources.eval)
     corpus.facts["cached"] = not built
@@ -112,12 +116,12 @@ def prepare(
     return corpus
 
 
-def data_fingerprint(train: Sequence[str], eval: Sequence[str] = ()) -> str:
+def data_fingerprint(train: Sequence[str], eval: Sequence[str] = (), progress: Tell = silent) -> str:
     """Names the contents of both sides' files, whatever the files' names and order.
 
     Raises `UserError` with all problems if a file is missing.
     """
-    return _find(train, eval).fingerprint
+    return _find(train, eval).fingerprint(progress)
 
 
 def _find(train: Sequence[str], eval: Sequence[str]) -> _Sources:
@@ -131,10 +135,17 @@ def _find(train: Sequence[str], eval: Sequence[str]) -> _Sources:
     return sources
 
 
-def _read(sources: _Sources, problems: list[str]) -> tuple[list[Document], list[Document]]:
-    sides = list(read_files(sources.train, problems)), list(read_files(sources.eval, problems))
+def _read(sources: _Sources, problems: list[str], progress: Tell = silent) -> tuple[list[Document], list[Document]]:
+    read = [
+        list(read_files(tracked(side, "reading the data", len(side), progress), problems))
+        for side in (sources.train, sources.eval)
+    ]
     raise_problems(problems)
-    return sides
+    return read[0], read[1]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _file_digest(file: DataFile) -> str:
@@ -164,7 +175,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         ) from None
 
 
-def _build(name: Path, entry: Path, sources: _Sources, foreign: Tokenizer | None, vocab: int) -> None:
+def _build(name: Path, entry: Path, sources: _Sources, foreign: Tokenizer | None, vocab: int, progress: Tell) -> None:
     """Writes the entry of these sources and their tokenizer; the caller holds the lock of `name`.
 
     Entries are named after their tokenizer, so that a run which brings its own BPE back finds it; "bpe" is a
@@ -172,13 +183,13 @@ def _build(name: Path, entry: Path, sources: _Sources, foreign: Tokenizer | None
     """
     building = Path(f"{name}.building")
     shutil.rmtree(building, ignore_errors=True)  # of a killed process
-    sides, facts = _sides(sources)
-    tokenizer = foreign or train_bpe((document.text for document in sides[0]), vocab)
+    sides, facts = _sides(sources, progress)
+    tokenizer = foreign or _train(sides[0], vocab, progress)
     tokenizer.save(building)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     meta: dict[str, Any] = {"dtype": dtype, "facts": facts}
     for side, documents in zip(SIDES, sides, strict=True):
-        _write_stream(building / f"{side}.bin", documents, tokenizer, dtype)
+        _write_stream(building / f"{side}.bin", documents, tokenizer, dtype, progress)
         text_bytes = sum(len(document.text.encode()) for document in documents)
         meta[side] = {"text_bytes": text_bytes, "documents": len(documents)}
     meta["files"] = {path.name: _sha256(path) for path in sorted(building.iterdir())}
@@ -192,9 +203,17 @@ def _build(name: Path, entry: Path, sources: _Sources, foreign: Tokenizer | None
         entry.symlink_to(final.name)
 
 
-def _sides(sources: _Sources) -> tuple[tuple[list[Document], list[Document]], dict[str, Any]]:
+def _train(documents: Sequence[Document], vocab: int, progress: Tell) -> Tokenizer:
+    what = "training the tokenizer"
+    progress(what, 0, 1)  # the library tells nothing before it is done
+    tokenizer = train_bpe((document.text for document in documents), vocab)
+    progress(what, 1, 1)
+    return tokenizer
+
+
+def _sides(sources: _Sources, progress: Tell) -> tuple[tuple[list[Document], list[Document]], dict[str, Any]]:
     """Both sides in their final order, and what a reader should know of them."""
-    read = _read(sources, [])
+    read = _read(sources, [], progress)
     train, heldout = ([document for document in side if document.text] for side in read)
     facts: dict[str, Any] = {"empty": sum(map(len, read)) - len(train) - len(heldout)}
     for key, files, documents in (("train", sources.train, train), ("eval", sources.eval, heldout)):
@@ -210,11 +229,13 @@ def _sides(sources: _Sources) -> tuple[tuple[list[Document], list[Document]], di
     return (train, heldout), facts
 
 
-def _write_stream(path: Path, documents: Sequence[Document], tokenizer: Tokenizer, dtype: str) -> None:
+def _write_stream(path: Path, documents: Sequence[Document], tokenizer: Tokenizer, dtype: str, progress: Tell) -> None:
     end = np.array([tokenizer.end_id], dtype).tobytes()
+    characters = sum(len(document.text) for document in documents)
+    batches = _batches(documents)
     with path.open("wb") as stream:
         stream.write(end)
-        for texts, closing in _batches(documents):
+        for texts, closing in tracked(batches, "encoding", characters, progress, lambda b: sum(map(len, b[0]))):
             for ids, closes in zip(tokenizer.encode_batch(texts), closing, strict=True):
                 stream.write(np.array(ids, dtype).tobytes() + (end if closes else b""))
 

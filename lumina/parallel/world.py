@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -113,5 +114,10 @@ def join() -> World:
         torch.cuda.set_device(world.local_rank)
         backend = "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend)
-    atexit.register(torch.distributed.destroy_process_group)
+    atexit.register(_leave)
     return world
+
+
+def _leave() -> None:
+    gc.collect()  # cycles of sharded models hold the groups' threads; left to the interpreter's end, they abort it
+    torch.distributed.destroy_process_group()

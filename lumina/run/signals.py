@@ -33,5 +33,6 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
-        # `os.write`: a handler may run inside a print.
-        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
+        # `os.write`: a handler may run inside a print. On a terminal it takes the place of the status line.
+        begin = b"\r\x1b[K" if os.isatty(2) else b"\n"
+        os.write(2, begin + b"stopping after this step; once more stops at once, without saving\n")

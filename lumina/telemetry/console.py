@@ -1,4 +1,8 @@
-"""The console: a listener that prints one readable line for what matters and stays quiet about the rest."""
+"""The console: a listener that prints one readable line for what matters and stays quiet about the rest.
+
+On a terminal one more line, at the bottom and always replaced, says what is going on right now. Anywhere else (a pipe,
+a file, TERM=dumb) there are only whole lines, without carriage returns and colours.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,20 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console as Terminal
-from rich.markup import escape
+from rich.live import Live
+from rich.text import Text
 
 from lumina.telemetry.figures import count, duration, size
 
 Event = dict[str, Any]
+Show = Callable[[str], None]
+
+LONG = 2.0  # seconds after which one wants to know how far it is
+REFRESH = 0.2  # seconds between two drawings of the status line
+BAR = 24  # characters
 
 # What a decision says, by rule and action.
 SENTENCES = {
@@ -46,15 +56,25 @@ def step_line(event: Event, remaining: float | None) -> str:
     return " | ".join(parts)
 
 
+def status_line(event: Event, steps: int, remaining: float | None) -> str:
+    """Where the run stands right now, short enough for a terminal."""
+    parts = [f"{event['step'] / steps:.0%}", f"step {event['step']} of {steps}", f"loss {event['loss']:.3f}"]
+    parts += [f"{count(event['tok_s'])} tok/s", f"MFU {100 * event['mfu']:.0f}%"]
+    return " · ".join(parts if remaining is None else [*parts, f"ETA {duration(remaining)}"])
+
+
 class Console:
     """Prints events as they come, and keeps the same lines in the run's `log.txt`.
 
-    A step is printed every `log_every` steps, and the first and the last.
+    A step is printed every `log_every` steps, and the first and the last; what is `quiet` prints problems only. It is a
+    context: leaving it takes the status line away, however the run ended.
     """
 
-    def __init__(self, log_every: int = 10, write: Callable[[str], None] | None = None) -> None:
-        self.log_every = log_every
-        self.show = write or _terminal_writer()
+    def __init__(self, log_every: int = 10, show: Show | None = None, quiet: bool = False) -> None:
+        self.log_every, self.quiet = log_every, quiet
+        self.screen = Screen() if show is None else None
+        self.show = self.screen.print if self.screen else show
+        self.long = Long(self.screen)
         self.log: Path | None = None
         self.steps = 0
         self.step_time: float | None = None
@@ -65,16 +85,33 @@ class Console:
         if handler is not None:
             handler(event)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.status("")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """How far something long has come; see `lumina.progress`."""
+        if not self.quiet:
+            self.long(what, done, total)
+
+    def status(self, line: str) -> None:
+        """Replaces the line at the bottom of a terminal; an empty one takes it away."""
+        if self.screen and not self.quiet:
+            self.screen.status(line)
+
     def write(self, line: str) -> None:
-        self.show(line)
+        if self.show and (not self.quiet or line.startswith("!")):
+            self.show(line)
         if self.log is None:
             return
         try:
             with self.log.open("a", encoding="utf-8") as log:
                 log.write(line + "\n")
         except OSError as error:  # a copy for reading is not worth a run
-            self.show(f"! {self.log} is no longer written: {error.strerror}")
-            self.log = None
+            path, self.log = self.log, None
+            self.write(f"! {path} is no longer written: {error.strerror}")
 
     def _on_run(self, event: Event) -> None:
         self.log = Path(event["path"]) / "log.txt"
@@ -102,10 +139,15 @@ class Console:
             )
         if data.get("rebuilt"):
             self.write(f"! the token cache was damaged and is rebuilt: {data['rebuilt']}")
+        processes = f"{event['processes']} processes of " if event["processes"] > 1 else ""
+        same = event["precision"].removesuffix("_pure") == event["precision_eval"]
+        evaluated = "" if same else f" (evaluated in {event['precision_eval']})"
         self.write(
-            f"here   {event['machine']['device_name']} ({event['device']}), {event['threads']} threads, "
-            f"{event['precision']}, matmul {count(event['matmul_flops'])}FLOP/s"
+            f"here   {event['machine']['device_name']} ({event['device']}), {processes}{event['threads']} threads, "
+            f"{event['precision']}{evaluated}, matmul {count(event['matmul_flops'])}FLOP/s"
         )
+        if why := event["choices"].get("train.compile"):
+            self.write(f"       compile {event['compile']}: {why}")
         self.write(
             f"plan   {event['steps']} steps of {count(event['batch_tokens'])} tokens = "
             f"{count(tokens)} tokens, {tokens / data['tokens']['train']:.2g} passes over the data"
@@ -114,10 +156,10 @@ class Console:
     def _on_step(self, event: Event) -> None:
         step = event["step"]
         self._track(step, event["wall"])
-        if step % self.log_every and step not in (1, self.steps):
-            return
         remaining = None if self.step_time is None else self.step_time * (self.steps - step)
-        self.write(step_line(event, remaining))
+        self.status(status_line(event, self.steps, remaining) if step < self.steps else "")
+        if step % self.log_every == 0 or step in (1, self.steps):
+            self.write(step_line(event, remaining))
 
     def _track(self, step: int, wall: float) -> None:
         """A moving average of the step time, for the ETA."""
@@ -145,15 +187,75 @@ class Console:
 
     def _on_end(self, event: Event) -> None:
         signal = f" by {event['signal']}" if event.get("signal") else ""
+        self.status("")
         self.write(f"end    {event['reason']}{signal} at step {event['step']}, {time.strftime('%H:%M:%S')}")
+
+
+class Long:
+    """What takes longer than two seconds: a bar on a terminal, elsewhere a line when it is long and one at its end."""
+
+    def __init__(self, screen: Screen | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.screen, self.clock = screen, clock
+        self.what, self.start, self.said = "", 0.0, False
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = self.clock()
+        if what != self.what or done == 0:
+            self.what, self.start, self.said = what, now, False
+        seconds = now - self.start
+        if self.screen is None or seconds < LONG:
+            return
+        if done >= total:
+            self.what = ""
+            if self.screen.live:
+                self.screen.status("")
+            else:
+                self.screen.print(f"       {what}: done in {duration(seconds)}")
+        elif self.screen.live:
+            remaining = f"ETA {duration(seconds * (total - done) / done)}" if done else ""
+            filled = round(BAR * done / total)
+            self.screen.status(f"{what} {'━' * filled}{'─' * (BAR - filled)} {done / total:4.0%} {remaining}")
+        elif not self.said:
+            self.said = True
+            self.screen.print(f"       {what} …")
+
+
+class Screen:
+    """Where lines go: standard output, with a status line below them if that is a terminal."""
+
+    def __init__(self) -> None:
+        self.terminal = _Terminal(soft_wrap=True, highlight=False)
+        self.live = self.terminal.is_terminal and not self.terminal.is_dumb_terminal
+        self._line: Live | None = None
+        self._drawn = 0.0
+
+    def print(self, line: str) -> None:
+        self.terminal.print(Text(line, style=_style(line)), soft_wrap=True)
+
+    def status(self, line: str) -> None:
+        """Draws the status line, a few times a second at most and never wider than the terminal."""
+        if not self.live or (line and self._line and time.monotonic() - self._drawn < REFRESH):
+            return
+        if not line:
+            if self._line:
+                self._line.stop()
+            self._line = None
+            return
+        if self._line is None:
+            self._line = Live(console=self.terminal, auto_refresh=False, transient=True, redirect_stderr=False)
+            self._line.start()
+        text = Text(line, style="dim", no_wrap=True, overflow="ellipsis")
+        text.truncate(self.terminal.width - 1, overflow="ellipsis")
+        self._line.update(text, refresh=True)
+        self._drawn = time.monotonic()
+
+
+def _style(line: str) -> str:
+    """Colour for what a person looks for; rich leaves it out where it does not belong (NO_COLOR, a pipe)."""
+    return "yellow" if line.startswith("!") else "cyan" if line.startswith("[Eval") else ""
 
 
 class _Terminal(Terminal):
     def on_broken_pipe(self) -> None:
         """Falls silent where rich would exit: a reader that goes away (`| head`) must not take the run along."""
         self.quiet = True
-
-
-def _terminal_writer() -> Callable[[str], None]:
-    terminal = _Terminal(soft_wrap=True, highlight=False)
-    return lambda line: terminal.print(escape(line))

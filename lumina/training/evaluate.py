@@ -12,6 +12,7 @@ import torch
 from lumina.data.loader import Batch
 from lumina.model.transformer import Transformer
 from lumina.parallel.world import ALONE, World
+from lumina.progress import Tell, silent, tracked
 from lumina.training.precision import Precision
 
 
@@ -42,6 +43,7 @@ def evaluate(
     precision: Precision,
     capacity: float | None,
     world: World = ALONE,
+    progress: Tell = silent,
 ) -> Evaluation:
     """Evaluates all of `batches`, which hold `text_bytes` of text. `capacity` is the trained share c, if any.
 
@@ -52,7 +54,8 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64)
     taken = torch.zeros(len(model.routers))
     positions = 0
-    for turn in _batched(batches, world.size):
+    turns = list(_batched(batches, world.size))
+    for turn in tracked(turns, "evaluating", len(turns), progress):
         counts = world.rank < len(turn)
         batch = turn[world.rank if counts else 0].to(device)
         with precision.evaluating():

@@ -24,6 +24,7 @@ from lumina.model import cost
 from lumina.model.transformer import Transformer
 from lumina.parallel import sharding
 from lumina.parallel.world import ALONE, World
+from lumina.progress import Tell, silent, tracked
 from lumina.training import machine
 from lumina.training.optim import Optimizer
 from lumina.training.precision import LossScale, Precision
@@ -54,7 +55,7 @@ class Parts:
         return self.config.train.steps
 
 
-def load_data(config: Config, tokenizer: str | None = None, world: World = ALONE) -> Corpus:
+def load_data(config: Config, tokenizer: str | None = None, world: World = ALONE, progress: Tell = silent) -> Corpus:
     """The corpus of `config.data`; `tokenizer` (a run's own) replaces the configured one.
 
     The main process prepares it, the others find it in the cache.
@@ -68,11 +69,13 @@ def load_data(config: Config, tokenizer: str | None = None, world: World = ALONE
         seq_len=config.model.seq_len,
     )
     loaded: list[Corpus] = []
-    world.decide(lambda: loaded.append(load()))
+    world.decide(lambda: loaded.append(load(progress=progress)))
     return loaded[0] if loaded else load()
 
 
-def settle_all(resolved: Resolved, corpus: Corpus, world: World = ALONE) -> tuple[Resolved, float]:
+def settle_all(
+    resolved: Resolved, corpus: Corpus, world: World = ALONE, progress: Tell = silent
+) -> tuple[Resolved, float]:
     """Settles vocabulary, device, precision, kernel, micro-batch, steps and compilation for this machine and data.
 
     Returns the matmul rate too, in FLOP/s of one process, which the last choice needs.
@@ -90,7 +93,7 @@ def settle_all(resolved: Resolved, corpus: Corpus, world: World = ALONE) -> tupl
     if seconds is not None:
         # One step, not compiled, stands in until the step time is known.
         trial = settle(resolved, {"train.steps": (10**6, "trial"), "train.compile": ("off", "trial")})
-        step_time = _measure_step_time(build(trial.config, corpus, world))
+        step_time = _measure_step_time(build(trial.config, corpus, world), progress)
         resolved = settle(resolved, world.decide(lambda: _deadline_choice(seconds, step_time)))
     if config.train.compile == "auto":
         steps, flops = resolved.config.train.steps or 0, cost.count(config.model).flops_per_token
@@ -180,10 +183,10 @@ def _vocab_choice(resolved: Resolved, corpus: Corpus) -> machine.Choices:
     return {}
 
 
-def _measure_step_time(parts: Parts) -> float:
+def _measure_step_time(parts: Parts, progress: Tell) -> float:
     """Median seconds of a training step, on throw-away weights."""
     times = []
-    for i in range(DEADLINE_STEPS + 1):
+    for i in tracked(range(DEADLINE_STEPS + 1), "timing a step", DEADLINE_STEPS + 1, progress):
         batch = parts.loader.batch(i)
         start = time.perf_counter()
         train_step(parts.model, parts.optimizer, batch, 0.0, parts.plan, parts.precision, freeze_bias=True).tolist()

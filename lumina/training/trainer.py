@@ -25,6 +25,7 @@ from lumina.data.tokenizer import Tokenizer
 from lumina.errors import UserError
 from lumina.events import EventWriter
 from lumina.parallel.world import join
+from lumina.progress import Tell, silent
 from lumina.run import index
 from lumina.run.folder import Run
 from lumina.run.lock import RunLock
@@ -43,7 +44,8 @@ class Trainer:
     """`Trainer("debug", data="x.txt", **{"train.steps": 300}).fit()` trains and returns the `Run`.
 
     `source` is a preset or a YAML file; `settings` are `key=value` strings or a mapping, and keyword arguments
-    are dotted keys. Raises `UserError` for anything wrong with them. `listeners` receive every event.
+    are dotted keys. Raises `UserError` for anything wrong with them. `listeners` receive every event, `progress` is
+    told how far whatever is long has come.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Trainer:
         root: str | Path = "runs",
         fresh: bool = False,
         listeners: Sequence[Listener] = (),
+        progress: Tell = silent,
         **keys: Any,
     ) -> None:
         if settings and keys:
@@ -64,7 +67,7 @@ class Trainer:
             named = {"data.train": data}
             settings = {**settings, **named} if isinstance(settings, Mapping) else [*settings, *_as_text(named)]
         self.resolved = resolve(source, settings)
-        self.root, self.fresh, self.listeners = Path(root), fresh, listeners
+        self.root, self.fresh, self.listeners, self.progress = Path(root), fresh, listeners, progress
         self.already_finished = False  # whether `fit` found the request answered by a finished run
 
     def fit(self) -> Run:
@@ -76,9 +79,9 @@ class Trainer:
         memory.require(self.resolved, world.size, world.local_size)
         request, known, self.already_finished = world.decide(self._look_up)
         if known is not None:
-            return resume(known, self.listeners)
-        corpus = setup.load_data(self.resolved.config, world=world)
-        settled, rate = setup.settle_all(self.resolved, corpus, world)
+            return resume(known, self.listeners, self.progress)
+        corpus = setup.load_data(self.resolved.config, world=world, progress=self.progress)
+        settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress)
         parts = setup.build(settled.config, corpus, world)
         meta = {
             "request": request,
@@ -90,13 +93,13 @@ class Trainer:
         run = world.decide(lambda: Run.create(self.root, settled.source))
         with world.holding(RunLock(run.lock)):
             world.decide(lambda: _write(run, settled, corpus, meta))
-            Session(run, settled, parts, self.listeners).train()
+            Session(run, settled, parts, self.listeners, self.progress).train()
         return run
 
     def _look_up(self) -> tuple[str, Run | None, bool]:
         """The hash of this request, the run that answers it if there is one, and whether that is finished."""
         data = self.resolved.config.data
-        content = data_fingerprint(data.train, data.eval)
+        content = data_fingerprint(data.train, data.eval, self.progress)
         if data.tokenizer != "bpe":
             content += Tokenizer.load(data.tokenizer).fingerprint
         request = request_hash(self.resolved, content)
@@ -115,7 +118,7 @@ def _write(run: Run, settled: Resolved, corpus: Corpus, meta: dict[str, Any]) ->
         raise
 
 
-def resume(run: Run, listeners: Sequence[Listener] = ()) -> Run:
+def resume(run: Run, listeners: Sequence[Listener] = (), progress: Tell = silent) -> Run:
     """Goes on with a run from its newest complete checkpoint (from the start if it has none).
 
     A finished run is returned as it is.
@@ -128,7 +131,7 @@ def resume(run: Run, listeners: Sequence[Listener] = ()) -> Run:
     with world.holding(RunLock(run.lock)):
         meta = run.read_meta()
         try:
-            corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer), world=world)
+            corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer), world=world, progress=progress)
         except UserError as error:
             if Path.cwd() == Path(meta["started_in"]):
                 raise
@@ -140,16 +143,18 @@ def resume(run: Run, listeners: Sequence[Listener] = ()) -> Run:
                 fix="restore the files, or start another: lumina train … --fresh",
             )
         parts = setup.build(setup.adapt(resolved.config, world), corpus, world)
-        Session(run, resolved, parts, listeners).train()
+        Session(run, resolved, parts, listeners, progress).train()
     return run
 
 
 class Session:
     """One attempt of a run: restores, steps to the end or to a stop request, and leaves everything saved."""
 
-    def __init__(self, run: Run, resolved: Resolved, parts: setup.Parts, listeners: Sequence[Listener]) -> None:
+    def __init__(
+        self, run: Run, resolved: Resolved, parts: setup.Parts, listeners: Sequence[Listener], told: Tell
+    ) -> None:
         self.run, self.config, self.parts, self.listeners = run, parts.config, parts, listeners
-        self.world = parts.world
+        self.world, self.told = parts.world, told
         self.source = resolved.source
         self.choices = {
             key: origin.removeprefix("resolved: ")
@@ -255,6 +260,7 @@ class Session:
             parts.precision,
             self.config.model.mod.capacity if self.config.model.mod else None,
             self.world,
+            self.told if self.world.main else silent,
         )
         seconds = time.perf_counter() - start
         self._emit(
@@ -323,7 +329,7 @@ class Session:
 
         Raises `UserError` if there are some and all are damaged: to begin again is for the user to say.
         """
-        found, skipped = store.newest(self.run.checkpoints, self.world)
+        found, skipped = store.newest(self.run.checkpoints, self.world, self.told)
         if found is None and skipped:
             reasons = [f"{path.name}: {reason}" for path, reason in skipped]
             raise UserError(
