@@ -37,6 +37,8 @@ TORCHLESS = [
     "lumina.events",
     "lumina.model.cost",
     "lumina.run.index",
+    "lumina.run.overview",
+    "lumina.training.doctor",
     "lumina.telemetry.console",
     "lumina.training.memory",
 ]

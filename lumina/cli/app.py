@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from lumina import __version__
-from lumina.cli import chat, demo, generate, presets, train
+from lumina.cli import chat, demo, doctor, generate, presets, runs, train
 from lumina.errors import UserError
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, USER_ERROR
 
@@ -21,8 +21,10 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "resume": train.resume,
     "generate": generate.generate,
-    "presets": presets.presets,
     "chat": chat.chat,
+    "runs": runs.runs,
+    "presets": presets.presets,
+    "doctor": doctor.doctor,
 }
 
 app = typer.Typer(

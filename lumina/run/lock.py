@@ -8,9 +8,11 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Self
+from typing import IO, Self
 
 from lumina.errors import UserError
+
+PATIENCE = 0.5  # seconds
 
 
 class RunLock:
@@ -24,15 +26,13 @@ class RunLock:
 
     def __enter__(self) -> Self:
         self._file = self.path.open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(self._file):
             holder = _describe(self.path)
             self._file.close()
             raise UserError(
                 f"{self.path.parent}: in use by {holder}",
                 fix="wait until it ends or stop it there with kill, or start another: lumina train … --fresh",
-            ) from None
+            )
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         return self
@@ -45,6 +45,31 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(content)
         self._file.flush()
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the run now. Looking takes a shared lock for an instant, which `RunLock` waits out."""
+    if not path.exists():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _take(file: IO[str]) -> bool:
+    """Tries for half a second: who only looks (`is_held`) is gone by then."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
 
 
 def _describe(path: Path) -> str:

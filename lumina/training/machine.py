@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,6 +15,7 @@ from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
+from lumina.training.doctor import cpu_name
 from lumina.training.precision import DTYPES
 
 MICRO_TOKENS = 8192  # a micro-batch's activations: larger gains nothing on a CPU and costs memory
@@ -129,7 +129,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 def facts(device: str) -> dict[str, Any]:
     """Names and versions for `meta.json`."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     return {
         "lumina": __version__,
         "torch": torch.__version__,
@@ -140,16 +140,6 @@ def facts(device: str) -> dict[str, Any]:
         "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
-
-
-def _cpu_name() -> str:
-    """The model of the CPU, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def memory_used(device: str) -> int:

@@ -1,0 +1,72 @@
+"""`lumina doctor`: what is true of this machine, and what is wrong, with what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lumina
+from lumina.cli import main
+from lumina.training import doctor
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_it_tells_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["problems"] == []
+    assert told["versions"]["torch"] == torch.__version__
+    assert told["versions"]["lumina"] == lumina.__version__
+    assert told["devices"]["cpu"]["cores_usable"] >= 1
+    assert told["memory"]["usable"] <= told["memory"]["total"]
+    assert set(told["choices"]) == {"parallel.device", "precision.mode", "model.moe.kernel", "train.compile"}
+    assert told["extras"]["dev"]["missing"] == []
+    assert Path("runs").exists() is False  # looking makes nothing
+
+
+def test_the_block_for_a_report_names_nobody(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.delenv("LUMINA_CACHE")
+    assert main(["doctor", "--md"]) in (0, 2)
+    said = capsys.readouterr().out
+    assert said.startswith("```\n")
+    assert said.endswith("```\n")
+    assert "somebody" not in said
+    assert "~/.cache/lumina" in said
+
+
+def test_a_missing_torch_is_the_first_thing_said(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None\nfrom lumina.cli import main; sys.exit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout.startswith("! torch")
+    assert "fix: install it" in done.stdout
+    assert "memory" in done.stdout  # the rest is told all the same
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LUMINA_CACHE", str(tmp_path / "file" / "cache"))
+    assert main(["doctor"]) == 2
+    said = capsys.readouterr().out
+    assert "(token cache) cannot be written" in said
+    assert "set LUMINA_CACHE" in said
+
+
+def test_little_disk_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(doctor, "LITTLE_DISK", 2**60)
+    assert main(["doctor"]) == 2
+    assert "MiB of disk are free" in capsys.readouterr().out
