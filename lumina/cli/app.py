@@ -12,11 +12,12 @@ from typing import Any
 import typer
 
 from lumina import __version__
-from lumina.cli import chat, demo, doctor, generate, presets, runs, train
+from lumina.cli import chat, config, demo, doctor, generate, presets, runs, train
 from lumina.errors import UserError
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, USER_ERROR
 
-VERBS: dict[str, Callable[..., None]] = {
+Verb = Callable[..., None]
+VERBS: dict[str, Verb | dict[str, Verb]] = {
     "demo": demo.demo,
     "train": train.train,
     "resume": train.resume,
@@ -24,8 +25,16 @@ VERBS: dict[str, Callable[..., None]] = {
     "chat": chat.chat,
     "runs": runs.runs,
     "presets": presets.presets,
+    "config": {
+        "show": config.show,
+        "check": config.check,
+        "schema": config.schema,
+        "reference": config.reference,
+    },
     "doctor": doctor.doctor,
 }
+
+GROUP_HELP = "Configurations: shown, checked, documented."
 
 app = typer.Typer(
     help="Train dense, MoE, MoD and hybrid language models.",
@@ -59,8 +68,14 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-for name, function in VERBS.items():
-    app.command(name)(_guarded(function))
+for name, verb in VERBS.items():
+    if isinstance(verb, dict):
+        group = typer.Typer(help=GROUP_HELP, no_args_is_help=True, rich_markup_mode=None)
+        for inner, function in verb.items():
+            group.command(inner)(_guarded(function))
+        app.add_typer(group, name=name)
+    else:
+        app.command(name)(_guarded(verb))
 
 
 @app.callback(invoke_without_command=True)

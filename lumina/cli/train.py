@@ -92,6 +92,8 @@ def fit(source: str, settings: list[str], root: Path, fresh: bool, voice: Voice)
     if trainer.resolved.dropped:
         keys = ", ".join(trainer.resolved.dropped)
         voice.say(f"note   a {config.model.kind} model has no {keys}: dropped from the preset")
+    for note in trainer.resolved.notes:
+        voice.say(f"note   {note}")
     voice.say(f"read   {', '.join((*config.data.train, *config.data.eval))}")
     run = _finish(trainer.fit, console, voice)
     if trainer.already_finished:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lumina.config import yaml12
+from lumina.config.migrations import current, migrate
 from lumina.config.names import kinds_of, known_keys, known_sections, suggestion
 from lumina.config.schema.model import KINDS
 from lumina.config.schema.train import LENGTHS
 from lumina.errors import UserError
 
 Values = dict[str, Any]
-SCHEMA_VERSION = 1
 COMMAND_LINE = "command line"
 
 
@@ -36,6 +36,7 @@ class File:
     layer: Layer
     name: str  # what a run of it is called
     extends: str
+    notes: tuple[str, ...]  # what a migration changed
 
 
 def presets() -> list[str]:
@@ -65,6 +66,8 @@ def read_file(path: Path) -> File:
             raise UserError("no sections in it", "write `train:` and below it, indented, `lr: 3e-4`")
         about = {key: content.pop(key) for key in ("schema_version", "preset", "extends") if key in content}
         values = flat(content)
+        version = about.get("schema_version", current())
+        notes = migrate(values, version)
     except OSError as error:
         fix = f"check the path, or name a preset: {', '.join(presets())}"
         raise UserError(f"{path}: cannot be read: {error.strerror}", fix) from error
@@ -72,12 +75,9 @@ def read_file(path: Path) -> File:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})", "save the file as UTF-8") from error
     except UserError as error:
         raise UserError(f"{path}: {error.message}", error.fix) from error
-    version = about.get("schema_version", SCHEMA_VERSION)
-    if version != SCHEMA_VERSION:
-        fix = f"this version of LuminaAI reads {SCHEMA_VERSION}; use the version that wrote the file"
-        raise UserError(f"{path}: schema_version is {version}", fix)
     name, extends = about.get("preset", path.stem), about.get("extends", "debug")
-    return File(Layer(f"file {path}", values), str(name), str(extends))
+    origin = f"file {path}" + (f", migrated from version {version}" if notes else "")
+    return File(Layer(origin, values), str(name), str(extends), tuple(f"{path}: {note}" for note in notes))
 
 
 def read_settings(settings: Sequence[str] | Mapping[str, Any], problems: list[str]) -> Layer:

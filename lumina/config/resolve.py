@@ -19,7 +19,6 @@ from typing import Any
 from lumina.config import yaml12
 from lumina.config.check import build
 from lumina.config.layers import (
-    SCHEMA_VERSION,
     Layer,
     drop_other_kinds,
     merge,
@@ -29,7 +28,8 @@ from lumina.config.layers import (
     read_settings,
     unknown,
 )
-from lumina.config.names import kinds_of, known_keys
+from lumina.config.migrations import current
+from lumina.config.names import kinds_of, known_keys, known_sections
 from lumina.config.schema.config import Config
 from lumina.config.schema.train import LENGTHS
 
@@ -45,6 +45,7 @@ class Resolved:
     dropped: dict[str, Any]  # keys that the preset lost to another `model.kind`
     source: str  # the preset's name or the file's: what the run folder is called
     request: dict[str, Any]  # the preset and the user's values, before anything machine-dependent
+    notes: tuple[str, ...] = ()  # what a migration changed
 
 
 def resolve(source: str | Path | None = None, settings: Sequence[str] | Mapping[str, Any] = ()) -> Resolved:
@@ -56,10 +57,11 @@ def resolve(source: str | Path | None = None, settings: Sequence[str] | Mapping[
     """
     problems: list[str] = []
     name = str(source or "debug")
+    notes: tuple[str, ...] = ()
     if name.endswith((".yaml", ".yml")) or "/" in name or os.sep in name:
         file = read_file(Path(name))
         preset, base, mine = read_preset(file.extends, wanted_by=name), file.extends, [file.layer]
-        name = file.name
+        name, notes = file.name, file.notes
     else:
         preset, base, mine = read_preset(name), name, []
     mine.append(read_settings(settings, problems))
@@ -69,7 +71,7 @@ def resolve(source: str | Path | None = None, settings: Sequence[str] | Mapping[
     config = build(values, origins, problems)
     flat = flatten(config)
     written = {key: flat[key] for layer in mine for key in layer.values if flat[key] is not None}
-    return Resolved(config, _complete(origins, flat), dropped, name, {"preset": base} | written)
+    return Resolved(config, _complete(origins, flat), dropped, name, {"preset": base} | written, notes)
 
 
 def settle(resolved: Resolved, choices: Mapping[str, tuple[Any, str]]) -> Resolved:
@@ -105,7 +107,7 @@ def request_hash(resolved: Resolved, data_fingerprint: str) -> str:
 
 def write(resolved: Resolved, path: Path) -> None:
     """Saves `config.yaml` in one move, each value with its origin as a comment; defaults have none."""
-    lines = [f"schema_version: {SCHEMA_VERSION}", f"preset: {yaml12.dump_value(resolved.source)}"]
+    lines = [f"schema_version: {current()}", f"preset: {yaml12.dump_value(resolved.source)}"]
     above: list[str] = []
     for key, value in flatten(resolved.config).items():
         if value is None:
@@ -127,13 +129,31 @@ def write(resolved: Resolved, path: Path) -> None:
 
 
 def read(path: Path) -> Resolved:
-    """The configuration of a run, equal to the one written. Raises `UserError` if missing or damaged."""
+    """The configuration of a run, equal to the one written, with the origins that stand beside its values.
+
+    Raises `UserError` if the file is missing or damaged.
+    """
     file = read_file(path)
     problems = unknown(file.layer)
     values, origins = merge([file.layer], problems)
     drop_other_kinds(values, Layer("default", {}), [file.layer], problems)
     config = build(values, origins, problems)
-    return Resolved(config, _complete(origins, flatten(config)), {}, file.name, {})
+    recorded = _recorded_origins(path.read_text(encoding="utf-8"))
+    return Resolved(config, _complete(recorded, flatten(config)), {}, file.name, {}, file.notes)
+
+
+def _recorded_origins(text: str) -> dict[str, str]:
+    """The comments that `write` left: each value's origin, if it is not a default."""
+    origins: dict[str, str] = {}
+    sections: list[str] = []
+    for line in text.splitlines():
+        name, _, rest = line.strip().partition(":")
+        key = ".".join([*sections[: (len(line) - len(line.lstrip())) // 2], name])
+        if key in known_sections():
+            sections = key.split(".")
+        elif "  # " in rest:
+            origins[key] = rest.rpartition("  # ")[2]
+    return origins
 
 
 def _complete(origins: Mapping[str, str], flat: Mapping[str, Any]) -> dict[str, str]:
