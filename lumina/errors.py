@@ -22,6 +22,6 @@ class UserError(Exception):
         return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
 
     @classmethod
-    def collect(cls, problems: Sequence[str], title: str) -> UserError:
+    def collect(cls, problems: Sequence[str], title: str, fix: str = "") -> UserError:
         """All problems in one error, so that nobody mends them one run at a time."""
-        return cls("\n".join([f"{title}:", *(f"  - {problem}" for problem in problems)]))
+        return cls("\n".join([f"{title}:", *(f"  - {problem}" for problem in problems)]), fix)

@@ -50,6 +50,7 @@ def document(run: Run, prompt: str, max_tokens: int, seed: int, sampling: dict[s
     model = load(run)
     text, reason = _collect(model.stream(prompt, max_tokens, seed=seed, **sampling), lambda piece: None)
     origin = {"run": str(run.path), "step": model.step, "skipped": model.skipped}
+    origin["left_out"] = model.left_out(prompt, max_tokens)
     return {**origin, "prompt": prompt, "text": text, "reason": reason, "seed": seed, **sampling}
 
 
@@ -63,6 +64,9 @@ def write(run: Run, prompt: str, max_tokens: int, seed: int, sampling: dict[str,
     if not quiet:
         typer.echo(f"step {model.step} of {run.path}", err=True)
     pieces = model.stream(prompt, max_tokens, seed=seed, **sampling)
+    if left_out := model.left_out(prompt, max_tokens):
+        context = model.transformer.config.seq_len
+        typer.echo(f"! the first {left_out} tokens are left out: the context is {context} tokens", err=True)
     _write(prompt)
     _, reason = _collect(pieces, _write)
     _write("\n")

@@ -59,7 +59,8 @@ def raise_problems(problems: Sequence[str]) -> None:
         shown = list(problems[:MAX_PROBLEMS])
         if len(problems) >= MAX_PROBLEMS:
             shown.append("… reading stopped here; there may be more")
-        raise UserError.collect(shown, "the data cannot be read")
+        fix = "mend these or leave them out of data.train and data.eval"
+        raise UserError.collect(shown, "the data cannot be read", fix)
 
 
 def find_files(specs: Sequence[str], problems: list[str], seen: dict[str, str] | None = None) -> list[DataFile]:

@@ -58,6 +58,10 @@ class Model:
         context = self.transformer.config.seq_len
         return context - min(max_tokens, context // 2)
 
+    def left_out(self, prompt: str, max_tokens: int) -> int:
+        """How many tokens at the start of a prompt do not fit and are not read."""
+        return max(0, len(self.encode(prompt)) - self.prompt_room(max_tokens))
+
     def new_cache(self) -> Cache:
         return Cache(self.transformer.config, batch=1, like=self.transformer.embed.weight)
 

@@ -113,8 +113,11 @@ def _write(run: Run, settled: Resolved, corpus: Corpus, meta: dict[str, Any]) ->
         write(settled, run.config)
         corpus.tokenizer.save(run.tokenizer)
         run.write_meta(meta)
-    except BaseException:  # half a folder is no run: nobody could go on with it
+    except BaseException as error:  # half a folder is no run: nobody could go on with it
         shutil.rmtree(run.path, ignore_errors=True)
+        if isinstance(error, OSError):
+            fix = "free space there, or choose another folder with --root"
+            raise UserError(f"{run.path}: the run cannot be written: {error.strerror}", fix) from error
         raise
 
 

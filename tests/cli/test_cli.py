@@ -72,40 +72,6 @@ def test_a_full_context_is_said(trained: str, capsys: pytest.CaptureFixture[str]
     assert "context of 64 tokens is full" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "needles"),
-    [
-        (
-            ["train", "tiny", "lr=1", "trian.steps=2", "model.heads=3"],
-            ["train.lr", "train.steps", "kv_heads"],
-        ),
-        (["train", "nothing"], ["unknown preset", "tiny"]),
-        (["train", "missing.yaml"], ["missing.yaml"]),
-        (["train", "tiny", "data.train=missing.txt"], ["missing.txt"]),
-        (["train", "tiny", "data.train=empty.txt"], ["empty.txt"]),
-        (["train", "tiny", "data.train=latin1.txt"], ["latin1.txt", "UTF-8"]),
-        (["train", "tiny", "data.train=short.txt"], ["sequence"]),
-        (["train", "tiny", "data.train=bad.jsonl"], ["bad.jsonl:2"]),
-        (["train", "tiny", "data.train=text.txt", "data.tokenizer=no.json"], ["no.json"]),
-        (["train", "tiny", "model.moe.top_k=1"], ["top_k", "gradient"]),
-        (["train", "tiny", "train.batch_tokens=500"], ["448", "512"]),
-        (["train", "tiny", "parallel.device=cuda"], ["cuda"]),
-        (["train", "tiny", "model.kind=dense", "model.moe.experts=4"], ["model.moe.experts"]),
-        (["resume", "runs/none"], ["runs/none", "no such run"]),
-        (["generate", "none", "-p", "x"], ["no such run"]),
-    ],
-    ids=lambda value: " ".join(value[1:3]) if isinstance(value, list) else "",
-)
-def test_bad_input(arguments: list[str], needles: list[str], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "empty.txt").touch()
-    (here / "latin1.txt").write_bytes("déjà vu\n".encode("latin-1") * 50)
-    (here / "short.txt").write_text("too short\n")
-    (here / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    message = error(capsys, *arguments)
-    assert all(needle in message for needle in needles), message
-    assert not (here / "runs").exists()  # nothing half-written
-
-
 def test_wrong_options_are_user_errors_too(trained: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert error(capsys, "generate", trained, "-p", "x", "--top-p", "2").count("top_p") == 1
     assert "not UTF-8 text at character 3" in error(capsys, "generate", trained, "-p", "ab\udcff")
