@@ -6,13 +6,14 @@ from pathlib import Path
 
 import psutil
 
-from lumina.config.resolve import Resolved, presets, resolve
+from lumina.config.resolve import Resolved, flatten, presets, resolve
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.model.cost import StateBytes, state_bytes
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-SHAPE = ("model.vocab", "model.width", "model.layers", "model.ffn", "model.heads", "model.moe.experts", "model.moe.ffn")
+SHAPE = ("vocab", "width", "layers", "ffn", "heads", "kv_heads", "head_dim", "moe.experts", "moe.ffn", "moe.shared")
+SAME = ("model.kind", "train.optimizer", "precision.mode", "parallel.device")  # what a smaller preset keeps
 GIB = 2**30
 
 
@@ -51,18 +52,40 @@ def require(resolved: Resolved, processes: int = 1, local: int = 1) -> None:
     if fits(config, processes, local):
         return
     need, have = needed(config, processes, local), usable(config.parallel.device)
-    others = {name: resolve(name, {"model.kind": kind}).config for name in presets()}
-    fitting = {name: needed(other).total for name, other in others.items() if fits(other, processes, local)}
-    own = [f"{key}={value}" for key in SHAPE if (value := resolved.request.get(key)) is not None]
+    own, smaller = _enlarged(resolved), _largest_that_fits(config, processes, local)
     ways = [f"make {', '.join(own)} smaller"] if own else []
-    ways += [f"train the preset {max(fitting, key=fitting.__getitem__)}, which fits"] if fitting else []
+    ways += [f"`lumina train {smaller}` fits"] if smaller else []
     ways += ["share the model among more machines or GPUs with torchrun", "see `lumina presets`"]
+    share = f" (this machine's or GPU's share of {processes} processes)" if processes > 1 else ""
     raise UserError(
         f"this {kind} model does not fit: {need.weights / GIB:.1f} GiB of weights, {need.gradients / GIB:.1f} of "
-        f"gradients and {need.moments / GIB:.1f} of optimizer state are {need.total / GIB:.1f} GiB before any "
+        f"gradients and {need.moments / GIB:.1f} of optimizer state{share} are {need.total / GIB:.1f} GiB before any "
         f"activation; here are {have / GIB:.1f} GiB",
         fix="; or ".join(ways[:-1]) + f"; {ways[-1]}",
     )
+
+
+def _enlarged(resolved: Resolved) -> list[str]:
+    """The user's own `key=value` that make the model larger than its preset is."""
+    base = resolved.request.get("preset")  # a run's saved configuration has none
+    if base is None:
+        return []
+    preset = flatten(resolve(base, {"model.kind": resolved.config.model.kind}).config)
+    mine = {key: resolved.request[key] for key in (f"model.{name}" for name in SHAPE) if key in resolved.request}
+    return [f"{key}={value}" for key, value in mine.items() if value > preset[key]]
+
+
+def _largest_that_fits(config: Config, processes: int, local: int) -> str:
+    """The largest preset that fits as this kind, with the same optimizer, precision and device: as `train` wants it."""
+    flat = flatten(config)
+    fitting = {}
+    for name in presets():
+        other = resolve(name, {key: flat[key] for key in SAME}).config
+        if fits(other, processes, local):
+            own_kind = resolve(name).config.model.kind == config.model.kind
+            command = name if own_kind else f"{name} model.kind={config.model.kind}"
+            fitting[command] = needed(other, processes, local).total
+    return max(fitting, key=fitting.__getitem__, default="")
 
 
 def _is_cuda(device: str) -> bool:
