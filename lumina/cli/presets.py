@@ -11,7 +11,9 @@ from lumina.cli.output import Json, print_json, print_table
 
 
 def presets(
-    name: Annotated[str | None, typer.Argument(help="One preset, in all four kinds.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One preset: its shape, in all four kinds.", show_default=False)
+    ] = None,
     kind: Annotated[str | None, typer.Option(help="dense, moe, mod or hybrid, not the preset's own.")] = None,
     json: Json = False,
 ) -> None:
@@ -25,12 +27,28 @@ def presets(
     from lumina.telemetry.figures import count, size
     from lumina.training.memory import usable
 
-    chosen = [(name, each) for each in KINDS] if name else [(each, kind) for each in names()]
+    kinds = [kind] if kind else KINDS
+    chosen = [(name, each) for each in kinds] if name else [(each, kind) for each in names()]
     rows = sorted((_row(*pair) for pair in chosen), key=lambda row: row["active"])
     if json:
         print_json(rows)
         return
-    header = ["preset", "kind", "total", "active", "mean", "FLOP a token", "weights", "grads + optimizer", "KV a token"]
+    if name:
+        keys = list(dict.fromkeys(key for row in rows for key in row["model"] if key != "kind"))
+        shapes = [[key, *(str(row["model"].get(key, "-")) for row in rows)] for key in keys]
+        print_table(["model.", *(row["kind"] for row in rows)], shapes)
+        typer.echo()
+    header = [
+        "preset",
+        "kind",
+        "total",
+        "active",
+        "mean",
+        "FLOP a trained token",
+        "weights",
+        "grads + optimizer",
+        "KV a token",
+    ]
     table = [
         [
             row["preset"],
@@ -46,7 +64,7 @@ def presets(
 
 
 def _row(name: str, kind: str | None) -> dict[str, Any]:
-    from lumina.config.resolve import resolve
+    from lumina.config.resolve import flatten, resolve
     from lumina.model.cost import count, state_bytes
     from lumina.training.memory import usable
 
@@ -61,5 +79,5 @@ def _row(name: str, kind: str | None) -> dict[str, Any]:
         **asdict(state),
         "grads_and_optimizer": state.gradients + state.moments,
         "fits": state.total <= usable(),
-        "model": config.model.model_dump(mode="json"),
+        "model": {key.removeprefix("model."): v for key, v in flatten(config).items() if key.startswith("model.")},
     }

@@ -28,6 +28,26 @@ def test_one_preset_is_listed_in_all_kinds_and_for_programs(capsys: pytest.Captu
     assert dense["kv_bytes"] == 36 * 2 * 8 * 128 * 4 * 4096
 
 
+def test_a_kind_is_shown_with_what_it_has_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets", "b7", "--json", "--kind", "moe"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["kind"] == row["model"]["kind"] == "moe"
+    assert row["model"]["moe.experts"] == 32
+    assert not {"ffn", "mod.capacity"} & set(row["model"])
+    assert main(["presets", "b7"]) == 0
+    shapes = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shapes[0] == ["model.", "dense", "moe", "mod", "hybrid"]
+    assert ["ffn", "11776", "-", "11776", "-"] in shapes
+    assert ["moe.experts", "-", "32", "-", "32"] in shapes
+
+
+def test_every_preset_as_one_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets", "--kind", "dense", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["preset"] for row in rows] == presets()
+    assert {row["kind"] for row in rows} == {"dense"}
+
+
 def test_wrong_names_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets", "b8"]) == 2
     assert "unknown preset 'b8'" in capsys.readouterr().err
