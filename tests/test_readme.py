@@ -11,7 +11,7 @@ from support import write_text
 
 from lumina.cli import main
 from lumina.cli.app import VERBS
-from lumina.config.resolve import resolve
+from lumina.config.resolve import presets, resolve
 from lumina.errors import UserError
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -54,8 +54,7 @@ def test_the_error_shown_is_the_error_printed(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_presets_named_exist() -> None:
-    for preset in ("tiny", "debug"):
-        assert f"`{preset}`" in README
-        resolve(preset)
+    (named,) = re.findall(r"^Presets, smallest first: (.*?)\. ", README, re.M)
+    assert re.findall(r"`(\w+)`", named) == presets()
     with pytest.raises(UserError):
         resolve("large")
