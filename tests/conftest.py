@@ -8,6 +8,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: more would spin on busy cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
