@@ -45,10 +45,8 @@ def main(repeats: int) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 first, median, memory = measure(keys, Path(folder))
             plain = plain or median
-            print(
-                f"{repeat} {name:17} step {median:.3f}s  ratio {median / plain:.3f}  {memory:5.0f} MiB  first {first:.1f}s",
-                flush=True,
-            )
+            figures = f"step {median:.3f}s  ratio {median / plain:.3f}  {memory:5.0f} MiB  first {first:.1f}s"
+            print(f"{repeat} {name:17} {figures}", flush=True)
 
 
 if __name__ == "__main__":
