@@ -3,4 +3,4 @@
 # sequences (train.batch_tokens / model.seq_len).
 #   sh examples/two_processes.sh tiny train.steps=20
 set -eu
-torchrun --standalone --nproc-per-node 2 -m lumina train "$@"
+exec torchrun --standalone --nproc-per-node 2 -m lumina train "$@"

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from lumina.cli.options import MaxTokens, RunName, Seed, Temperature, TopK, TopP
-from lumina.cli.output import Json, print_json
+from lumina.cli.output import Json, print_json, print_piece
 from lumina.cli.train import Root
 from lumina.errors import UserError
 
@@ -47,7 +47,7 @@ def chat(
     model = load(found)
     conversation = Conversation(model, sampler, max_tokens, seed)
     if prompt is None:
-        Chat(found, conversation, _reader(), _write, _say, sys.stdin.isatty()).loop()
+        Chat(found, conversation, _reader(), print_piece, _say, sys.stdin.isatty()).loop()
     elif json:
         answer = conversation.answer(prompt, lambda piece: None)
         origin = {"run": str(found.path), "step": model.step, "skipped": model.skipped, "prompt": prompt}
@@ -55,8 +55,8 @@ def chat(
     else:
         for line in introduction(found, model):
             _say(line)
-        answer = conversation.answer(prompt, _write)
-        _write("\n")
+        answer = conversation.answer(prompt, print_piece)
+        print_piece("\n")
         for note in notes(answer, conversation):
             _say(note)
 
@@ -70,13 +70,6 @@ def _reader() -> Callable[[], str]:
     with suppress(ImportError):
         import readline  # noqa: F401  # `input` uses it
     return lambda: input("> " if sys.stdout.isatty() else "")
-
-
-def _write(piece: str) -> None:
-    from lumina.inference.chat import visible
-
-    sys.stdout.write(visible(piece) if sys.stdout.isatty() else piece)
-    sys.stdout.flush()
 
 
 def _say(line: str) -> None:

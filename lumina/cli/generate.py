@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lumina.cli.options import MaxTokens, RunName, Seed, Temperature, TopK, TopP
-from lumina.cli.output import Json, print_json
+from lumina.cli.output import Json, print_json, print_piece
 from lumina.cli.train import Root
 
 if TYPE_CHECKING:
@@ -67,9 +66,9 @@ def write(run: Run, prompt: str, max_tokens: int, seed: int, sampling: dict[str,
     if left_out := model.left_out(prompt, max_tokens):
         context = model.transformer.config.seq_len
         typer.echo(f"! the first {left_out} tokens are left out: the context is {context} tokens", err=True)
-    _write(prompt)
-    _, reason = _collect(pieces, _write)
-    _write("\n")
+    print_piece(prompt)
+    _, reason = _collect(pieces, print_piece)
+    print_piece("\n")
     if reason == "context":
         typer.echo(f"stopped: the context of {model.transformer.config.seq_len} tokens is full", err=True)
 
@@ -84,8 +83,3 @@ def _collect(pieces: Generator[str, None, str], show: Callable[[str], None]) -> 
             return text, str(end.value)
         text += piece
         show(piece)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

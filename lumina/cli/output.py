@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -14,6 +15,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 def print_json(value: Any, indent: int | None = 2) -> None:
     """One document on standard output."""
     typer.echo(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))
+
+
+def print_piece(text: str) -> None:
+    """Text of a model or for it, as it comes; a terminal is not sent control characters."""
+    from lumina.inference.chat import visible
+
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:

@@ -76,7 +76,7 @@ class Trainer:
         Started by torchrun, all its processes call this; listeners hear of it in the main process only.
         """
         world = join()
-        memory.require(self.resolved, world.size, world.local_size)
+        world.decide(lambda: memory.require(self.resolved, world.size, world.local_size))
         request, known, self.already_finished = world.decide(self._look_up)
         if known is not None:
             return resume(known, self.listeners, self.progress)
@@ -130,7 +130,7 @@ def resume(run: Run, listeners: Sequence[Listener] = (), progress: Tell = silent
     if world.decide(lambda: run.finished):
         return run
     resolved = read(run.config)
-    memory.require(resolved, world.size, world.local_size)
+    world.decide(lambda: memory.require(resolved, world.size, world.local_size))
     with world.holding(RunLock(run.lock)):
         meta = run.read_meta()
         try:

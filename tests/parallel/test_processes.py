@@ -90,12 +90,14 @@ def test_two_processes_train_as_one_does_and_each_goes_on_with_the_others_checkp
         assert last["parent_step"] == 10
 
 
-def test_a_signal_to_torchrun_saves_in_all_and_says_it_once(tmp_path: Path) -> None:
+def test_the_example_runs_and_a_signal_saves_in_all_and_is_said_once(tmp_path: Path) -> None:
     write_text(tmp_path)
     keys = ["data.train=text.txt", "train.steps=100000", "checkpoint.every=0"]
+    script = Path(__file__).parents[2] / "examples" / "two_processes.sh"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
-        [*TORCHRUN, "2", "-m", "lumina", "train", "tiny", *keys],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ["sh", str(script), "tiny", *keys],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PATH": path},
     )  # fmt: skip
     for _ in range(600):
         if any('"t":"step"' in log.read_text() for log in tmp_path.glob("runs/*/events.jsonl")):

@@ -68,6 +68,7 @@ def train(root: Path, text: Path) -> list[Run]:
     runs = []
     for i, kind in enumerate(KINDS):
         keys = {"data.train": str(text), "model.kind": kind, "train.optimizer": ("muon", "adamw")[i % 2], **EXTRA}
+        keys["train.recompute"] = ("none", "full", "selective", "full")[i]
         runs.append(Trainer("tiny", keys, root=root / kind).fit())
     return runs
 
