@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from support import settings
 
-from lumina.config.resolve import resolve
+from lumina.config.resolve import read, resolve
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
+from lumina.telemetry.console import Console
 from lumina.training import machine
+from lumina.training.trainer import Trainer
 
 
 def config(**keys: Any) -> Config:
@@ -48,3 +52,16 @@ def test_compiling_is_for_long_runs_and_says_why(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(machine, "compiler_missing", lambda device: "a C++ compiler")
     assert machine.choose_compile(config(), 10**9, 1e6, flops) == ("off", "there is no C++ compiler here")
     assert machine.choose(config(), ALONE).keys().isdisjoint({"train.compile"})
+
+
+def test_the_decision_to_compile_is_printed_and_stored(tmp_path: Path) -> None:
+    said: list[str] = []
+    keys = settings(tmp_path) | {"train.compile": "auto", "train.steps": 2, "checkpoint.every": 0}
+    run = Trainer("tiny", root=tmp_path / "runs", listeners=[Console(show=said.append)], **keys).fit()
+    (started,) = [event for event in run.events() if event["t"] == "run"]
+    why = started["choices"]["train.compile"]
+    assert started["compile"] == "off"
+    assert "compiling pays from" in why
+    assert f"       compile off: {why}" in said
+    assert f"  compile: off  # resolved: {why}" in run.config.read_text()
+    assert read(run.config).origins["train.compile"] == f"resolved: {why}"
