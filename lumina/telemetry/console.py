@@ -21,7 +21,8 @@ from lumina.telemetry.figures import count, duration, size
 Event = dict[str, Any]
 Show = Callable[[str], None]
 
-LONG = 2.0  # seconds after which one wants to know how far it is
+LONG = 2.0  # seconds after which a person at a terminal wants to know how far it is
+LONG_IN_A_LOG = 10.0  # and after which it is worth a line in a log
 REFRESH = 0.2  # seconds between two drawings of the status line
 BAR = 24  # characters
 
@@ -192,7 +193,7 @@ class Console:
 
 
 class Long:
-    """What takes longer than two seconds: a bar on a terminal, elsewhere a line when it is long and one at its end."""
+    """What takes longer than two seconds: a bar on a terminal; elsewhere, past ten, a line and one at its end."""
 
     def __init__(self, screen: Screen | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.screen, self.clock = screen, clock
@@ -203,7 +204,7 @@ class Long:
         if what != self.what or done == 0:
             self.what, self.start, self.said = what, now, False
         seconds = now - self.start
-        if self.screen is None or seconds < LONG:
+        if self.screen is None or seconds < (LONG if self.screen.live else LONG_IN_A_LOG):
             return
         if done >= total:
             self.what = ""
