@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from support import debug_made_tiny, write_text
 
 import lumina
 from lumina.cli import main
-from lumina.cli.app import VERBS
 from lumina.config.resolve import flatten, resolve
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -141,14 +139,6 @@ def test_compare_runs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert rows["memory, GiB (largest)"] == "50.00"
     assert rows["steps · tokens"] == "50 · 76,250"
     assert rows["held-out bits per byte"] == "2.0000 at step 10"
-
-
-def test_two_processes_is_a_script_that_trains() -> None:
-    """Parsed only; tests of training on two processes run it."""
-    script = EXAMPLES / "two_processes.sh"
-    subprocess.run(["sh", "-n", str(script)], check=True)
-    assert re.search(r'^torchrun --standalone --nproc-per-node 2 -m lumina train "\$@"$', script.read_text(), re.M)
-    assert "train" in VERBS
 
 
 def test_the_table_names_every_example() -> None:

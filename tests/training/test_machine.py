@@ -13,7 +13,7 @@ from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
 from lumina.telemetry.console import Console
-from lumina.training import machine
+from lumina.training import machine, setup
 from lumina.training.trainer import Trainer
 
 
@@ -65,3 +65,11 @@ def test_the_decision_to_compile_is_printed_and_stored(tmp_path: Path) -> None:
     assert f"       compile off: {why}" in said
     assert f"  compile: off  # resolved: {why}" in run.config.read_text()
     assert read(run.config).origins["train.compile"] == f"resolved: {why}"
+
+
+def test_a_run_that_goes_on_with_more_processes_takes_no_more_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "usable_cores", lambda: 8)
+    settled = config(**{"parallel.threads": 8})
+    threads = [setup.adapt(settled, World(0, n, 0, n)).parallel.threads for n in (1, 2, 16)]
+    assert threads == [8, 4, 1]
+    assert setup.adapt(config(**{"parallel.threads": 2}), World(0, 2, 0, 2)).parallel.threads == 2

@@ -84,6 +84,8 @@ def test_weights_and_moments_have_the_formats_of_the_table(mode: str, dtype: tor
     moments = {name: t.dtype for name, t in parts.optimizer.tensors().items() if not name.startswith("loss_scale")}
     assert set(moments.values()) == {dtype}
     assert (parts.optimizer.loss_scale is not None) == (mode == "fp16")
+    saved = {"loss_scale", "loss_scale.good_steps"} & parts.optimizer.tensors().keys()
+    assert len(saved) == (2 if mode == "fp16" else 0)
 
 
 def test_evaluation_has_its_own_format(tmp_path: Path) -> None:
