@@ -141,10 +141,11 @@ class Console:
         if data.get("rebuilt"):
             self.write(f"! the token cache was damaged and is rebuilt: {data['rebuilt']}")
         processes = f"{event['processes']} processes of " if event["processes"] > 1 else ""
+        threads = "thread" if event["threads"] == 1 else "threads"
         same = event["precision"].removesuffix("_pure") == event["precision_eval"]
         evaluated = "" if same else f" (evaluated in {event['precision_eval']})"
         self.write(
-            f"here   {event['machine']['device_name']} ({event['device']}), {processes}{event['threads']} threads, "
+            f"here   {event['machine']['device_name']} ({event['device']}), {processes}{event['threads']} {threads}, "
             f"{event['precision']}{evaluated}, matmul {count(event['matmul_flops'])}FLOP/s"
         )
         if why := event["choices"].get("train.compile"):

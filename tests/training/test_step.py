@@ -10,7 +10,7 @@ from lumina.config.resolve import resolve
 from lumina.data.loader import Batch
 from lumina.model.transformer import Transformer
 from lumina.training.optim import Optimizer
-from lumina.training.precision import Precision
+from lumina.training.precision import LossScale, Precision
 from lumina.training.step import METRICS, Step, train_step
 
 FP32 = Precision("fp32", "fp32", "cpu")
@@ -105,3 +105,21 @@ def test_bf16_trains_on_fp32_weights() -> None:
     )
     assert all(p.dtype == torch.float32 and p.grad is not None for p in model.parameters())
     assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+
+
+def test_scaled_losses_give_the_gradients_of_unscaled_ones() -> None:
+    gradients: dict[str, dict[str, torch.Tensor]] = {}
+    for mode in ("fp32", "fp16"):
+        model = Transformer(model_config("hybrid"))
+        with torch.no_grad():
+            for router in model.routers:
+                router.predictor.bias.add_(0.5)
+        scale = LossScale("cpu") if mode == "fp16" else None
+        optimizer = Optimizer(model, resolve("tiny").config.train, loss_scale=scale)
+        metrics = train_step(
+            model, optimizer, batch(), 1e-3, Step(2, 1e9, 1e-3, 0.0), Precision(mode, mode, "cpu"), freeze_bias=False
+        )
+        assert dict(zip(METRICS, metrics.tolist(), strict=True))["loss_scale"] == (2.0**16 if scale else 1.0)
+        gradients[mode] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, want in gradients["fp32"].items():
+        assert (gradients["fp16"][name] - want).norm() <= 0.05 * want.norm(), name
