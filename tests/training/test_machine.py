@@ -73,3 +73,10 @@ def test_a_run_that_goes_on_with_more_processes_takes_no_more_cores(monkeypatch:
     threads = [setup.adapt(settled, World(0, n, 0, n)).parallel.threads for n in (1, 2, 16)]
     assert threads == [8, 4, 1]
     assert setup.adapt(config(**{"parallel.threads": 2}), World(0, 2, 0, 2)).parallel.threads == 2
+
+
+def test_a_step_has_as_many_micro_batches_as_were_asked_for(tmp_path: Path) -> None:
+    resolved = resolve("tiny", settings(tmp_path, train__micro_batch=2))
+    corpus = setup.load_data(resolved.config)
+    settled = setup.settle_all(resolved, corpus)[0].config
+    assert setup.build(settled, corpus).plan.micro_batches == 4  # of two sequences each
