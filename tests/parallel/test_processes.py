@@ -78,8 +78,8 @@ def test_two_processes_train_as_one_does_and_each_goes_on_with_the_others_checkp
         assert losses(two, "eval") == pytest.approx(losses(one, "eval"), abs=1e-4)
         for want, got in zip(*([e for e in run.events() if e["t"] == "eval"] for run in (one, two)), strict=True):
             assert got["heldout_tokens"] == want["heldout_tokens"]
-            assert got["bpb"] == pytest.approx(want["bpb"], abs=1e-4)
-            assert got["mod_capacity"] == pytest.approx(want["mod_capacity"], abs=1e-3)
+            assert got["bpb"] == pytest.approx(want["bpb"], rel=2e-4)
+            assert got["mod_capacity"] == pytest.approx(want["mod_capacity"], abs=5e-3)
         (started,) = [event for event in two.events() if event["t"] == "run"]
         assert started["processes"] == 2
 
