@@ -226,7 +226,14 @@ class Optimizer:
 
 
 def gradient_norm(gradients: list[Tensor], world: World = ALONE) -> Tensor:
-    """The global L2 norm, in fp32, on the device; `gradients` are this process's parts of them."""
-    norms = torch._foreach_norm(gradients)
-    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
-    return total if world.size == 1 else world.sum(total.square()).sqrt()
+    """The global L2 norm, in fp32, on the device; `gradients` are this process's parts of them.
+
+    Row by row in fp32, for rows are never divided, and over the rows in fp64: so the norm, and with it the clipped
+    step, is the same to the bit for any number of processes. (Muon turns the last bit of a gradient into a digit of
+    bf16.)
+    """
+    wide = torch.float32 if gradients[0].device.type == "mps" else torch.float64
+    rows = [g.flatten(1) if g.ndim > 1 else g.unsqueeze(1) for g in gradients]
+    norms = torch.cat([torch.linalg.vector_norm(row, dim=1, dtype=torch.float32) for row in rows])
+    total: Tensor = torch.linalg.vector_norm(norms, dtype=wide)
+    return (total if world.size == 1 else world.sum(total.square()).sqrt()).float()

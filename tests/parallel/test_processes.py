@@ -74,6 +74,7 @@ def test_two_processes_train_as_one_does_and_each_goes_on_with_the_others_checkp
     by_one = worker.train(tmp_path / "1", text)
     for one, two in zip(by_one, by_two, strict=True):
         assert len(losses(one)) == len(losses(two)) == 20
+        # On the machines where this was written they are equal to the bit; another's kernels may round otherwise.
         assert losses(two) == pytest.approx(losses(one), abs=1e-4), one.path
         assert losses(two, "eval") == pytest.approx(losses(one, "eval"), abs=1e-4)
         for want, got in zip(*([e for e in run.events() if e["t"] == "eval"] for run in (one, two)), strict=True):

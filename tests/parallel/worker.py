@@ -28,7 +28,14 @@ from lumina.training.trainer import Trainer, resume
 
 KINDS = ("dense", "moe", "mod", "hybrid")
 CASES = [(kind, "muon") for kind in KINDS] + [("hybrid", "adamw")]
-EXTRA = {"train.steps": 20, "checkpoint.every": 10, "checkpoint.keep_last": 9, "train.eval_every": 10}
+# Micro-batches of four: one process adds up the same two halves that two processes do.
+EXTRA = {
+    "train.steps": 20,
+    "train.micro_batch": 4,
+    "checkpoint.every": 10,
+    "checkpoint.keep_last": 9,
+    "train.eval_every": 10,
+}
 
 
 def request(kind: str, optimizer: str) -> Resolved:
