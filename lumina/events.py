@@ -94,7 +94,7 @@ def read_events(path: Path) -> Iterator[Event]:
     attempt, torn = -1, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            event = _parse(line)
+            event = parse(line)
             if event is None:
                 torn = torn or number
                 continue
@@ -110,7 +110,7 @@ def read_events(path: Path) -> Iterator[Event]:
 def last_event(path: Path) -> Event | None:
     """The last whole event, found from the end of the log; None if there is none."""
     lines = path.read_bytes().splitlines() if path.exists() else []
-    return next((event for line in reversed(lines) if (event := _parse(line)) is not None), None)
+    return next((event for line in reversed(lines) if (event := parse(line)) is not None), None)
 
 
 def merged(events: Iterable[Event]) -> list[Event]:
@@ -165,7 +165,7 @@ def _decode(value: Any) -> Any:
     return [_decode(item) for item in value] if isinstance(value, list) else value
 
 
-def _parse(line: bytes) -> Event | None:
+def parse(line: bytes) -> Event | None:
     """The event on this line, or None if it holds none. The torn beginning of one never parses."""
     try:
         event = json.loads(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,10 +29,15 @@ def doctor(
         print_json(report)
     else:
         lines = _lines(report)
-        home = str(Path.home())
-        typer.echo("\n".join(["```", *lines, "```"] if md else lines).replace(home, "~"))
+        typer.echo(_nameless("\n".join(["```", *lines, "```"] if md else lines)))
     if not usable_here(report):
         raise typer.Exit(USER_ERROR)
+
+
+def _nameless(text: str) -> str:
+    """The home folder as ~: reports are public. A root as home names nobody, and is in every path."""
+    home = str(Path.home())
+    return text if home == "/" else re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
 
 
 def _lines(report: dict[str, Any]) -> list[str]:
@@ -44,7 +50,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
     if "cpu" in report["devices"]:
         cpu = report["devices"]["cpu"]
         cores = f"{cpu['cores_usable']} of {system['cores']} cores usable"
-        lines.append(f"cpu       {system['cpu']}, {cores}, {' '.join(cpu['features']) or 'no vector extensions'}")
+        lines.append(f"cpu       {system['cpu']}, {cores}, {' '.join(cpu['features']) or 'neither AVX nor AMX'}")
     limit = "" if memory["usable"] == memory["total"] else f", this container may use {size(memory['usable'])}"
     lines.append(f"memory    {size(memory['total'])}, {size(memory['available'])} free{limit}")
     for gpu in report["devices"].get("cuda", []):

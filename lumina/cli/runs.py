@@ -35,7 +35,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     from lumina.telemetry.figures import count, duration
 
     def shown(key: str, form: str) -> str:
-        return "-" if row[key] is None else form.format(row[key])
+        return "-" if row[key] is None else form.format(float(row[key]))
 
     steps = row["steps"]
     return [

@@ -1,15 +1,14 @@
-"""What a list of runs says of each: read from its folder alone, without torch, in one pass over its log."""
+"""What a list of runs says of each: read from its folder alone, without torch; of its steps only the last is parsed."""
 
 from __future__ import annotations
 
-import json
+import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lumina.errors import UserError
-from lumina.events import Event, merged
+from lumina.events import Event, merged, parse
 from lumina.run.folder import Run, missing
 from lumina.run.lock import is_held
 
@@ -19,34 +18,47 @@ STEP = b'{"t":"step"'  # almost every line of a log; only the last one counts
 def overview(root: Path) -> list[dict[str, Any]]:
     """Every run below `root`, newest first, as plain values; damaged ones last, with what is wrong."""
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    rows = [_row(Run(path)) for path in folders if len(missing(path)) < 2]
+    rows = [_row(Run(path)) for path in folders if _was_a_run(Run(path))]
     return sorted(rows, key=lambda row: row.get("created", 0.0), reverse=True)
 
 
+def _was_a_run(run: Run) -> bool:
+    """Whether anything of a run is left in this folder."""
+    return len(missing(run.path)) < 2 or run.event_log.exists() or run.checkpoints.exists()
+
+
 def _row(run: Run) -> dict[str, Any]:
-    row: dict[str, Any] = {"run": str(run.path), "name": run.path.name, "state": "damaged"}
+    """What is listed of a run. Whatever is wrong with its folder is its own matter: the others are listed too."""
+    row = {"run": str(run.path), "name": run.path.name}
     if lacking := missing(run.path):
-        return row | {"problem": f"no {' and no '.join(lacking)}"}
+        return row | {"state": "damaged", "problem": f"no {' and no '.join(lacking)}"}
     try:
-        row["created"] = run.read_meta().get("created", 0.0)
-        events = merged(_notable(run.event_log))
+        return row | _facts(run)
     except UserError as error:
-        return row | {"problem": error.message}
+        return row | {"state": "damaged", "problem": error.message}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return row | {"problem": f"{type(error).__name__}: {error}"}
+        return row | {"state": "damaged", "problem": f"{type(error).__name__}: {error}"}
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """State and figures; a loss that is not finite is "nan", "inf" or "-inf", as in the event log."""
+    created = run.read_meta().get("created", 0.0)
+    events = merged(_notable(run.event_log))
     of = {kind: [event for event in events if event["t"] == kind] for kind in ("run", "step", "eval", "end")}
     started, step = (of[kind][-1] if of[kind] else {} for kind in ("run", "step"))
-    evaluated = [event["bpb"] for event in of["eval"] if event["comparable"]]
-    return row | {
+    evaluated = [event["bpb"] for event in of["eval"] if event["comparable"] and math.isfinite(event["bpb"])]
+    loss = step.get("loss")
+    return {
+        "created": created,
         "state": _state(run, events),
         "kind": started.get("kind"),
         "active": started.get("active"),
         "step": step.get("step", started.get("step", 0)),
         "steps": started.get("steps"),
         "tokens": step.get("tokens", 0),
-        "loss": step.get("loss"),
+        "loss": loss if loss is None or math.isfinite(loss) else str(loss),
         "best_bpb": min(evaluated, default=None),
-        "age": time.time() - row["created"],
+        "age": time.time() - created,
     }
 
 
@@ -60,17 +72,32 @@ def _state(run: Run, events: list[Event]) -> str:
     return "finished" if last["reason"] == "done" else "stopped"
 
 
-def _notable(log: Path) -> Iterator[Event]:
-    """All events but the steps, of which only the last; a torn line at the end is passed over."""
-    if not log.exists():
-        return
-    step: bytes | None = None
-    waiting: list[bytes] = []
-    with log.open("rb") as lines:
-        for line in lines:
-            if line.startswith(STEP) and line.endswith(b"\n"):
-                step = line
-            elif line.endswith(b"}\n"):
-                waiting.append(line)
-    for line in [*([step] if step else []), *waiting]:
-        yield json.loads(line)
+def _notable(log: Path) -> list[Event]:
+    """All events but the steps, after the last step that no later attempt undid.
+
+    Torn lines are passed over, or raise `UserError`, as in `lumina.events.read_events`.
+    """
+    events: list[Event] = []
+    steps: list[bytes] = []
+    attempt, torn = -1, 0
+    for number, line in enumerate(log.read_bytes().splitlines() if log.exists() else (), start=1):
+        if line.startswith(STEP) and not torn:
+            steps.append(line)
+            continue
+        event = parse(line)
+        if event is None:
+            torn = torn or number
+            continue
+        if torn and event["attempt"] <= attempt:
+            raise UserError(f"{log}:{torn}: not an event, and not the torn last line of an attempt")
+        attempt, torn = event["attempt"], 0
+        if line.startswith(STEP):
+            steps.append(line)
+        else:
+            events.append(event)
+    resumed = [(event["attempt"], event["parent_step"]) for event in events if event.get("parent_step") is not None]
+    for line in reversed(steps):
+        step = parse(line)
+        if step and not any(step["attempt"] < attempt and step["step"] > parent for attempt, parent in resumed):
+            return [step, *events]
+    return events

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def examine(root: Path) -> Report:
     for package in (name for name in PACKAGES if report["versions"][name] is None):
         problems.append([f"{package} is not installed", INSTALL])
     report["devices"], report["choices"] = _devices(problems)
+    if torch := sys.modules.get("torch"):  # its own word names the build, which its metadata may leave out
+        report["versions"]["torch"] = str(torch.__version__)
     report["folders"] = [_folder(what, path, problems) for what, path in (("runs", root), ("token cache", _cache()))]
     report["problems"] = problems
     return report
@@ -53,20 +56,35 @@ def usable_here(report: Report) -> bool:
 def _devices(problems: list[list[str]]) -> tuple[dict[str, Any], dict[str, str]]:
     """What torch sees, and what `auto` would choose here, with the reason."""
     try:
-        import torch
-
         from lumina import compat
-        from lumina.training import machine
-        from lumina.training.precision import DTYPES
     except Exception as error:  # a broken installation fails in many ways; this is where one learns of it
         problems.append([f"torch cannot be imported: {error!r}", INSTALL])
         return {}, {}
+    devices = {"cpu": {"cores_usable": compat.usable_cores(), "features": _cpu_features()}}
+    try:
+        return devices | _gpus(), _choices()
+    except (RuntimeError, AssertionError) as error:  # a GPU that is seen and does not answer
+        fix = "look at the driver (nvidia-smi), or hide the GPU: CUDA_VISIBLE_DEVICES= lumina …"
+        problems.append([f"the GPU cannot be used: {error}", fix])
+        return devices, {}
+
+
+def _cpu_features() -> list[str]:
+    import torch
+
     features = {
         "AVX2": "_is_avx2_supported", "AVX512": "_is_avx512_supported",
         "AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported",
     }  # fmt: skip
-    here = [name for name, probe in features.items() if getattr(torch.cpu, probe, lambda: False)()]
-    devices: dict[str, Any] = {"cpu": {"cores_usable": compat.usable_cores(), "features": here}}
+    return [name for name, probe in features.items() if getattr(torch.cpu, probe, lambda: False)()]
+
+
+def _gpus() -> dict[str, Any]:
+    import torch
+
+    from lumina import compat
+
+    devices: dict[str, Any] = {}
     if torch.cuda.is_available():
         devices["cuda"] = [
             {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory}
@@ -74,17 +92,25 @@ def _devices(problems: list[list[str]]) -> tuple[dict[str, Any], dict[str, str]]
         ]
     if torch.backends.mps.is_available():
         devices["mps"] = {"bf16": compat.mps_has_bf16()}
+    return devices
+
+
+def _choices() -> dict[str, str]:
+    """What `auto` would choose, with the reason."""
+    from lumina import compat
+    from lumina.training import machine
+    from lumina.training.precision import DTYPES
+
     device, why = machine.choose_device("auto")
     mode, mode_why = machine.choose_precision(device)
     grouped = compat.grouped_mm_works(device, DTYPES[mode])
     missing = compat.compiler_missing(device)
-    choices = {
+    return {
         "parallel.device": f"{device} ({why})",
         "precision.mode": f"{mode} ({mode_why})",
         "model.moe.kernel": "grouped" if grouped else "loop (no grouped matmul here)",
         "train.compile": f"not possible: {missing} is missing" if missing else "possible",
     }
-    return devices, choices
 
 
 def _folder(what: str, path: Path, problems: list[list[str]]) -> Report:
@@ -104,12 +130,12 @@ def _cache() -> Path:
 
 
 def _extras() -> dict[str, dict[str, Any]]:
-    """Each optional part, whether all of it is here, and what it is for."""
+    """Each optional part, whether all of it is here, and what it is for; none if lumina itself is not installed."""
     wanted: dict[str, list[str]] = {name: [] for name in GAINS}
     try:
         lines = requires(DISTRIBUTION) or []
     except PackageNotFoundError:
-        lines = []
+        return {}
     for line in lines:
         name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
         if name and extra and extra[1] in wanted and name[0] != DISTRIBUTION:

@@ -70,3 +70,43 @@ def test_little_disk_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(doctor, "LITTLE_DISK", 2**60)
     assert main(["doctor"]) == 2
     assert "MiB of disk are free" in capsys.readouterr().out
+
+
+def test_a_home_is_replaced_where_it_is_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for home, cache, shown in (
+        ("/", "/data/cache", "/data/cache"),
+        ("/data/al", "/data/alice/cache", "/data/alice/cache"),
+        ("/data/al", "/data/al/cache", "~/cache"),
+    ):
+        monkeypatch.setenv("HOME", home)
+        monkeypatch.setenv("LUMINA_CACHE", cache)
+        main(["doctor", "--md"])
+        assert f"token cache: {shown}," in capsys.readouterr().out
+
+
+def test_a_gpu_that_does_not_answer_is_a_problem(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(index: int) -> None:
+        raise RuntimeError("device busy")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", busy)
+    assert main(["doctor"]) == 2
+    said = capsys.readouterr().out
+    assert said.startswith("! the GPU cannot be used: device busy\n  fix: ")
+    assert "cores usable" in said
+
+
+def test_what_is_not_known_is_not_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def not_installed(name: str) -> list[str]:
+        raise doctor.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", not_installed)
+    monkeypatch.setattr(doctor, "version", lambda package: "2.13.0")  # metadata without the build
+    report = doctor.examine(tmp_path)
+    assert report["extras"] == {}
+    assert report["versions"]["torch"] == torch.__version__
