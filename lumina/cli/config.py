@@ -61,17 +61,20 @@ def check(files: Annotated[list[Path], typer.Argument(help="YAML files.")], json
         print_json({"checked": [str(file) for file in files]})
 
 
-def schema() -> None:
-    """Print the JSON Schema of configuration files, for editors."""
+def schema(json: Json = True) -> None:
+    """Print the JSON Schema of configuration files, for editors; it is JSON with or without --json."""
     from lumina.config.reference import json_schema
 
     print_json(json_schema())
 
 
-def reference() -> None:
+def reference(json: Json = False) -> None:
     """Print docs/configuration.md: every key with its meaning."""
     from lumina.config.reference import markdown
 
+    if json:
+        print_json({"markdown": markdown()})
+        return
     typer.echo(markdown(), nl=False)
 
 

@@ -37,6 +37,7 @@ class File:
     name: str  # what a run of it is called
     extends: str
     notes: tuple[str, ...]  # what a migration changed
+    migrated: frozenset[str]  # the keys whose values it wrote
 
 
 def presets() -> list[str]:
@@ -66,6 +67,7 @@ def read_file(path: Path) -> File:
             raise UserError("no sections in it", "write `train:` and below it, indented, `lr: 3e-4`")
         about = {key: content.pop(key) for key in ("schema_version", "preset", "extends") if key in content}
         values = flat(content)
+        before = dict(values)
         version = about.get("schema_version", current())
         notes = migrate(values, version)
     except OSError as error:
@@ -77,7 +79,9 @@ def read_file(path: Path) -> File:
         raise UserError(f"{path}: {error.message}", error.fix) from error
     name, extends = about.get("preset", path.stem), about.get("extends", "debug")
     origin = f"file {path}" + (f", migrated from version {version}" if notes else "")
-    return File(Layer(origin, values), str(name), str(extends), tuple(f"{path}: {note}" for note in notes))
+    migrated = frozenset(key for key, value in values.items() if key not in before or before[key] != value)
+    told = tuple(f"{path}: {note}" for note in notes)
+    return File(Layer(origin, values), str(name), str(extends), told, migrated)
 
 
 def read_settings(settings: Sequence[str] | Mapping[str, Any], problems: list[str]) -> Layer:

@@ -12,13 +12,15 @@ from pydantic.fields import FieldInfo
 
 from lumina.config import units, yaml12
 from lumina.config.migrations import current
-from lumina.config.names import kinds_of, known_keys, sections
+from lumina.config.names import kinds_of, known_keys, known_sections, sections
 from lumina.config.resolve import flatten, presets, resolve
 from lumina.config.schema.config import Config
 from lumina.config.schema.model import KINDS
 
 _NUMBER = r"(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
 _DURATION = rf"^\s*({_NUMBER}|({_NUMBER}\s*(min|[smhd])\s*)+)$"
+_SHARE = r"(\d{1,2}(\.\d*)?|\.\d+)%"
+_RATE = {"anyOf": [{"type": "number"}, {"type": "string", "pattern": rf"^\s*\+?{_NUMBER}%?\s*$"}]}
 _TEXT = {"type": "string", "minLength": 1}
 _BOUNDS = {
     "ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum", "min_length": "minItems",
@@ -27,27 +29,44 @@ SHOWN = ("tiny", "debug", "debug_200m")
 
 
 def _count(suffixes: str) -> dict[str, Any]:
-    return {"anyOf": [{"type": "number"}, {"type": "string", "pattern": rf"^\s*[-+]?{_NUMBER}\s*[{suffixes}]?\s*$"}]}
+    return {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": rf"^\s*{_whole(suffixes)}\s*$"}]}
+
+
+def _whole(suffixes: str) -> str:
+    """Whole digits; a fraction only before a suffix or an exponent. No key takes less than 0."""
+    return rf"\+?(\d[\d_]*\.?0*|{_NUMBER}\s*[{suffixes}]|(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d{{1,3}})"
 
 
 # What each parser of units reads: the JSON Schema, and how the reference calls it.
 _PARSERS: dict[Callable[[Any], Any], tuple[dict[str, Any], str]] = {
     units.parse_count: (_count("kKMBT"), "whole number (`4k`, `2B`)"),
     units.parse_context: (_count("kKM"), "whole number (`4k` is 4096)"),
-    units.parse_auto_count: ({"anyOf": [{"const": "auto"}, *_count("kKMBT")["anyOf"]]}, "`auto` or whole number"),
+    units.parse_auto_count: (
+        {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}, _count("kKMBT")["anyOf"][1]]},
+        "`auto` or whole number",
+    ),
     units.parse_number: (
-        {"anyOf": [{"type": "number"}, {"type": "string", "pattern": rf"^\s*[-+]?{_NUMBER}%?\s*$"}]},
+        _RATE,
         "number (`3e-4`, `5%`)",
     ),
     units.parse_span: (
-        {"anyOf": [{"type": "number"}, {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*[%kKMBT]?\s*$"}]},
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMaximum": 1},
+                {"type": "integer"},
+                {"type": "string", "pattern": rf"^\s*({_SHARE}|{_whole('kKMBT')})\s*$"},
+            ]
+        },
         "share below 1 (`5%`) or steps",
     ),
     units.parse_seconds: (
         {"anyOf": [{"type": "number"}, {"type": "string", "pattern": _DURATION}]},
         "duration (`90s`, `1h30m`)",
     ),
-    units.parse_betas: ({"type": "array", "minItems": 2, "maxItems": 2}, "two numbers"),
+    units.parse_betas: (
+        {"type": "array", "minItems": 2, "maxItems": 2, "items": _RATE},
+        "two numbers",
+    ),
     units.parse_path: (_TEXT, "name or path"),
     units.parse_paths: ({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}, "path, or list of paths"),
 }
@@ -55,14 +74,6 @@ _PARSERS: dict[Callable[[Any], Any], tuple[dict[str, Any], str]] = {
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of what a user's YAML file may hold; combinations are for `lumina config check`."""
-    nested: dict[str, Any] = {}
-    for key in known_keys():
-        *path, name = key.split(".")
-        into = nested
-        for part in path:
-            section = {"type": ["object", "null"], "additionalProperties": False, "properties": {}}
-            into = into.setdefault(part, section)["properties"]
-        into[name] = _schema_of(key)
     about = {
         "extends": {"enum": presets(), "description": "the preset below this file"},
         "preset": {"type": "string", "description": "what a run of this file is called"},
@@ -71,10 +82,17 @@ def json_schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "LuminaAI configuration",
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {**about, **nested, **{key: _schema_of(key) for key in known_keys()}},
+        **_section("", about),
     }
+
+
+def _section(prefix: str, about: dict[str, Any]) -> dict[str, Any]:
+    """Whatever lies below `prefix`, nested or dotted: `moe: {experts: 4}` in `model` is `moe.experts: 4` there."""
+    inner = [name for name in sorted(known_sections()) if name.startswith(prefix)]
+    keys = [key for key in known_keys() if key.startswith(prefix)]
+    below = {name.removeprefix(prefix): _section(f"{name}.", {}) for name in inner}
+    below |= {key.removeprefix(prefix): _schema_of(key) for key in keys}
+    return {"type": ["object", "null"], "additionalProperties": False, "properties": about | below}
 
 
 def markdown() -> str:
@@ -147,7 +165,7 @@ def _schema_of(key: str) -> dict[str, Any]:
     notes = [(limit, getattr(note, name, None)) for note in info.metadata for name, limit in _BOUNDS.items()]
     bounds = {limit: value for limit, value in notes if value is not None}
     for branch in schema.get("anyOf", []):
-        if branch.get("type") == "number":
+        if branch.get("type") in ("number", "integer"):
             branch.update({limit: value for limit, value in bounds.items() if limit != "minItems"})
         if branch.get("type") == "array" and "minItems" in bounds:
             branch["minItems"] = bounds["minItems"]

@@ -138,7 +138,7 @@ def read(path: Path) -> Resolved:
     values, origins = merge([file.layer], problems)
     drop_other_kinds(values, Layer("default", {}), [file.layer], problems)
     config = build(values, origins, problems)
-    recorded = _recorded_origins(path.read_text(encoding="utf-8"))
+    recorded = _recorded_origins(path.read_text(encoding="utf-8")) | dict.fromkeys(file.migrated, file.layer.origin)
     return Resolved(config, _complete(recorded, flatten(config)), {}, file.name, {}, file.notes)
 
 

@@ -62,4 +62,9 @@ def test_schema_and_reference_are_printed(capsys: pytest.CaptureFixture[str]) ->
     assert main(["config", "schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "LuminaAI configuration"
     assert main(["config", "reference"]) == 0
-    assert capsys.readouterr().out.startswith("# Configuration\n")
+    page = capsys.readouterr().out
+    assert page.startswith("# Configuration\n")
+    assert main(["config", "schema", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "LuminaAI configuration"
+    assert main(["config", "reference", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"markdown": page}

@@ -61,6 +61,8 @@ def test_what_is_written_is_current_and_a_run_is_migrated_too(old: Path, tmp_pat
     again = read(tmp_path / "config.yaml")
     assert again.config.train.lr == resolve("tiny").config.train.lr
     assert any("train.rate is now train.lr" in note for note in again.notes)
+    assert again.origins["train.lr"] == f"file {tmp_path / 'config.yaml'}, migrated from version 1"
+    assert again.origins["train.eps"] == "preset tiny"
 
 
 @pytest.mark.parametrize("version", [0, 2, 99, "1", "new", True, 1.0])

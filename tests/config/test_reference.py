@@ -29,6 +29,12 @@ GOOD = [
     "parallel: {threads: auto}\nprecision: {mode: bf16, eval: fp32}",
     "parallel: {threads: 3}",
     "schema_version: 1\npreset: mine\ntrain: {betas: [0.9, 0.99]}",
+    "",
+    "model.moe: {experts: 8}",
+    "model: {moe.experts: 8}",
+    "train: {steps: '300', tokens: null}",
+    "train: {tokens: 1.5M}",
+    "train: {warmup: 0.5%, decay: 2e1}",
 ]
 BAD = [
     "train: {learning_rate: 1}",
@@ -46,6 +52,17 @@ BAD = [
     "schema_version: 99",
     "data: {train: []}",
     "data: {train: [3]}",
+    "train: {steps: 1.5}",
+    "train: {steps: '1.5'}",
+    "train: {steps: '-5'}",
+    "train: {lr: -5%}",
+    "train: {warmup: 100%}",
+    "train: {warmup: '0.5'}",
+    "train: {decay: 1.5}",
+    "train: {betas: [a, 0.9]}",
+    "train: {micro_batch: 0}",
+    "parallel: {threads: -1}",
+    "model: {moe.expert: 8}",
 ]
 
 
