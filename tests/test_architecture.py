@@ -33,6 +33,7 @@ ALLOWED = {
 TORCHLESS = [
     "lumina",
     "lumina.cli.app",
+    "lumina.config.reference",
     "lumina.config.resolve",
     "lumina.events",
     "lumina.model.cost",
