@@ -37,7 +37,7 @@ def doctor(
 def _nameless(text: str) -> str:
     """The home folder as ~: reports are public. A root as home names nobody, and is in every path."""
     home = str(Path.home())
-    return text if home == "/" else re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
+    return text if home == "/" else re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text)
 
 
 def _lines(report: dict[str, Any]) -> list[str]:

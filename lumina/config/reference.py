@@ -18,7 +18,7 @@ from lumina.config.schema.config import Config
 from lumina.config.schema.model import KINDS
 
 _NUMBER = r"(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
-_DURATION = rf"^\s*({_NUMBER}|({_NUMBER}\s*(min|[smhd])\s*)+)$"
+_DURATION = rf"^\s*({_NUMBER}\s*|({_NUMBER}\s*(min|[smhd])\s*)+)$"
 _SHARE = r"(\d{1,2}(\.\d*)?|\.\d+)%"
 _RATE = {"anyOf": [{"type": "number"}, {"type": "string", "pattern": rf"^\s*\+?{_NUMBER}%?\s*$"}]}
 _TEXT = {"type": "string", "minLength": 1}

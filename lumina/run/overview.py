@@ -16,7 +16,12 @@ STEP = b'{"t":"step"'  # almost every line of a log; only the last one counts
 
 
 def overview(root: Path) -> list[dict[str, Any]]:
-    """Every run below `root`, newest first, as plain values; damaged ones last, with what is wrong."""
+    """Every run below `root`, newest first, as plain values; damaged ones last, with what is wrong.
+
+    Raises `UserError` if `root` is a file.
+    """
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root}: not a folder", fix="name the folder that holds the runs with --root")
     folders = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     rows = [_row(Run(path)) for path in folders if _was_a_run(Run(path))]
     return sorted(rows, key=lambda row: row.get("created", 0.0), reverse=True)

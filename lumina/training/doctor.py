@@ -38,7 +38,8 @@ def examine(root: Path) -> Report:
     }
     report["memory"]["usable"] = usable("cpu")
     report["versions"] |= {package: _version(package) for package in PACKAGES}
-    for package in (name for name in PACKAGES if report["versions"][name] is None):
+    lacking = [name for name in PACKAGES if name != "torch" and report["versions"][name] is None]
+    for package in lacking:  # `_devices` says of torch why it cannot be imported
         problems.append([f"{package} is not installed", INSTALL])
     report["devices"], report["choices"] = _devices(problems)
     if torch := sys.modules.get("torch"):  # its own word names the build, which its metadata may leave out

@@ -68,6 +68,9 @@ def test_every_state_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_no_runs_says_how_to_start_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["runs", "--root", str(tmp_path / "none")]) == 0
     assert "lumina train" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert main(["runs", "--root", str(tmp_path / "file")]) == 2
+    assert "not a folder" in capsys.readouterr().err
 
 
 def test_looking_does_not_keep_a_trainer_from_its_run(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ GOOD = [
     "model: {moe.experts: 8}",
     "train: {steps: '300', tokens: null}",
     "train: {tokens: 1.5M}",
+    "train: {time: ' 300 '}",
     "train: {warmup: 0.5%, decay: 2e1}",
 ]
 BAD = [
