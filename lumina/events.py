@@ -109,8 +109,6 @@ def read_events(path: Path) -> Iterator[Event]:
 
 def last_event(path: Path) -> Event | None:
     """The last whole event, found from the end of the log; None if there is none."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: not a file, so no event log", fix="move it away; checkpoints are found without a log")
     lines = path.read_bytes().splitlines() if path.exists() else []
     return next((event for line in reversed(lines) if (event := parse(line)) is not None), None)
 
@@ -171,10 +169,9 @@ def parse(line: bytes) -> Event | None:
     """The event on this line, or None if it holds none. The torn beginning of one never parses."""
     try:
         event = json.loads(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
-    whole = isinstance(event, dict) and type(event.get("t")) is str and type(event.get("attempt")) is int
-    return _decode(event) if whole else None
+    return _decode(event) if isinstance(event, dict) and "attempt" in event else None
 
 
 def _ends_with_newline(path: Path) -> bool:
