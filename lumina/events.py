@@ -109,6 +109,8 @@ def read_events(path: Path) -> Iterator[Event]:
 
 def last_event(path: Path) -> Event | None:
     """The last whole event, found from the end of the log; None if there is none."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a file, so no event log", fix="move it away; checkpoints are found without a log")
     lines = path.read_bytes().splitlines() if path.exists() else []
     return next((event for line in reversed(lines) if (event := parse(line)) is not None), None)
 
@@ -169,7 +171,7 @@ def parse(line: bytes) -> Event | None:
     """The event on this line, or None if it holds none. The torn beginning of one never parses."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return _decode(event) if isinstance(event, dict) and "attempt" in event else None
 

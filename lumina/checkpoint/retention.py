@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 from lumina.checkpoint import store
+from lumina.errors import UserError
 
 LINKS = ("latest", "best")
 LEFTOVER = re.compile(r".+\.tmp-(\d+)")  # what a process was writing or deleting
@@ -26,6 +28,14 @@ def prune(root: Path, keep_last: int) -> list[int]:
     for path in doomed:
         store.discard(path)
     return [store.step_of(path) for path in doomed]
+
+
+def check_links(root: Path) -> None:
+    """Raises `UserError` where a link has become a folder: copies that follow links (scp -r, zip) make one."""
+    for path in (root / name for name in LINKS):
+        if path.is_dir() and not path.is_symlink():
+            fix = f"delete it: it repeats one of the step-… folders beside it (rm -r {shlex.quote(str(path))})"
+            raise UserError(f"{path}: a folder, which has to be a link", fix)
 
 
 def _sweep(root: Path) -> None:

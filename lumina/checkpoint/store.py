@@ -79,6 +79,8 @@ def step_of(path: Path) -> int:
 
 def checkpoints(root: Path) -> list[Path]:
     """Every published checkpoint folder, newest first, unverified."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root}: a file where the folder of checkpoints belongs", fix="move it away")
     found = [path for path in root.iterdir() if STEP.fullmatch(path.name)] if root.is_dir() else []
     return sorted(found, key=lambda path: (step_of(path), path.suffix != OLD), reverse=True)
 
@@ -161,8 +163,8 @@ def discard(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a link, or a folder with all that is in it, if it is there."""
-    if path.is_symlink():
+    """Deletes a link, a file, or a folder with all that is in it, if it is there."""
+    if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)

@@ -64,6 +64,11 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except BrokenPipeError:  # the reader of a pipe went away: nobody is left to tell
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(DONE) from None
+        except OSError as error:  # what no room foresaw: a name too long, a disk that fails or fills
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+            print("  fix: check the path, and that its disk is writable and has room", file=sys.stderr)
+            raise typer.Exit(USER_ERROR) from None
 
     return guarded
 

@@ -19,6 +19,7 @@ from lumina.errors import UserError
 
 Values = dict[str, Any]
 COMMAND_LINE = "command line"
+LARGEST = 1 << 20  # bytes of a configuration file; ours have some hundreds
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def read_preset(name: str, wanted_by: str = "") -> Layer:
         hint = f"did you mean {close[0]}? " if close else ""
         where = f"{wanted_by}: " if wanted_by else ""
         fix = f"{hint}the presets are {', '.join(presets())}; your own go into a file such as my.yaml"
+        if not wanted_by and Path(name).is_file():
+            fix = f"text is given as data.train={name}; a configuration needs a name that ends in .yaml"
         raise UserError(f"{where}unknown preset {name!r}", fix)
     text = (files("lumina.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
     return Layer(f"preset {name}", flat(yaml12.load(text)))
@@ -62,7 +65,7 @@ def read_preset(name: str, wanted_by: str = "") -> Layer:
 def read_file(path: Path) -> File:
     """A user's file, or the `config.yaml` of a run. Raises `UserError` if it is not UTF-8 YAML sections."""
     try:
-        content = yaml12.load(path.read_text(encoding="utf-8")) or {}
+        content = yaml12.load(_read(path)) or {}
         if not isinstance(content, dict):
             raise UserError("no sections in it", "write `train:` and below it, indented, `lr: 3e-4`")
         about = {key: content.pop(key) for key in ("schema_version", "preset", "extends") if key in content}
@@ -82,6 +85,14 @@ def read_file(path: Path) -> File:
     migrated = frozenset(key for key, value in values.items() if key not in before or before[key] != value)
     told = tuple(f"{path}: {note}" for note in notes)
     return File(Layer(origin, values), str(name), str(extends), told, migrated)
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as file:  # a pipe too, such as <(...) in a shell; never all of a device or of a corpus
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise UserError(f"more than {LARGEST} bytes: no configuration", f"text is given as data.train={path}")
+    return content.decode("utf-8-sig")
 
 
 def read_settings(settings: Sequence[str] | Mapping[str, Any], problems: list[str]) -> Layer:

@@ -26,7 +26,18 @@ _CORE = (
 )
 
 
+DIGITS = 400  # of a whole number: a float has at most 309 before its point
+
+
 class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """No aliases: a few lines of them can mean a billion values, or one that contains itself."""
+        if self.check_event(yaml.AliasEvent):
+            alias: yaml.AliasEvent = self.get_event()  # type: ignore[no-untyped-call]
+            problem = f"*{alias.anchor} is an alias, which is not read here; write the value itself"
+            raise yaml.composer.ComposerError(None, None, problem, alias.start_mark)  # type: ignore[arg-type]
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
@@ -47,6 +58,9 @@ class _Dumper(yaml.SafeDumper):
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
+    if len(text) > DIGITS:
+        problem = "a number with more digits than can be meant"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
     return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
 
@@ -67,10 +81,11 @@ def load(text: str) -> Any:
     """Parses YAML. Raises `UserError` with the line number and the reason."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        deep = "nested too deeply" if isinstance(error, RecursionError) else None
+        reason = deep or getattr(error, "problem", None) or str(error).splitlines()[0]
         fix = "mend it: indent with spaces, and put quotes around a text with signs such as * : # ["
         raise UserError(f"{where}{reason}", fix) from error
 

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lumina.data.families import near_duplicates
 from lumina.data.sample import sample_files
@@ -26,6 +26,8 @@ from lumina.errors import UserError
 SAMPLE = "sample"
 FOLDER_SUFFIXES = (".txt", ".md", ".jsonl", ".py")
 MAX_PROBLEMS = 20  # enough to see the pattern
+NUL_SHARE = 0.1  # of a text that is none; UTF-16 without its mark is UTF-8 too, half of it NUL
+SHOWN_KEYS = 8  # of a record without text
 NO_FILE = "neither a file nor a folder; a broken link, a pipe or a device gives no text"
 
 
@@ -89,7 +91,7 @@ def _expand(spec: str, problems: list[str]) -> list[DataFile]:
     if not spec:  # Path would take it for the current folder
         problems.append("'': an empty name gives no file")
         return []
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))  # leaves alone what names nobody, where Path would raise
     if path.is_file():
         if path.stat().st_size == 0:
             problems.append(f"{spec}: the file is empty")
@@ -168,10 +170,16 @@ def read_files(files: Iterable[DataFile], problems: list[str]) -> Iterator[Docum
 def _read_text(file: DataFile) -> str:
     raw = file.path.read_bytes()
     try:
-        return raw.decode().removeprefix("\ufeff")  # a byte-order mark is no text
+        text = raw.decode().removeprefix("\ufeff")  # a byte-order mark is no text
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(_not_utf8(f"{file.name}:{line}", raw, error.start)) from None
+    if text.count("\0") > NUL_SHARE * len(text):
+        offset = raw.index(b"\0")
+        line = raw.count(b"\n", 0, offset) + 1
+        hint = "it looks like UTF-16 or a binary file: convert it with iconv -f utf-16le -t utf-8, or give text"
+        raise ValueError(f"{file.name}:{line}: a NUL byte at offset {offset}; {hint}")
+    return text
 
 
 def _not_utf8(where: str, raw: bytes, offset: int) -> str:
@@ -201,6 +209,19 @@ def _read_jsonl(file: DataFile, problems: list[str]) -> Iterator[Document]:
             offset += len(raw)
 
 
+_JSON_NAMES = {
+    type(None): "null", bool: "true or false", int: "a number", float: "a number",
+    str: "a string", list: "an array", dict: "an object",
+}  # fmt: skip
+
+
+def _keys(record: dict[str, Any]) -> str:
+    """The first keys, each shortened and without signs that could steer a terminal."""
+    shown = [key if key.isprintable() else ascii(key)[1:-1] for key in (key[:40] for key in list(record)[:SHOWN_KEYS])]
+    more = len(record) - SHOWN_KEYS
+    return ", ".join([*shown, f"and {more} more"] if more > 0 else shown) or "none"
+
+
 def _record(raw: bytes, where: str, offset: int) -> str:
     """The text of one JSON line. Raises `ValueError` saying what is wrong with it."""
     try:
@@ -212,14 +233,15 @@ def _record(raw: bytes, where: str, offset: int) -> str:
         raise ValueError(f"{where}: not JSON, {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ValueError(f"{where}: not readable JSON, nested too deeply") from None
+    except ValueError:  # Python's limit for whole numbers
+        raise ValueError(f"{where}: not readable JSON, a number with more digits than can be meant") from None
     if not isinstance(record, dict):
-        raise ValueError(f'{where}: must be an object such as {{"text": "…"}}, is a {type(record).__name__}')
+        raise ValueError(f'{where}: must be an object such as {{"text": "…"}}, is {_JSON_NAMES[type(record)]}')
     if "text" not in record:
-        keys = ", ".join(record) or "none"
-        raise ValueError(f'{where}: must have the key "text"; its keys: {keys}')
+        raise ValueError(f'{where}: must have the key "text"; its keys: {_keys(record)}')
     text = record["text"]
     if not isinstance(text, str):
-        raise ValueError(f'{where}: "text" must be a string, is a {type(text).__name__}')
+        raise ValueError(f'{where}: "text" must be a string, is {_JSON_NAMES[type(text)]}')
     try:
         text.encode()
     except UnicodeEncodeError as error:

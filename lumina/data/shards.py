@@ -167,7 +167,11 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            except BaseException:  # half an entry would only fill the disk
+                shutil.rmtree(folder / f"{name}.building", ignore_errors=True)
+                raise
     except OSError as error:
         raise UserError(
             f"the token cache {folder} cannot be written: {error}",

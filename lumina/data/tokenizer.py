@@ -54,7 +54,12 @@ class Tokenizer:
             )
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.end_id: int = end_id
-        if self.end_id in self.encode(end):
+        try:
+            ends_itself = self.end_id in self.encode(end)
+        except Exception as error:  # the library raises nothing narrower
+            fix = "give one that knows every text: with bytes, or with an unknown token in its vocabulary"
+            raise UserError(f"{name} cannot encode {end!r} ({error})", fix) from None
+        if ends_itself:
             raise UserError(
                 f"{name}: the text {end!r} inside a document would end it",
                 fix=f'mark {end!r} in its added_tokens as "special": true',
@@ -65,7 +70,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Reads a `tokenizer.json`, or the one in a folder. Raises `UserError` if that cannot be done."""
-        file = Path(path).expanduser()
+        file = Path(os.path.expanduser(path))
         file = file / FILE_NAME if file.is_dir() else file
         if not file.is_file():
             raise UserError(f"{file}: no such tokenizer file", fix=f"give a {FILE_NAME}, a folder with one, or bpe")

@@ -34,7 +34,8 @@ class Sampler:
         """The chosen ids `[B]`."""
         if self.temperature == 0:
             return logits_BV.argmax(-1)
-        scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature  # no overflow
+        temperature = max(self.temperature, torch.finfo(logits_BV.dtype).tiny)  # a smaller one would become 0
+        scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature  # no overflow
         if self.top_k:
             kth_B1 = scaled_BV.topk(min(self.top_k, scaled_BV.shape[-1])).values[:, -1:]
             scaled_BV = scaled_BV.masked_fill(scaled_BV < kth_B1, float("-inf"))

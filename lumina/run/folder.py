@@ -86,29 +86,54 @@ class Run:
         return merged(read_events(self.event_log)) if self.event_log.exists() else []
 
     def next_attempt(self) -> int:
-        """0 for a run that never started; each start counts one more."""
-        last = last_event(self.event_log)
-        return 0 if last is None else int(last["attempt"]) + 1
+        """0 for a run that never started; each start counts one more.
+
+        Checkpoints without an event log are of attempt 0, whose log was lost: they are not begun anew.
+        """
+        last = self._last_event()
+        if last is None:
+            return int(self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        return int(last["attempt"]) + 1
 
     @property
     def finished(self) -> bool:
         """Whether the run came to its planned end."""
+        last = self._last_event()
+        return last is not None and last["t"] == "end" and last.get("reason") == "done"
+
+    def _last_event(self) -> Event | None:
+        """The last whole event. Raises `UserError` if it is one that no crash can have left."""
         last = last_event(self.event_log)
-        return last is not None and last["t"] == "end" and last["reason"] == "done"
+        if last is None or (type(last.get("t")) is str and type(last["attempt"]) is int):
+            return last
+        wrong = "its last line is no event: `t` must be a text, `attempt` a whole number"
+        raise UserError(f"{self.event_log}: {wrong}", fix="restore the log, or delete the line")
 
     def write_meta(self, facts: dict[str, Any]) -> None:
         """Writes meta.json: when the run was created (seconds since 1970), and `facts`."""
         write_json(self.meta, {"created": time.time(), **facts})
 
     def read_meta(self) -> dict[str, Any]:
-        """What `write_meta` wrote. Raises `UserError` if the file is damaged."""
+        """What `write_meta` wrote. Raises `UserError` if the file is damaged, or when a fact that it lacks is asked."""
+        fix = "restore the file, or move this run folder away"
         try:
-            meta: dict[str, Any] = json.loads(self.meta.read_bytes())
-        except ValueError as error:
-            raise UserError(
-                f"{self.meta}: not JSON: {error}", fix="restore the file, or move this run folder away"
-            ) from None
-        return meta
+            meta = json.loads(self.meta.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.meta}: not JSON: {error}", fix) from None
+        if not isinstance(meta, dict) or not isinstance(meta.get("created", 0.0), int | float):
+            raise UserError(f"{self.meta}: not the facts of a run: an object with the time `created` is needed", fix)
+        return _Facts(self.meta, meta)
+
+
+class _Facts(dict[str, Any]):
+    """Facts of a run. One that is not there was cut out of the file, or never written by a run."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        super().__init__(facts)
+        self.path = path
+
+    def __missing__(self, name: str) -> Any:
+        raise UserError(f"{self.path}: damaged: it has no {name!r}", "restore the file, or move this run folder away")
 
 
 def missing(path: Path) -> list[str]:

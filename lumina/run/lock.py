@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
@@ -42,9 +43,10 @@ class RunLock:
         self._file.close()  # releases; the file stays, for removing it would race with the next holder
 
     def _write(self, content: str) -> None:
-        self._file.truncate(0)
-        self._file.write(content)
-        self._file.flush()
+        """Signs, past Python's buffer. A full disk takes no signature, but the lock holds all the same."""
+        with suppress(OSError):
+            os.ftruncate(self._file.fileno(), 0)
+            os.write(self._file.fileno(), content.encode())
 
 
 def is_held(path: Path) -> bool:
@@ -75,6 +77,6 @@ def _take(file: IO[str]) -> bool:
 def _describe(path: Path) -> str:
     try:
         holder = json.loads(path.read_text())
-    except ValueError:  # it took the lock this instant and has not signed yet
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (ValueError, LookupError, TypeError):  # not signed yet, on a full disk, or by something else
         return "another process"
-    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"

@@ -127,6 +127,24 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+def check_settled(config: Config, path: str) -> None:
+    """Raises `UserError` if the configuration of a run at `path` leaves a choice open, or names a device not here."""
+    settled = {
+        "parallel.device": config.parallel.device,
+        "parallel.threads": config.parallel.threads,
+        "train.micro_batch": config.train.micro_batch,
+        "train.steps": config.train.steps,
+    }
+    if open_keys := [key for key, value in settled.items() if value in ("auto", None)]:
+        fix = "restore the file; a run keeps what was chosen when it began"
+        raise UserError(f"{path}: it does not say {', '.join(open_keys)}", fix)
+    try:
+        choose_device(config.parallel.device)
+    except UserError as error:
+        fix = f"resume it where there is one, or set device: cpu in {path}; the numbers will differ"
+        raise UserError(f"{path}: {error.message}", fix) from None
+
+
 def facts(device: str) -> dict[str, Any]:
     """Names and versions for `meta.json`."""
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()

@@ -19,6 +19,7 @@ from lumina.config.resolve import Resolved, settle
 from lumina.config.schema.config import Config
 from lumina.data.loader import Loader
 from lumina.data.shards import Corpus, prepare
+from lumina.data.tokenizer import BYTES, SPECIALS
 from lumina.errors import UserError
 from lumina.model import cost
 from lumina.model.transformer import Transformer
@@ -173,7 +174,8 @@ def _vocab_choice(resolved: Resolved, corpus: Corpus) -> machine.Choices:
     if resolved.config.data.tokenizer == "bpe":
         return {}
     if resolved.origins["model.vocab"].startswith(("preset", "default")):
-        rounded = -(-need // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        least = len(SPECIALS) + BYTES  # that the schema takes, also for an alphabet of 65 letters
+        rounded = -(-max(need, least) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         return {"model.vocab": (rounded, f"{need} tokens of {resolved.config.data.tokenizer}, rounded up")}
     if have < need:
         raise UserError(

@@ -133,6 +133,7 @@ def resume(run: Run, listeners: Sequence[Listener] = (), progress: Tell = silent
     world.decide(lambda: memory.require(resolved, world.size, world.local_size))
     with world.holding(RunLock(run.lock)):
         meta = run.read_meta()
+        machine.check_settled(resolved.config, str(run.config))
         try:
             corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer), world=world, progress=progress)
         except UserError as error:
@@ -341,6 +342,7 @@ class Session:
             )
         if found is None:
             return []
+        retention.check_links(self.run.checkpoints)
         for what, value in self.identity.items():
             if found.state[what] != value:
                 raise UserError(

@@ -11,6 +11,8 @@ from lumina.config.schema.data import DataConfig
 from lumina.config.schema.model import ModelConfig
 from lumina.config.schema.train import TrainConfig
 
+MOST_THREADS = 1024  # each takes memory before it works
+
 
 class PrecisionConfig(Section):
     """`precision`."""
@@ -49,6 +51,11 @@ class ParallelConfig(Section):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to compute")
     threads: AutoCount = Field("auto", description="CPU threads")
+
+    def problems(self) -> list[Problem]:
+        if isinstance(self.threads, int) and self.threads > MOST_THREADS:
+            return [Problem(("parallel.threads",), f"must be at most {MOST_THREADS}")]
+        return []
 
 
 class Config(Section):
