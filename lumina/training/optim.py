@@ -3,8 +3,8 @@
 Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest semi-orthogonal matrix, found with five
 Newton-Schulz iterations, and scales it by 0.2·sqrt(max(rows, columns)) so that its RMS matches AdamW's and one
 learning rate serves both (Liu et al. 2025, 2502.16982). Fused weights are split into their named parts first: the
-query, key and value projections are different maps. Experts are a batch of matrices. All parts of one shape, over
-all layers, go through the iterations as one batch.
+query, key and value projections are different maps. Experts are a batch of matrices. Parts of one shape, over
+all layers, go through the iterations as one batch, or as a few where that would take too much memory.
 
 A step takes `skip`, a float32 scalar that is exactly 0 or 1 and lives on the device: with 1 nothing moves, neither
 weights nor moments nor the bias-correction step, and no host synchronisation is needed to decide it.
@@ -16,6 +16,7 @@ together first, each process orthogonalises a share of them, and keeps its rows 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Jordan et al.: fast, not exact
 NEWTON_SCHULZ_STEPS = 5
 MATCH_RMS = 0.2
+PORTION = 1 << 27  # elements of Muon's matrices that are put together at once: memory beside each process's share
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,25 @@ class Muon:
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float, skip: Tensor) -> None:
         """One step; `skip` of 1 leaves weights and momentum as they are, even if gradients are not finite."""
-        live = 1 - skip
+        for names in self._portions():
+            self._move(names, lr, weight_decay, 1 - skip)
+
+    def _portions(self) -> Iterator[list[str]]:
+        """All matrices, those of one shape side by side, at most `PORTION` elements (or one matrix) at a time."""
+        portion: list[str] = []
+        elements = 0
+        for name, weight in sorted(self.matrices.items(), key=lambda item: item[1].shape):
+            if portion and elements + weight.numel() > PORTION:
+                yield portion
+                portion, elements = [], 0
+            portion.append(name)
+            elements += weight.numel()
+        if portion:
+            yield portion
+
+    def _move(self, names: list[str], lr: float, weight_decay: float, live: Tensor) -> None:
         batches: dict[tuple[int, ...], list[_Part]] = defaultdict(list)
-        for name, direction in self._whole(self._directions(live)).items():
+        for name, direction in self._whole(self._directions(names, live)).items():
             weight, rows = self.matrices[name], self.splits.get(name, (direction.shape[-2],))
             own = own_rows(weight) if weight.ndim == 2 else slice(0, sum(rows))
             start = 0
@@ -112,10 +130,11 @@ class Muon:
                 update = update.view_as(part.direction)[..., part.rows, :]
                 part.weight.mul_(1 - lr * weight_decay * live).sub_(update * rate)
 
-    def _directions(self, live: Tensor) -> dict[str, Tensor]:
+    def _directions(self, names: list[str], live: Tensor) -> dict[str, Tensor]:
         """Nesterov's direction of this process's rows."""
         directions = {}
-        for name, weight in self.matrices.items():
+        for name in names:
+            weight = self.matrices[name]
             if weight.grad is None:
                 continue
             # Once the gradient is clean, factors of exactly 0 and 1 keep a skipped step exact to the bit.

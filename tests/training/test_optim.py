@@ -9,6 +9,7 @@ from torch import nn
 
 from lumina.config.resolve import resolve
 from lumina.model.transformer import Transformer
+from lumina.training import optim
 from lumina.training.optim import Muon, Optimizer, gradient_norm, group_parameters, orthogonalize
 
 LIVE, SKIP = torch.zeros(()), torch.ones(())
@@ -47,6 +48,27 @@ def test_stacked_experts_and_fused_parts_are_separate_matrices() -> None:
             muon.step(1e-2, 0.0, LIVE)
     expected = torch.stack([torch.cat([muon.matrices["a"], muon.matrices["b"]]) for muon in single])
     torch.testing.assert_close(together.detach(), expected.detach(), rtol=0, atol=1e-4)
+
+
+def test_portions_hold_every_matrix_once_and_move_it_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"a": (16, 8), "b": (8, 8), "c": (16, 8), "d": (2, 16, 8), "e": (16, 8)}
+    generator = torch.Generator().manual_seed(1)
+    start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    def moved() -> dict[str, torch.Tensor]:
+        muon = Muon({name: nn.Parameter(w.clone()) for name, w in start.items()}, {})
+        for name, weight in muon.matrices.items():
+            weight.grad = start[name].flip(0)
+        muon.step(1e-2, 0.1, LIVE)
+        return {name: weight.detach() for name, weight in muon.matrices.items()}
+
+    at_once = moved()
+    monkeypatch.setattr(optim, "PORTION", 300)
+    assert [*Muon(start, {})._portions()] == [["d"], ["b", "a"], ["c", "e"]]
+    in_portions = moved()
+    for name, weight in at_once.items():
+        assert not torch.equal(weight, start[name])
+        torch.testing.assert_close(in_portions[name], weight)
 
 
 def test_orthogonalize_flattens_singular_values() -> None:
