@@ -140,9 +140,11 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
     # -- runs
     ("facts that are a list", lambda _: STOPPED.meta.write_text("[]"), RESUME, ["meta.json: not the facts", "restore"]),
     ("facts without data", without("data"), RESUME, ["meta.json: damaged: it has no 'data'", "restore"]),
-    ("facts without machine", without("machine"), RESUME, ["meta.json: damaged: it has no 'machine'", "restore"]),
+    ("facts without processes", without("processes"), RESUME,
+     ["meta.json: damaged: it has no 'processes'", "restore"]),
     ("a device left behind", config("device: cpu", "device: cuda"), RESUME,
-     ["runs/stopped/config.yaml: parallel.device=cuda", "has no cuda", "resume it where there is one"]),
+     ["runs/stopped/config.yaml: parallel.device=cuda", "has no cuda", "resume it where there is one",
+      "change the value in runs/stopped/config.yaml"]),
     ("a choice left open", config("device: cpu", "device: auto"), RESUME,
      ["runs/stopped/config.yaml: it does not say parallel.device", "restore the file"]),
     ("no length", config("  steps: 4", "  time: 1h"), RESUME, ["does not say train.steps", "restore the file"]),

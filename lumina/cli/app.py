@@ -53,10 +53,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         try:
             verb(*arguments, **options)
         except UserError as error:
-            if options.get("json"):
-                print(json.dumps({"error": {"message": error.message, "fix": error.fix}}), file=sys.stderr)
-            elif not error.told:
-                print(f"error: {error}", file=sys.stderr)
+            _say(error, bool(options.get("json")))
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             print("\nstopped at once; checkpoints saved before are complete", file=sys.stderr)
@@ -66,11 +63,25 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(DONE) from None
         except OSError as error:  # what no room foresaw: a name too long, a disk that fails or fills
             where = f"{error.filename}: " if error.filename else ""
-            print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-            print("  fix: check the path, and that its disk is writable and has room", file=sys.stderr)
+            fix = "check the path, and that its disk is writable and has room"
+            _say(UserError(f"{where}{error.strerror or error}", fix), bool(options.get("json")))
             raise typer.Exit(USER_ERROR) from None
 
     return guarded
+
+
+def _say(error: UserError, as_json: bool) -> None:
+    """Says an error once, whichever processes met it: before they know of each other, one of each machine says it."""
+    alone = os.environ.get("LOCAL_RANK", "0") == "0"
+    if error.told or not (alone or _joined()):
+        return
+    text = json.dumps({"error": {"message": error.message, "fix": error.fix}}) if as_json else f"error: {error}"
+    print(text, file=sys.stderr)
+
+
+def _joined() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 for name, verb in VERBS.items():

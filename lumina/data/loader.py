@@ -7,7 +7,6 @@ targets in one; the last, incomplete sample is left out of training.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -94,20 +93,28 @@ class Loader:
         return THROUGHPUT_BATCHES * self.sequences * self.seq_len / (time.perf_counter() - start)
 
 
-def heldout(shard: Shard, seq_len: int, sequences: int, end_id: int) -> Iterator[Batch]:
-    """Every token of the stream but the first is a counted target exactly once, in order.
+class Heldout:
+    """Batches in which every token of the stream but the first is a counted target exactly once, in order.
 
     The last window is filled up with end tokens whose targets are not counted; the last batch may be smaller.
     """
-    windows = -(-(len(shard.tokens) - 1) // seq_len)
-    for first in range(0, windows, sequences):
-        count = min(sequences, windows - first)
-        tokens = shard.tokens[first * seq_len : (first + count) * seq_len + 1].astype(np.int64)
+
+    def __init__(self, shard: Shard, seq_len: int, sequences: int, end_id: int) -> None:
+        self.tokens, self.seq_len, self.sequences, self.end_id = shard.tokens, seq_len, sequences, end_id
+        self.windows = -(-(len(shard.tokens) - 1) // seq_len)
+
+    def __len__(self) -> int:
+        return -(-self.windows // self.sequences)
+
+    def __getitem__(self, i: int) -> Batch:
+        first = range(0, self.windows, self.sequences)[i]
+        count, seq_len = min(self.sequences, self.windows - first), self.seq_len
+        tokens = self.tokens[first * seq_len : (first + count) * seq_len + 1].astype(np.int64)
         missing = count * seq_len + 1 - len(tokens)
-        ids = np.pad(tokens, (0, missing), constant_values=end_id)[:-1]
+        ids = np.pad(tokens, (0, missing), constant_values=self.end_id)[:-1]
         targets = np.pad(tokens, (0, missing), constant_values=NOT_COUNTED)[1:]
         shape = (count, seq_len)
-        yield _batch(ids.reshape(shape), targets.reshape(shape), np.arange(first, first + count), end_id)
+        return _batch(ids.reshape(shape), targets.reshape(shape), np.arange(first, first + count), self.end_id)
 
 
 def _batch(ids: NDArray[np.int64], targets: NDArray[np.int64], samples: NDArray[np.int64], end_id: int) -> Batch:

@@ -71,9 +71,10 @@ class DepthRouter(nn.Module):
 
     def reset(self) -> None:
         """The rule before any data: the prior of a token being selected, for every token."""
+        bias = self.predictor.bias
         with torch.no_grad():
-            self.predictor.bias.fill_(self.predictor.prior)
-        self.quantile.fill_(self.predictor.prior)
+            bias.fill_(self.predictor.prior)
+        self.quantile.fill_(torch.tensor(self.predictor.prior, dtype=bias.dtype).item())  # as rounded as the bias
         self.steps.zero_()
 
     def score(self, x_BSD: Tensor) -> Tensor:

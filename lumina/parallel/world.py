@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from lumina.errors import UserError
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # while the main process prepares data, the others wait; if it dies, they hear at once
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    deciding: Any = None  # the group of processes that `decide` and `each` speak in
 
     @property
     def main(self) -> bool:
@@ -46,11 +49,29 @@ class World:
                 answer = [work()]
             except UserError as error:
                 answer = [error]
-        torch.distributed.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        torch.distributed.broadcast_object_list(answer, src=0, group=self.deciding, device=torch.device("cpu"))
         if isinstance(answer[0], UserError):
             answer[0].told = not self.main
             raise answer[0]
         return cast("T", answer[0])
+
+    def each(self, work: Callable[[], T]) -> T:
+        """What `work`, done in every process, returns in this one; a `UserError` of any is raised in all."""
+        if self.size == 1:
+            return work()
+        answer: list[T] = []
+        errors: list[Any] = [None] * self.size
+        own: UserError | None = None
+        try:
+            answer.append(work())
+        except UserError as error:
+            own = error
+        torch.distributed.all_gather_object(errors, own, group=self.deciding)
+        for rank, failed in enumerate(errors):
+            if failed is not None:
+                failed.told = rank != self.rank
+                raise failed
+        return answer[0]
 
     @contextmanager
     def holding(self, resource: AbstractContextManager[object]) -> Iterator[None]:
@@ -66,13 +87,13 @@ class World:
             if self.main:
                 resource.__exit__(None, None, None)
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is true in any process."""
+    def max(self, number: int) -> int:
+        """The largest of all processes' numbers."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor([int(flag)])
-        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
-        return bool(votes.item())
+            return number
+        largest = torch.tensor([number])
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return int(largest.item())
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, equal in all to the bit."""
@@ -108,14 +129,11 @@ def join() -> World:
             f"WORLD_SIZE={size} asks for several processes, but {', '.join(missing)} is not set",
             fix="start them with: torchrun --nproc-per-node 2 -m lumina train …, or unset WORLD_SIZE",
         )
-    world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank)
-        backend = "cpu:gloo,cuda:nccl"
-    torch.distributed.init_process_group(backend)
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     atexit.register(_leave)
-    return world
+    rank, local_rank, local_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    deciding = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return World(rank, size, local_rank, local_size, deciding)
 
 
 def _leave() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 
 import torch
 
-from lumina.data.loader import Batch
+from lumina.data.loader import Batch, Heldout
 from lumina.model.transformer import Transformer
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
@@ -38,7 +37,7 @@ class Evaluation:
 
 def evaluate(
     model: Transformer,
-    batches: Iterable[Batch],
+    batches: Heldout | Sequence[Batch],
     text_bytes: int,
     precision: Precision,
     capacity: float | None,
@@ -51,20 +50,19 @@ def evaluate(
     part of the model; it counts only once.
     """
     device = model.embed.weight.device
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     taken = torch.zeros(len(model.routers))
-    positions = 0
-    turns = list(_batched(batches, world.size))
-    for turn in tracked(turns, "evaluating", len(turns), progress):
-        counts = world.rank < len(turn)
-        batch = turn[world.rank if counts else 0].to(device)
+    turns = range(0, len(batches), world.size)
+    for first in tracked(turns, "evaluating", len(turns), progress):
+        counts = first + world.rank < len(batches)
+        batch = batches[first + world.rank if counts else 0].to(device)
         with precision.evaluating():
             loss, taken_L = model.evaluate(batch.ids_BS, batch.segments_BS, batch.targets_BS)
         if counts:
-            sums += torch.stack([loss.nats, loss.correct, loss.tokens]).double().cpu()
+            counted = torch.stack([loss.nats, loss.correct, loss.tokens]).tolist()
+            sums += torch.tensor([*counted, batch.ids_BS.numel()], dtype=torch.float64)
             taken += taken_L.cpu()
-        positions += sum(one.ids_BS.numel() for one in turn)
-    nats, correct, count = world.sum(sums).tolist()
+    nats, correct, count, positions = world.sum(sums).tolist()
     shares = [t / positions for t in world.sum(taken).tolist()]
     return Evaluation(
         loss=nats / count,
@@ -75,10 +73,3 @@ def evaluate(
         mod_capacity=[round(share, 4) for share in shares],
         comparable=capacity is None or all(capacity / 2 <= share <= 2 * capacity for share in shares),
     )
-
-
-def _batched(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Groups of `size`; the last one may be smaller. (itertools has it from Python 3.12 on.)"""
-    iterator = iter(batches)
-    while group := list(islice(iterator, size)):
-        yield group

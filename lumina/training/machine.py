@@ -40,6 +40,15 @@ def choose_device(wanted: str) -> tuple[str, str]:
     return wanted, "as configured"
 
 
+def require_gpus(device: str, world: World) -> None:
+    """Raises `UserError` if the processes of this machine do not have a GPU each."""
+    if device == "cuda" and world.local_size > (gpus := torch.cuda.device_count()):
+        raise UserError(
+            f"{world.local_size} processes on this machine, which has {gpus} GPU{'s' * (gpus > 1)}",
+            fix=f"start {gpus} of them, with torchrun --nproc-per-node {gpus}, or use parallel.device=cpu",
+        )
+
+
 def choose_precision(device: str) -> tuple[str, str]:
     """The fastest format that trains safely here, and why."""
     if device == "cuda":
@@ -61,6 +70,7 @@ def choose(config: Config, world: World = ALONE) -> Choices:
     chosen, why = choose_device(device)
     if device == "auto":
         device, choices["parallel.device"] = chosen, (chosen, why)
+    require_gpus(device, world)
     if mode == "auto":
         mode, why = choose_precision(device)
         choices["precision.mode"] = mode, why
@@ -70,7 +80,7 @@ def choose(config: Config, world: World = ALONE) -> Choices:
         choices["precision.eval"] = mode.removesuffix("_pure"), "as in training"
     if config.parallel.threads == "auto":
         among = f", shared by {world.local_size} processes" if world.local_size > 1 else ""
-        choices["parallel.threads"] = max(1, usable_cores() // world.local_size), f"cores this process may use{among}"
+        choices["parallel.threads"] = threads(world), f"cores this process may use{among}"
     if config.model.moe and config.model.moe.kernel == "auto":
         works = grouped_mm_works(device, DTYPES[mode])
         kernel = ("grouped", "grouped matmul works here") if works else ("loop", "no grouped matmul here")
@@ -78,10 +88,21 @@ def choose(config: Config, world: World = ALONE) -> Choices:
     if config.train.micro_batch == "auto":
         limit = max(1, MICRO_TOKENS // config.model.seq_len)
         choices["train.micro_batch"] = micro_batch(config, world, limit), f"at most {MICRO_TOKENS} tokens at once"
+    elif micro_batch(config, world, own := int(config.train.micro_batch)) != own:
+        part = config.train.batch_tokens // config.model.seq_len // world.size
+        raise UserError(
+            f"train.micro_batch={own} does not divide a process's part of the batch: {part} sequences",
+            fix=f"use {nearest_divisor(own, part)}, or leave it out",
+        )
     if config.train.tokens is not None:
         steps = max(1, round(config.train.tokens / config.train.batch_tokens))
         choices["train.steps"] = (steps, f"train.tokens={config.train.tokens} / train.batch_tokens")
     return choices
+
+
+def threads(world: World) -> int:
+    """CPU threads of each process, for those of one machine share its cores."""
+    return max(1, usable_cores() // world.local_size)
 
 
 def micro_batch(config: Config, world: World, limit: int) -> int:
@@ -114,6 +135,12 @@ def choose_compile(config: Config, steps: int, flops_per_token: float, rate: flo
     return "off", f"{seconds:.0f}s of arithmetic at the matmul rate; compiling pays from {pays:.0f}s on"
 
 
+def require_compiler(config: Config) -> None:
+    """Raises `UserError` if the run is to be compiled and this machine cannot."""
+    if config.train.compile == "on" and (missing := compiler_missing(config.parallel.device)):
+        raise UserError(f"train.compile=on: torch.compile needs {missing}", fix="install it, or use train.compile=auto")
+
+
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a square matmul: what MFU is measured against. The best of many, for a busy machine only slows."""
     size = MATMUL_SIZE[device]
@@ -127,8 +154,8 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def check_settled(config: Config, path: str) -> None:
-    """Raises `UserError` if the configuration of a run at `path` leaves a choice open, or names a device not here."""
+def check_settled(config: Config, path: str, world: World) -> None:
+    """Raises `UserError` if the configuration of a run at `path` leaves a choice open, or needs what is not here."""
     settled = {
         "parallel.device": config.parallel.device,
         "parallel.threads": config.parallel.threads,
@@ -140,9 +167,11 @@ def check_settled(config: Config, path: str) -> None:
         raise UserError(f"{path}: it does not say {', '.join(open_keys)}", fix)
     try:
         choose_device(config.parallel.device)
+        require_compiler(config)
     except UserError as error:
-        fix = f"resume it where there is one, or set device: cpu in {path}; the numbers will differ"
+        fix = f"resume it where there is one, or change the value in {path}; the numbers will differ"
         raise UserError(f"{path}: {error.message}", fix) from None
+    require_gpus(config.parallel.device, world)
 
 
 def facts(device: str) -> dict[str, Any]:
@@ -150,7 +179,7 @@ def facts(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     return {
         "lumina": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,

@@ -82,8 +82,8 @@ def _largest_that_fits(config: Config, processes: int, local: int) -> str:
     for name in presets():
         other = resolve(name, {key: flat[key] for key in SAME}).config
         if fits(other, processes, local):
-            own_kind = resolve(name).config.model.kind == config.model.kind
-            command = name if own_kind else f"{name} model.kind={config.model.kind}"
+            preset = flatten(resolve(name).config)
+            command = " ".join([name, *(f"{key}={flat[key]}" for key in SAME if flat[key] != preset[key])])
             fitting[command] = needed(other, processes, local).total
     return max(fitting, key=fitting.__getitem__, default="")
 

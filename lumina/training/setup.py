@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from lumina.compat import compiler_missing, usable_cores
 from lumina.config.resolve import Resolved, settle
 from lumina.config.schema.config import Config
 from lumina.data.loader import Loader
@@ -28,7 +27,7 @@ from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
 from lumina.training import machine
 from lumina.training.optim import Optimizer
-from lumina.training.precision import LossScale, Precision
+from lumina.training.precision import DTYPES, LossScale, Precision
 from lumina.training.step import Step, train_step
 
 VOCAB_MULTIPLE = 64  # rows of the embedding: matmuls like round numbers
@@ -59,7 +58,7 @@ class Parts:
 def load_data(config: Config, tokenizer: str | None = None, world: World = ALONE, progress: Tell = silent) -> Corpus:
     """The corpus of `config.data`; `tokenizer` (a run's own) replaces the configured one.
 
-    The main process prepares it, the others find it in the cache.
+    The main process prepares it, the others find it in the cache, which several machines have to share.
     """
     load = partial(
         prepare,
@@ -71,7 +70,7 @@ def load_data(config: Config, tokenizer: str | None = None, world: World = ALONE
     )
     loaded: list[Corpus] = []
     world.decide(lambda: loaded.append(load(progress=progress)))
-    return loaded[0] if loaded else load()
+    return world.each(lambda: loaded[0] if loaded else load())
 
 
 def settle_all(
@@ -81,15 +80,12 @@ def settle_all(
 
     Returns the matmul rate too, in FLOP/s of one process, which the last choice needs.
     """
-    machine.choose_device(resolved.config.parallel.device)  # each process may be on another machine
+    wanted = resolved.config.parallel.device
+    world.each(lambda: machine.choose_device(wanted))  # each may be on another machine
     chosen = world.decide(lambda: _vocab_choice(resolved, corpus) | machine.choose(resolved.config, world))
     resolved = settle(resolved, chosen)
     config = resolved.config
-    torch.set_num_threads(int(config.parallel.threads))
-    precision = Precision.of(config.precision, config.parallel.device)
-    # What the machine can do, also where the chosen format has no units of its own, as fp16 on a CPU.
-    formats = {torch.float32, precision.dtype} - ({torch.float16} if config.parallel.device == "cpu" else set())
-    rate = world.decide(lambda: max(machine.matmul_rate(config.parallel.device, dtype) for dtype in formats))
+    rate = matmul_rate(config, world)
     seconds = config.train.time
     if seconds is not None:
         # One step, not compiled, stands in until the step time is known.
@@ -100,9 +96,17 @@ def settle_all(
         steps, flops = resolved.config.train.steps or 0, cost.count(config.model).flops_per_token
         choice = world.decide(lambda: machine.choose_compile(config, steps, flops, rate * world.size))
         resolved = settle(resolved, {"train.compile": choice})
-    elif config.train.compile == "on" and (missing := compiler_missing(config.parallel.device)):
-        raise UserError(f"train.compile=on: torch.compile needs {missing}", fix="install it, or use train.compile=auto")
+    world.each(lambda: machine.require_compiler(resolved.config))
     return resolved, rate
+
+
+def matmul_rate(config: Config, world: World) -> float:
+    """FLOP/s of the main process, which the others wait for, in the run's format or in fp32: the larger."""
+    torch.set_num_threads(int(config.parallel.threads))
+    device = config.parallel.device
+    # What the machine can do, also where the chosen format has no units of its own, as fp16 on a CPU.
+    formats = {torch.float32, DTYPES[config.precision.mode]} - ({torch.float16} if device == "cpu" else set())
+    return world.decide(lambda: max(machine.matmul_rate(device, dtype) for dtype in formats))
 
 
 def _deadline_choice(seconds: float, step_time: float) -> machine.Choices:
@@ -110,24 +114,34 @@ def _deadline_choice(seconds: float, step_time: float) -> machine.Choices:
     return {"train.steps": (steps, f"train.time={seconds:g}s at {step_time:.3f}s a step")}
 
 
-def adapt(config: Config, world: World) -> Config:
-    """A run's settled configuration for the processes it goes on with: they share this machine's cores."""
-    if world.local_size == 1:
+def adapt(resolved: Resolved, began_with: int, world: World) -> Config:
+    """A run's settled configuration for the processes it goes on with, if they are not as many as it `began_with`.
+
+    They share this machine's cores, and a micro-batch has to divide their smaller part of the batch.
+    """
+    config = resolved.config
+    if world.size == began_with:
         return config
-    threads = min(int(config.parallel.threads), max(1, usable_cores() // world.local_size))
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"threads": threads})})
+    threads = machine.threads(world)
+    if not resolved.origins["parallel.threads"].startswith("resolved: "):
+        threads = min(threads, int(config.parallel.threads))
+    micro = machine.micro_batch(config, world, int(config.train.micro_batch))
+    parallel = config.parallel.model_copy(update={"threads": threads})
+    train = config.train.model_copy(update={"micro_batch": micro})
+    return config.model_copy(update={"parallel": parallel, "train": train})
 
 
 def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
     """Model, optimizer and loader of a settled configuration, freshly initialised."""
     torch.set_num_threads(int(config.parallel.threads))
+    if config.parallel.device == "cuda":
+        torch.cuda.set_device(world.local_rank)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
     torch.use_deterministic_algorithms(config.train.deterministic)
     precision = Precision.of(config.precision, config.parallel.device)
     model = build_model(config, precision, world)
     sequences = config.train.batch_tokens // config.model.seq_len
-    micro = machine.micro_batch(config, world, int(config.train.micro_batch))
     return Parts(
         config=config,
         corpus=corpus,
@@ -138,7 +152,7 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
         loader=Loader(corpus.train, config.model.seq_len, sequences, config.train.seed, corpus.tokenizer.end_id),
         precision=precision,
         plan=Step(
-            micro_batches=sequences // world.size // micro,
+            micro_batches=sequences // world.size // int(config.train.micro_batch),
             clip=config.train.clip,
             z_loss=config.train.z_loss,
             bias_rate=config.model.moe.bias_rate if config.model.moe else 0.0,
@@ -203,6 +217,7 @@ def description(parts: Parts) -> dict[str, Any]:
         "kind": config.model.kind,
         "steps": parts.steps,
         "batch_tokens": config.train.batch_tokens,
+        "micro_batch": config.train.micro_batch,
         "params": parts.cost.total,
         "active": parts.cost.active,
         "active_mean": parts.cost.active_mean,

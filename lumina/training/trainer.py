@@ -15,16 +15,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from lumina.checkpoint import retention, store
 from lumina.config.resolve import Resolved, read, request_hash, resolve, write
-from lumina.data.loader import heldout
+from lumina.data.loader import Heldout
 from lumina.data.shards import Corpus, data_fingerprint
 from lumina.data.tokenizer import Tokenizer
 from lumina.errors import UserError
 from lumina.events import EventWriter
-from lumina.parallel.world import join
+from lumina.parallel.world import World, join
 from lumina.progress import Tell, silent
 from lumina.run import index
 from lumina.run.folder import Run
@@ -88,12 +89,12 @@ class Trainer:
             "data": corpus.fingerprint,
             "started_in": str(Path.cwd()),
             "machine": machine.facts(parts.config.parallel.device),
-            "matmul_flops": rate,
+            "processes": world.size,
         }
         run = world.decide(lambda: Run.create(self.root, settled.source))
         with world.holding(RunLock(run.lock)):
             world.decide(lambda: _write(run, settled, corpus, meta))
-            Session(run, settled, parts, self.listeners, self.progress).train()
+            Session(run, settled, parts, rate, self.listeners, self.progress).train()
         return run
 
     def _look_up(self) -> tuple[str, Run | None, bool]:
@@ -129,33 +130,49 @@ def resume(run: Run, listeners: Sequence[Listener] = (), progress: Tell = silent
     world = join()
     if world.decide(lambda: run.finished):
         return run
-    resolved = read(run.config)
+    resolved = world.each(lambda: read(run.config))
     world.decide(lambda: memory.require(resolved, world.size, world.local_size))
     with world.holding(RunLock(run.lock)):
-        meta = run.read_meta()
-        machine.check_settled(resolved.config, str(run.config))
-        try:
-            corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer), world=world, progress=progress)
-        except UserError as error:
-            if Path.cwd() == Path(meta["started_in"]):
-                raise
-            fix = f"the run was started in {meta['started_in']}; resume it from there"
-            raise UserError(error.message, fix) from error
+        meta = world.each(run.read_meta)
+        world.each(lambda: machine.check_settled(resolved.config, str(run.config), world))
+        corpus = _data_again(run, resolved, meta, world, progress)
+        config = setup.adapt(resolved, meta["processes"], world)
+        parts = setup.build(config, corpus, world)
+        Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress).train()
+    return run
+
+
+def _data_again(run: Run, resolved: Resolved, meta: dict[str, Any], world: World, progress: Tell) -> Corpus:
+    """The data of a run, if it is still what it was."""
+    try:
+        corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer), world=world, progress=progress)
+    except UserError as error:
+        if Path.cwd() != Path(meta["started_in"]):
+            error.fix = f"the run was started in {meta['started_in']}; resume it from there"
+        raise
+
+    def compare() -> None:
         if corpus.fingerprint != meta["data"]:
             raise UserError(
                 f"{run.path}: its training data or tokenizer changed since it was started",
                 fix="restore the files, or start another: lumina train … --fresh",
             )
-        parts = setup.build(setup.adapt(resolved.config, world), corpus, world)
-        Session(run, resolved, parts, listeners, progress).train()
-    return run
+
+    world.each(compare)
+    return corpus
 
 
 class Session:
     """One attempt of a run: restores, steps to the end or to a stop request, and leaves everything saved."""
 
     def __init__(
-        self, run: Run, resolved: Resolved, parts: setup.Parts, listeners: Sequence[Listener], told: Tell
+        self,
+        run: Run,
+        resolved: Resolved,
+        parts: setup.Parts,
+        rate: float,
+        listeners: Sequence[Listener],
+        told: Tell,
     ) -> None:
         self.run, self.config, self.parts, self.listeners = run, parts.config, parts, listeners
         self.world, self.told = parts.world, told
@@ -165,7 +182,7 @@ class Session:
             for key, origin in resolved.origins.items()
             if origin.startswith("resolved: ")
         }
-        self.meta = run.read_meta()
+        self.peak = rate * self.world.size  # FLOP/s of square matmuls, of all processes: what MFU is measured against
         self.identity = {
             "tokenizer": parts.corpus.tokenizer.fingerprint,
             "data": parts.corpus.fingerprint,
@@ -189,8 +206,8 @@ class Session:
             self.last = time.perf_counter()
             while self.progress.step < self.parts.steps:
                 self._step()
-                if self.world.any(stop.requested is not None):
-                    self._stop(self.world.decide(lambda: stop.requested or "another process"))
+                if signal := self.world.max(stop.requested):
+                    self._stop(Signals(signal).name)
             self._finish()
 
     # -- one step -----------------------------------------------------------------------------------------------
@@ -239,7 +256,7 @@ class Session:
             lr=learning_rate(self.config.train, step, self.parts.steps),
             grad_norm=metrics["grad_norm"],
             tok_s=round(tok_s, 1),
-            mfu=round(tok_s * self.parts.cost.flops_per_token / (self.meta["matmul_flops"] * self.world.size), 4),
+            mfu=round(tok_s * self.parts.cost.flops_per_token / self.peak, 4),
             mem=machine.memory_used(self.config.parallel.device),
             bal=metrics["balance"] if self.parts.model.moes else None,
             agree=metrics["agreement"] if self.parts.model.routers else None,
@@ -259,7 +276,7 @@ class Session:
         seq_len, end_id = self.config.model.seq_len, parts.corpus.tokenizer.end_id
         result = evaluate(
             parts.model,
-            heldout(parts.corpus.heldout, seq_len, max(1, EVAL_TOKENS // seq_len), end_id),
+            Heldout(parts.corpus.heldout, seq_len, max(1, EVAL_TOKENS // seq_len), end_id),
             parts.corpus.heldout.text_bytes,
             parts.precision,
             self.config.model.mod.capacity if self.config.model.mod else None,
@@ -369,8 +386,8 @@ class Session:
             parent_step=self.progress.step if attempt else None,
             skipped_checkpoints=[[path.name, reason] for path, reason in skipped],
             loader_tok_s=round(self.parts.loader.throughput()),
-            machine=self.meta["machine"],
-            matmul_flops=self.meta["matmul_flops"],
+            machine=machine.facts(self.config.parallel.device),
+            matmul_flops=self.peak,
             choices=self.choices,
             **setup.description(self.parts),
         )

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina.data.loader import NOT_COUNTED, Batch, Loader, heldout, permute
+from lumina.data.loader import NOT_COUNTED, Batch, Heldout, Loader, permute
 from lumina.data.shards import Shard
 
 END = 0
@@ -113,7 +113,7 @@ def test_moving_keeps_everything() -> None:
 @given(st.integers(2, 200), st.integers(1, 16), st.integers(1, 5))
 def test_every_held_out_token_is_predicted_once_in_order(length: int, seq_len: int, sequences: int) -> None:
     side = shard(length, ends=(0, length // 2, length - 1))
-    batches = list(heldout(side, seq_len, sequences, END))
+    batches = list(Heldout(side, seq_len, sequences, END))
     targets = torch.cat([batch.targets_BS.flatten() for batch in batches])
     counted = targets != NOT_COUNTED
     assert targets[counted].tolist() == side.tokens[1:].tolist()

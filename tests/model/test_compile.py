@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from support import model_config
@@ -10,23 +12,32 @@ from torch import Tensor
 from lumina.model.transformer import Transformer
 
 
-def gradients(model: Transformer) -> list[Tensor]:
+def gradients(model: Transformer, bf16: bool) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 260, (2, 65), generator=g)
-    loss, stats = model(ids[:, :-1], torch.zeros(2, 64, dtype=torch.int32), ids[:, 1:], 1e-4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss, stats = model(ids[:, :-1], torch.zeros(2, 64, dtype=torch.int32), ids[:, 1:], 1e-4)
     (loss.loss + stats.predictor_loss).backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, which it hides from users
-def test_a_compiled_hybrid_has_no_graph_break_and_the_same_gradients() -> None:
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_compiled_hybrid_has_no_graph_break_and_the_same_gradients(
+    bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger("torch._higher_order_ops.wrap"), "callHandlers", said.append)
     config = model_config("hybrid", layers=1, **{"mod.every": 1})  # routed in depth and in width
     eager, compiled = Transformer(config), Transformer(config)
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     for block in compiled.units:
         block.recompute = "selective"
         block.compile()  # fullgraph: a break would raise
-    for want, got in zip(gradients(eager), gradients(compiled), strict=True):
-        assert (got - want).norm() <= 1e-5 * want.norm() + 1e-9
+    tolerance = 2e-2 if bf16 else 1e-5  # fused operations round to bf16 less often
+    for want, got in zip(gradients(eager, bf16), gradients(compiled, bf16), strict=True):
+        assert (got - want).norm() <= tolerance * want.norm() + 1e-9
+    assert not said
     # Evaluation is not compiled, and what was compiled is what trained.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

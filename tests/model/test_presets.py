@@ -120,7 +120,8 @@ def test_the_command_that_is_named_fits_and_the_next_larger_does_not(
     assert command
     name, *settings = command[1].split()
     as_kept = [f"{key.replace('__', '.')}={value}" for key, value in kept.items()]
-    chosen = resolve(name, [*settings, *as_kept]).config
+    assert settings[-2:] == as_kept  # typed as it is, the command keeps what the user asked for
+    chosen = resolve(name, settings).config
     assert chosen.model.kind == kind
     assert memory.fits(chosen)
     larger = presets()[presets().index(name) + 1]

@@ -140,5 +140,6 @@ def test_a_world_of_one_waits_for_nobody() -> None:
     alone = World()
     assert alone.main
     assert alone.decide(lambda: 7) == 7
-    assert alone.any(True)
+    assert alone.each(lambda: 7) == 7
+    assert alone.max(15) == 15
     assert torch.equal(alone.sum(torch.ones(2)), torch.ones(2))

@@ -11,9 +11,9 @@ from lumina.run.signals import StopRequest
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_the_first_signal_asks_and_the_second_interrupts(name: str) -> None:
     with StopRequest() as stop:
-        assert stop.requested is None
+        assert not stop.requested
         signal.raise_signal(getattr(signal, name))
-        assert stop.requested == name
+        assert stop.requested == getattr(signal, name)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -37,4 +37,4 @@ def test_in_another_thread_it_does_nothing() -> None:
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert [request.requested for request in requests] == [None]
+    assert [request.requested for request in requests] == [0]

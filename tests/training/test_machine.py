@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import settings
 
-from lumina.config.resolve import read, resolve
+from lumina.config.resolve import read, resolve, settle
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
@@ -67,12 +68,38 @@ def test_the_decision_to_compile_is_printed_and_stored(tmp_path: Path) -> None:
     assert read(run.config).origins["train.compile"] == f"resolved: {why}"
 
 
-def test_a_run_that_goes_on_with_more_processes_takes_no_more_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup, "usable_cores", lambda: 8)
-    settled = config(**{"parallel.threads": 8})
-    threads = [setup.adapt(settled, World(0, n, 0, n)).parallel.threads for n in (1, 2, 16)]
-    assert threads == [8, 4, 1]
-    assert setup.adapt(config(**{"parallel.threads": 2}), World(0, 2, 0, 2)).parallel.threads == 2
+def test_a_run_that_goes_on_with_another_number_of_processes_shares_the_cores_among_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
+    worlds = [World(0, n, 0, n) for n in (1, 2, 4, 8)]
+    asked = {"model.seq_len": 64, "train.batch_tokens": 64 * 8, "train.micro_batch": 4}
+
+    chosen = resolve("tiny", asked | {"parallel.threads": "auto"})
+    settled = settle(chosen, machine.choose(chosen.config, World(0, 2, 0, 2)))
+    adapted = [setup.adapt(settled, 2, world) for world in worlds]
+    assert [config.parallel.threads for config in adapted] == [8, 4, 2, 1]
+    assert [config.train.micro_batch for config in adapted] == [4, 4, 2, 1]
+    assert adapted[1] is settled.config
+
+    own = resolve("tiny", asked | {"parallel.threads": 3})
+    assert [setup.adapt(own, 2, world).parallel.threads for world in worlds] == [3, 3, 2, 1]
+
+
+def test_the_users_micro_batch_is_never_changed_silently() -> None:
+    with pytest.raises(UserError, match=r"micro_batch=3 does not divide .* 4 sequences") as error:
+        machine.choose(config(**{"train.batch_tokens": 64 * 12, "train.micro_batch": 3}), World(0, 3, 0, 3))
+    assert "use 2 or 4" in error.value.fix
+
+
+def test_each_process_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    machine.require_gpus("cuda", World(0, 2, 0, 2))
+    machine.require_gpus("cuda", World(0, 16, 0, 2))
+    machine.require_gpus("cpu", World(0, 8, 0, 8))
+    with pytest.raises(UserError, match="4 processes on this machine, which has 2 GPUs") as error:
+        machine.require_gpus("cuda", World(0, 4, 0, 4))
+    assert "--nproc-per-node 2" in error.value.fix
 
 
 def test_a_step_has_as_many_micro_batches_as_were_asked_for(tmp_path: Path) -> None:
