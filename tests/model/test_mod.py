@@ -42,6 +42,17 @@ def test_selects_exactly_c_tokens_in_order_ties_included(capacity: float, tokens
     assert (chosen.index_BC.diff(dim=1) > 0).all()
 
 
+def test_before_any_data_no_token_exceeds_the_threshold_in_any_format() -> None:
+    """The bias is rounded to its format; a threshold that is not would lie below it, and take every token."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Transformer(model_config("mod", capacity=0.3))
+        model.cast(dtype)
+        model.initialize(0)
+        for router in model.routers:
+            keep_BS, _ = router.decode(torch.randn(2, 8, model.config.width, dtype=dtype))
+            assert not keep_BS.any()
+
+
 def test_bypassed_rows_are_bit_identical() -> None:
     x = torch.randn(2, 10, 8)
     x[0, 3] = -0.0

@@ -46,7 +46,9 @@ def test_one_step_of_several_processes_is_that_of_one(processes: int, tmp_path: 
     assert several.keys() == one.keys()
     for name, want in one.items():
         # Muon orthogonalises in bf16: where a sum rounds differently, an update differs in a bf16 digit.
-        tolerance = 2e-3 if " muon " in name and "grad" not in name else 1e-5
+        # In fp16 every product is rounded to it, and the micro-batches have other sizes.
+        rounded = " fp16 " in name or (" muon " in name and "grad" not in name)
+        tolerance = 3e-3 if rounded else 1e-5
         off = (several[name] - want).norm() / want.norm().clamp_min(1e-12)
         assert off <= tolerance, f"{name}: {off:.2e}"
 
@@ -69,7 +71,7 @@ def cut(run: Run, step: int, to: Path) -> Run:
 
 def test_two_processes_train_as_one_does_and_each_goes_on_with_the_others_checkpoints(tmp_path: Path) -> None:
     text = write_text(tmp_path)
-    torchrun(2, worker.__file__, "train", str(tmp_path / "2"), str(text))
+    torchrun(2, worker.__file__, "train", str(tmp_path / "2"), str(text), *worker.KINDS)
     by_two = [Run(path) for kind in worker.KINDS for path in (tmp_path / "2" / kind).iterdir()]
     by_one = worker.train(tmp_path / "1", text)
     for one, two in zip(by_one, by_two, strict=True):
@@ -93,6 +95,22 @@ def test_two_processes_train_as_one_does_and_each_goes_on_with_the_others_checkp
         assert losses(resumed) == pytest.approx(losses(whole), abs=1e-4)
         last = [event for event in resumed.events() if event["t"] == "run"][-1]
         assert last["parent_step"] == 10
+
+
+def test_four_processes_some_without_an_expert_and_one_go_on_with_each_others_checkpoints(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    torchrun(4, worker.__file__, "train", str(tmp_path / "4"), str(text), "hybrid")
+    (by_four,) = (Run(path) for path in (tmp_path / "4" / "hybrid").iterdir())
+    (by_one,) = worker.train(tmp_path / "1", text, ["hybrid"], steps=6)  # in micro-batches of four
+    assert losses(by_four) == pytest.approx(losses(by_one), abs=1e-4)
+    back, there = (cut(run, 3, tmp_path / name) for run, name in ((by_four, "back"), (by_one, "there")))
+    resume(back)
+    torchrun(4, worker.__file__, "resume", str(there.path))
+    for resumed in (back, there):
+        assert losses(resumed) == pytest.approx(losses(by_one), abs=1e-4)
+    starts = [event for run in (back, there) for event in run.events() if event["t"] == "run"]
+    assert [event["processes"] for event in starts] == [4, 1, 1, 4]
+    assert [event["micro_batch"] for event in starts] == [2, 2, 4, 2]  # of four, two is a process's part
 
 
 def test_the_example_runs_and_a_signal_saves_in_all_and_is_said_once(tmp_path: Path) -> None:

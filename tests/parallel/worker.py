@@ -1,81 +1,88 @@
 """What each of several processes does; `test_processes.py` starts it with torchrun and compares with one process.
 
-worker.py gradients OUT        one step of every kind: gradients and updated weights, put together, to OUT
-worker.py train ROOT TEXT      a whole tiny run of every kind below ROOT
-worker.py resume RUN...        goes on with these runs
+worker.py gradients OUT             one step of every kind: gradients and updated weights, put together, to OUT
+worker.py train ROOT TEXT KIND...   a whole tiny run of every such kind below ROOT
+worker.py resume RUN...             goes on with these runs
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lumina.config.resolve import Resolved, resolve, settle
+from lumina.config.resolve import resolve, settle
 from lumina.data.loader import Batch
 from lumina.parallel.world import ALONE, World, join
 from lumina.run.folder import Run
 from lumina.training import setup
 from lumina.training.machine import choose
 from lumina.training.optim import Optimizer
-from lumina.training.precision import Precision
+from lumina.training.precision import LossScale, Precision
 from lumina.training.step import Step, train_step
 from lumina.training.trainer import Trainer, resume
 
 KINDS = ("dense", "moe", "mod", "hybrid")
-CASES = [(kind, "muon") for kind in KINDS] + [("hybrid", "adamw")]
-# Micro-batches of four: one process adds up the same two halves that two processes do.
-EXTRA = {
-    "train.steps": 20,
-    "train.micro_batch": 4,
-    "checkpoint.every": 10,
-    "checkpoint.keep_last": 9,
-    "train.eval_every": 10,
-}
+CASES = [(kind, "muon", "fp32") for kind in KINDS] + [("hybrid", "adamw", "fp16"), ("hybrid", "adamw", "fp32")]
 
 
-def request(kind: str, optimizer: str) -> Resolved:
-    # Five experts and an odd vocabulary do not divide evenly among processes.
+def uneven(kind: str, optimizer: str) -> dict[str, Any]:
+    """Five experts and an odd vocabulary do not divide evenly; of four processes the last has no expert at all."""
     experts = {"model.moe.experts": 5} if kind in ("moe", "hybrid") else {}
-    return resolve("tiny", {"model.kind": kind, "train.optimizer": optimizer, "model.vocab": 263, **experts})
+    return {"model.kind": kind, "train.optimizer": optimizer, "model.vocab": 263, **experts}
 
 
-def one_step(kind: str, optimizer_name: str, world: World) -> dict[str, Tensor]:
+def one_step(kind: str, optimizer_name: str, mode: str, world: World) -> dict[str, Tensor]:
     """Gradients and weights after one step on a fixed batch of eight sequences."""
-    resolved = request(kind, optimizer_name)
+    resolved = resolve("tiny", uneven(kind, optimizer_name) | {"precision.mode": mode})
     config = settle(resolved, choose(resolved.config, world)).config
-    model = setup.build_model(config, Precision("fp32", "fp32", "cpu"), world)
-    optimizer = Optimizer(model, config.train, world)
+    precision = Precision(mode, mode, "cpu")
+    model = setup.build_model(config, precision, world)
+    optimizer = Optimizer(model, config.train, world, LossScale("cpu") if mode == "fp16" else None)
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 260, (8, 65), generator=g)
     targets = ids[:, 1:].clone()
     targets[0, :20] = -1  # sequences that count unequally
     batch = Batch(ids[:, :-1], targets, torch.zeros(8, 64, dtype=torch.int32), torch.arange(8))
     step = Step(micro_batches=1 if world.size == 4 else 2, clip=1e9, z_loss=1e-4, bias_rate=1e-3, world=world)
-    metrics = train_step(model, optimizer, batch, 1e-3, step, Precision("fp32", "fp32", "cpu"), freeze_bias=False)
+    metrics = train_step(model, optimizer, batch, 1e-3, step, precision, freeze_bias=False)
     whole = {f"{name} grad": p.grad for name, p in model.named_parameters() if p.grad is not None} | model.tensors()
     full = {
-        f"{kind} {optimizer_name} {name}": t.full_tensor() if isinstance(t, DTensor) else t for name, t in whole.items()
+        f"{kind} {optimizer_name} {mode} {name}": t.full_tensor() if isinstance(t, DTensor) else t
+        for name, t in whole.items()
     }
     return {name: t.detach().clone().contiguous() for name, t in full.items()} | {
-        f"{kind} {optimizer_name} metrics": metrics
+        f"{kind} {optimizer_name} {mode} metrics": metrics
     }
 
 
-def gradients(cases: list[tuple[str, str]], world: World = ALONE) -> dict[str, Tensor]:
+def gradients(cases: list[tuple[str, str, str]], world: World = ALONE) -> dict[str, Tensor]:
     return {name: t for case in cases for name, t in one_step(*case, world).items()}
 
 
-def train(root: Path, text: Path) -> list[Run]:
-    """A tiny run of every kind, half of them with AdamW."""
+def train(root: Path, text: Path, kinds: Sequence[str] = KINDS, steps: int = 20, micro_batch: int = 4) -> list[Run]:
+    """A tiny run of every kind, half of them with AdamW.
+
+    Micro-batches of four: one process adds up the same two halves that two processes do.
+    """
     runs = []
-    for i, kind in enumerate(KINDS):
-        keys = {"data.train": str(text), "model.kind": kind, "train.optimizer": ("muon", "adamw")[i % 2], **EXTRA}
-        keys["train.recompute"] = ("none", "full", "selective", "full")[i]
+    for kind in kinds:
+        i = KINDS.index(kind)
+        keys = uneven(kind, ("muon", "adamw")[i % 2]) | {
+            "data.train": str(text),
+            "train.steps": steps,
+            "train.micro_batch": micro_batch,
+            "train.eval_every": steps // 2,
+            "train.recompute": ("none", "full", "selective", "full")[i],
+            "checkpoint.every": steps // 2,
+            "checkpoint.keep_last": 9,
+        }
         runs.append(Trainer("tiny", keys, root=root / kind).fit())
     return runs
 
@@ -88,7 +95,8 @@ if __name__ == "__main__":
         if join().main:
             save_file(found, arguments[0])
     elif verb == "train":
-        train(Path(arguments[0]), Path(arguments[1]))
+        steps, micro_batch = (6, 2) if join().size == 4 else (20, 4)
+        train(Path(arguments[0]), Path(arguments[1]), arguments[2:], steps, micro_batch)
     else:
         for path in arguments:
             resume(Run(Path(path)))

@@ -102,6 +102,14 @@ def test_each_process_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--nproc-per-node 2" in error.value.fix
 
 
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_recomputation_is_what_was_asked_for(mode: str, tmp_path: Path) -> None:
+    resolved = resolve("tiny", settings(tmp_path, train__recompute=mode))
+    corpus = setup.load_data(resolved.config)
+    settled = setup.settle_all(resolved, corpus)[0].config
+    assert {block.recompute for block in setup.build(settled, corpus).model.units} == {mode}
+
+
 def test_a_step_has_as_many_micro_batches_as_were_asked_for(tmp_path: Path) -> None:
     resolved = resolve("tiny", settings(tmp_path, train__micro_batch=2))
     corpus = setup.load_data(resolved.config)

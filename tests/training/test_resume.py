@@ -61,13 +61,18 @@ def history(run: Run) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in v.values()))
-def test_interrupted_equals_uninterrupted(variant: dict[str, Any], tmp_path: Path) -> None:
+def test_interrupted_equals_uninterrupted(
+    variant: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lumina.training.precision.FIRST_SCALE", 2.0**22)  # fp16 overflows in some steps
     keys = settings(tmp_path, **variant) | {
         "train.steps": STEPS,
         "train.eval_every": 3,
         "checkpoint.every": 3,
     }
     whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
+    overflows = [event["step"] for event in whole.events() if event["t"] == "decision"]
+    assert 2 <= len(overflows) < STEPS if variant.get("precision__mode") == "fp16" else not overflows
 
     stop = random.Random(str(variant)).randrange(1, STEPS - 1)
     interrupted = Trainer("tiny", root=tmp_path / "parts", listeners=[StopAt(stop)], **keys)

@@ -75,6 +75,20 @@ def test_a_step_that_is_not_finite_moves_nothing_and_says_so(kind: str) -> None:
     assert optimizer.steps_taken == 2
 
 
+def test_a_predictor_gradient_that_is_not_finite_moves_nothing() -> None:
+    """It is outside the norm that is clipped, and its loss can be finite all the same."""
+    model = Transformer(model_config("mod"))
+    optimizer = Optimizer(model, resolve("tiny").config.train)
+    model.routers[0].predictor.w_out.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: tensor.clone() for name, tensor in (model.tensors() | optimizer.tensors()).items()}
+    metrics = train_step(model, optimizer, batch(), 1e-3, Step(1, 1.0, 0.0, 0.0), FP32, freeze_bias=False)
+    told = dict(zip(METRICS, metrics.tolist(), strict=True))
+    assert told["skipped"] == 1
+    assert torch.tensor([told["grad_norm"], told["nats"]]).isfinite().all()
+    after = model.tensors() | optimizer.tensors()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def test_bias_moves_towards_balance_and_freezes() -> None:
     model, _, _ = take_step("moe", 1, batch())
     fresh = Transformer(model_config("moe"))
