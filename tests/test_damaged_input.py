@@ -120,6 +120,7 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
      ["my.yaml", "no configuration", "data.train=my.yaml"]),
     ("an endless device", lambda here: (here / "my.yaml").symlink_to("/dev/zero"), ["train", "my.yaml"],
      ["my.yaml", "no configuration"]),
+    ("an empty name", nothing, ["train", ""], ["unknown preset ''", "the presets are"]),
     ("text as preset", nothing, ["train", "text.txt"], ["unknown preset 'text.txt'", "data.train=text.txt"]),
     ("too many threads", nothing, [*TRAIN, "data.train=text.txt", "parallel.threads=100k"],
      ["parallel.threads=100k (command line)", "at most 1024"]),

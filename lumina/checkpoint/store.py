@@ -350,9 +350,9 @@ def _torch_checkpoint() -> Iterator[None]:
 
 
 def _files(path: Path) -> set[str]:
-    """The files below `path`, as COMPLETE names them; it does not name itself."""
-    files = {entry.relative_to(path).as_posix() for entry in path.rglob("*") if not entry.is_dir()}
-    return files - {COMPLETE}
+    """The files below `path`, as COMPLETE names them: not itself, nor what a file browser leaves."""
+    files = [entry for entry in path.rglob("*") if not entry.is_dir() and entry.name != ".DS_Store"]
+    return {file.relative_to(path).as_posix() for file in files} - {COMPLETE}
 
 
 def _fingerprint(path: Path) -> tuple[int, str]:

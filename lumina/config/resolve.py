@@ -56,7 +56,7 @@ def resolve(source: str | Path | None = None, settings: Sequence[str] | Mapping[
     Raises `UserError` with all problems at once: unknown keys, wrong types, impossible combinations.
     """
     problems: list[str] = []
-    name = str(source or "debug")
+    name = "debug" if source is None else str(source)
     notes: tuple[str, ...] = ()
     if name.endswith((".yaml", ".yml")) or "/" in name or os.sep in name:
         file = read_file(Path(name))

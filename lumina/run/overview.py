@@ -63,7 +63,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "tokens": step.get("tokens", 0),
         "loss": loss if loss is None or math.isfinite(loss) else str(loss),
         "best_bpb": min(evaluated, default=None),
-        "age": time.time() - created,
+        "age": max(0.0, time.time() - created),  # of a folder from a machine whose clock is ahead
     }
 
 

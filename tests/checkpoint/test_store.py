@@ -244,6 +244,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def test_what_a_file_browser_leaves_is_no_damage(tmp_path: Path) -> None:
+    path = save(tmp_path, 20).path
+    (path / ".DS_Store").touch()
+    (path / "model" / ".DS_Store").touch()
+    assert store.verify(path) == []
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 10)
