@@ -20,7 +20,10 @@ WARM_UP = 10  # steps in which caches fill
 def read(run: Path) -> dict[str, list[dict[str, Any]]]:
     """The events of a run by type. A step that was repeated after a crash counts once, as it was last told."""
     told: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines():
+    log = run / "events.jsonl"
+    if not log.is_file():
+        sys.exit(f"{run}: not a run folder: it has no events.jsonl")
+    for line in log.read_text(encoding="utf-8").splitlines():
         try:
             event = json.loads(line)
         except ValueError:  # a killed process can tear its last line
@@ -32,6 +35,8 @@ def read(run: Path) -> dict[str, list[dict[str, Any]]]:
 def column(run: Path) -> dict[str, str]:
     """What the table says of a run."""
     events = read(run)
+    if not events["step"]:
+        sys.exit(f"{run}: has no step yet")
     begun, steps = events["run"][0], sorted(events["step"], key=lambda event: event["step"])
     measured = steps[min(WARM_UP, len(steps) // 5) :]
     speed = statistics.median(event["tok_s"] for event in measured)

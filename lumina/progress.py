@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -11,6 +12,14 @@ Tell = Callable[[str, int, int], None]  # what is being done, how much of it is 
 
 def silent(what: str, done: int, total: int) -> None:
     """Nobody looks."""
+
+
+@contextmanager
+def whole(what: str, progress: Tell) -> Iterator[None]:
+    """Tells that something begins and that it is done, where nothing is known in between."""
+    progress(what, 0, 1)
+    yield
+    progress(what, 1, 1)
 
 
 def tracked(

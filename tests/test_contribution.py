@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,19 @@ def test_hooks_run_what_make_check_runs() -> None:
     checks = re.findall(r"^\t\$\(BIN\)/((?:ruff|mypy).*?)(?: \.)?$", (ROOT / "Makefile").read_text(), re.M)
     hooks = [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --force-exclude") for hook in repository["hooks"]]
     assert hooks == checks
+
+
+def test_make_mends_an_environment_that_was_left_half_made(tmp_path: Path) -> None:
+    """Without Debian's python3-venv a first `make` leaves `.venv` with a python and no pip."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> called\n')
+    python.chmod(0o755)
+    subprocess.run(["make", "demo", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, check=False)
+    assert (tmp_path / "called").read_text().splitlines()[1:] == ["-m venv .venv"]
 
 
 def test_the_readme_leads_to_the_documents() -> None:

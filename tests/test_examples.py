@@ -107,11 +107,16 @@ def test_sweep_compares_and_does_not_repeat(
     assert len(list(here.glob("runs/*"))) == 3
 
 
-def test_a_script_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"did you mean train\.lr"):
         run_script("sweep.py", "my.txt", "learning_rate=1", monkeypatch=monkeypatch)
     with pytest.raises(SystemExit, match=r"no\.txt: no such file"):
         run_script("python_api.py", "no.txt", monkeypatch=monkeypatch)
+    with pytest.raises(SystemExit, match=r"no/such: not a run folder"):
+        run_script("compare_runs.py", "no/such", monkeypatch=monkeypatch)
+    (tmp_path / "events.jsonl").write_text('{"t":"run","step":0}\n')
+    with pytest.raises(SystemExit, match="has no step yet"):
+        run_script("compare_runs.py", str(tmp_path), monkeypatch=monkeypatch)
     for name in ("sweep.py", "python_api.py", "compare_runs.py"):
         with pytest.raises(SystemExit, match=re.escape(f"python examples/{name}")):
             run_script(name, monkeypatch=monkeypatch)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from lumina.cli import main
 from lumina.cli.app import VERBS
 from lumina.config.resolve import presets, resolve
 from lumina.errors import UserError
+from lumina.telemetry.figures import count
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands() -> list[list[str]]:
@@ -41,6 +45,25 @@ def test_every_command_is_understood(command: list[str], tmp_path: Path, monkeyp
     assert verb in VERBS
     if verb == "train":
         resolve(arguments[0], arguments[1:])
+
+
+def test_the_demo_figures_are_those_of_its_raw_log() -> None:
+    folder = max((ROOT / "benchmarks/demo").glob("*/"))
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    steps, bpb = ([event for event in events if event["t"] == kind] for kind in ("step", "eval"))
+    rate = sorted(event["tok_s"] for event in steps)
+    median, low, high = statistics.median(rate), rate[len(rate) // 20], rate[-len(rate) // 20]
+    table = (ROOT / "benchmarks/demo/README.md").read_text(encoding="utf-8")
+    for figure in (
+        f"{1000 * 4096 / median:.0f} ms",
+        f"{count(median)}",
+        f"{count(low)} to {count(high)}",
+        f"{100 * statistics.median(event['mfu'] for event in steps):.0f} %",
+        f"{max(event['mem'] for event in steps) / 2**30:.1f} GiB",
+        f"{bpb[-1]['bpb']:.3f}",
+    ):
+        assert figure in README
+        assert figure in next(line for line in table.splitlines() if line.startswith(f"| {folder.name}"))
 
 
 def test_every_verb_is_in_the_table() -> None:

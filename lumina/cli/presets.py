@@ -46,7 +46,8 @@ def presets(
         "mean",
         "FLOP a trained token",
         "weights",
-        "grads + optimizer",
+        "gradients",
+        "optimizer",
         "KV a token",
     ]
     table = [
@@ -54,7 +55,7 @@ def presets(
             row["preset"],
             row["kind"],
             *(count(row[key]) for key in ("total", "active", "active_mean", "flops_per_token")),
-            *(size(row[key]) for key in ("weights", "grads_and_optimizer", "kv_bytes_per_token", "kv_bytes")),
+            *(size(row[key]) for key in ("weights", "gradients", "moments", "kv_bytes_per_token", "kv_bytes")),
             "yes" if row["fits"] else "no",
         ]
         for row in rows
@@ -77,7 +78,6 @@ def _row(name: str, kind: str | None) -> dict[str, Any]:
         **asdict(cost),
         "kv_bytes": cost.kv_bytes_per_token * config.model.seq_len,
         **asdict(state),
-        "grads_and_optimizer": state.gradients + state.moments,
         "fits": state.total <= usable(),
         "model": {key.removeprefix("model."): v for key, v in flatten(config).items() if key.startswith("model.")},
     }

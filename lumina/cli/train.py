@@ -55,6 +55,7 @@ def resume(
 
     voice, found = Voice(quiet, json), index.find(root, run)
     if found.finished:
+        voice.tell_again(found)
         voice.say(f"note   {found.path} is finished: there is nothing to go on with")
     console = voice.console(read(found.config).config.telemetry.log_every)
     _finish(lambda: trainer.resume(found, voice.listeners(console), console.progress), console, voice)
@@ -71,6 +72,13 @@ class Voice:
     def say(self, line: str) -> None:
         if not (self.quiet or self.json):
             typer.echo(line)
+
+    def tell_again(self, run: Run) -> None:
+        """How a finished run began and ended, for programs: no event comes any more, and silence says nothing."""
+        if self.json:
+            last = {event["t"]: event for event in run.events() if event["t"] in ("run", "end")}
+            for event in last.values():
+                _print_event(event)
 
     def console(self, log_every: int) -> Console:
         from lumina.telemetry.console import Console
@@ -94,9 +102,10 @@ def fit(source: str, settings: list[str], root: Path, fresh: bool, voice: Voice)
         voice.say(f"note   a {config.model.kind} model has no {keys}: dropped from the preset")
     for note in trainer.resolved.notes:
         voice.say(f"note   {note}")
-    voice.say(f"read   {', '.join((*config.data.train, *config.data.eval))}")
+    voice.say(f"text   {', '.join((*config.data.train, *config.data.eval))}")
     run = _finish(trainer.fit, console, voice)
     if trainer.already_finished:
+        voice.tell_again(run)
         voice.say(f"note   {run.path} answers this request and is finished; --fresh trains another")
     return run
 

@@ -55,7 +55,9 @@ def read_preset(name: str, wanted_by: str = "") -> Layer:
         hint = f"did you mean {close[0]}? " if close else ""
         where = f"{wanted_by}: " if wanted_by else ""
         fix = f"{hint}the presets are {', '.join(presets())}; your own go into a file such as my.yaml"
-        if not wanted_by and Path(name).is_file():
+        if wanted_by:
+            fix = f"{hint}a file extends one of the presets: {', '.join(presets())}"
+        elif Path(name).is_file():
             fix = f"text is given as data.train={name}; a configuration needs a name that ends in .yaml"
         raise UserError(f"{where}unknown preset {name!r}", fix)
     text = (files("lumina.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -75,6 +77,8 @@ def read_file(path: Path) -> File:
         notes = migrate(values, version)
     except OSError as error:
         fix = f"check the path, or name a preset: {', '.join(presets())}"
+        if (path / "config.yaml").is_file():
+            fix = f"this is a run: `lumina resume {path}` goes on with it, {path / 'config.yaml'} is its configuration"
         raise UserError(f"{path}: cannot be read: {error.strerror}", fix) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})", "save the file as UTF-8") from error

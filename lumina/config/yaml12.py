@@ -87,6 +87,7 @@ def load(text: str) -> Any:
         deep = "nested too deeply" if isinstance(error, RecursionError) else None
         reason = deep or getattr(error, "problem", None) or str(error).splitlines()[0]
         fix = "mend it: indent with spaces, and put quotes around a text with signs such as * : # ["
+        fix = "mend it: keep one of them" if reason.endswith("is given twice") else fix
         raise UserError(f"{where}{reason}", fix) from error
 
 

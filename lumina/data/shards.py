@@ -30,7 +30,7 @@ from lumina.data import split
 from lumina.data.documents import DataFile, Document, digest, find_files, raise_problems, read_files
 from lumina.data.tokenizer import Tokenizer, pieces, train_bpe
 from lumina.errors import UserError
-from lumina.progress import Tell, silent, tracked
+from lumina.progress import Tell, silent, tracked, whole
 
 FORMAT = f"v1.{split.RULE}"  # of a cache entry
 BPE = "bpe"
@@ -208,11 +208,8 @@ def _build(name: Path, entry: Path, sources: _Sources, foreign: Tokenizer | None
 
 
 def _train(documents: Sequence[Document], vocab: int, progress: Tell) -> Tokenizer:
-    what = "training the tokenizer"
-    progress(what, 0, 1)  # the library tells nothing before it is done
-    tokenizer = train_bpe((document.text for document in documents), vocab)
-    progress(what, 1, 1)
-    return tokenizer
+    with whole("training the tokenizer", progress):
+        return train_bpe((document.text for document in documents), vocab)
 
 
 def _sides(sources: _Sources, progress: Tell) -> tuple[tuple[list[Document], list[Document]], dict[str, Any]]:

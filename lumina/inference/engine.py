@@ -109,6 +109,7 @@ def load(run: Run) -> Model:
 
 
 def _load(run: Run, found: store.Checkpoint, skipped: list[str]) -> Model:
+    run.require_tokenizer()
     tokenizer = Tokenizer.load(run.tokenizer)
     if tokenizer.fingerprint != found.state["tokenizer"]:
         raise UserError(

@@ -28,7 +28,7 @@ class Sampler:
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p={self.top_p}: must be in (0, 1]")
         if problems:
-            raise UserError.collect(problems, "sampling")
+            raise UserError.collect(problems, "sampling", fix="change them, or leave them out")
 
     def pick(self, logits_BV: Tensor, generator: torch.Generator) -> Tensor:
         """The chosen ids `[B]`."""

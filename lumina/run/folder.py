@@ -50,7 +50,11 @@ class Run:
             return cls(path)
         wrong = f"not a run folder: it has no {' and no '.join(lacking)}" if path.is_dir() else "no such run"
         near = near_runs(path)
-        fix = f"did you mean {' or '.join(near)}?" if near else "name a folder that `lumina train` made"
+        fix = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else "name a folder that `lumina train` made; `lumina runs` lists them"
+        )
         raise UserError(f"{path}: {wrong}", fix=fix)
 
     @property
@@ -80,6 +84,12 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def require_tokenizer(self) -> None:
+        """Raises `UserError` if the run has lost its tokenizer."""
+        if not self.tokenizer.exists():
+            fix = "restore it from a backup: the weights know no other"
+            raise UserError(f"{self.tokenizer}: the run's tokenizer is gone", fix)
 
     def events(self) -> list[Event]:
         """What happened, over all attempts: see `lumina.events.merged`. Empty if the run never started."""
@@ -142,9 +152,12 @@ def missing(path: Path) -> list[str]:
 
 
 def near_runs(path: Path) -> list[str]:
-    """Runs beside `path` whose names resemble its own, at most three, best first."""
+    """Runs beside `path` that it is the beginning of, newest first, or else resembles, best first; at most three."""
     names = [config.parent.name for config in path.parent.glob("*/config.yaml") if not missing(config.parent)]
-    return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)]
+    begun = [name for name in names if path.name and name.startswith(f"{path.name}-")]
+    begun.sort(key=lambda name: (path.parent / name / "meta.json").stat().st_mtime, reverse=True)
+    near = begun[:3] or difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    return [str(path.parent / name) for name in near]
 
 
 def write_json(path: Path, value: Any) -> None:

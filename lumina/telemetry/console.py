@@ -6,7 +6,6 @@ a file, TERM=dumb) there are only whole lines, without carriage returns and colo
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
 
-from lumina.telemetry.figures import count, duration, size
+from lumina.telemetry.figures import count, duration, perplexity, size
 
 Event = dict[str, Any]
 Show = Callable[[str], None]
@@ -39,10 +38,9 @@ SENTENCES = {
 def step_line(event: Event, remaining: float | None) -> str:
     """The line of one training step."""
     loss = event["loss"]
-    perplexity = math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss
     parts = [
         f"[Step {event['step']}] Loss: {loss:.3f}",
-        f"Perplexity: {perplexity:.2f}",
+        f"Perplexity: {perplexity(loss)}",
         f"Accuracy: {100 * event['acc']:.1f}%",
         f"lr {event['lr']:.1e}".replace("e-0", "e-"),
         f"gnorm {event['grad_norm']:.2f}",
@@ -132,7 +130,8 @@ class Console:
             f"{data['bytes_per_token']:.2f} bytes a token, loader {count(event['loader_tok_s'])} tok/s"
         )
         if data["ignored_files"]:
-            self.write(f"! {data['ignored_files']} files were passed over: their names are not those of text")
+            files = "1 file was" if data["ignored_files"] == 1 else f"{data['ignored_files']} files were"
+            self.write(f"! {files} passed over: not named as text is (.txt .md .py .jsonl)")
         if data.get("eval_in_train"):
             self.write(
                 f"! {data['eval_in_train']} of {data['documents']['heldout']} held-out documents are in the training "
@@ -151,7 +150,7 @@ class Console:
         if why := event["choices"].get("train.compile"):
             self.write(f"       compile {event['compile']}: {why}")
         self.write(
-            f"plan   {event['steps']} steps of {count(event['batch_tokens'])} tokens = "
+            f"plan   {event['steps']} step{'s' * (event['steps'] > 1)} of {count(event['batch_tokens'])} tokens = "
             f"{count(tokens)} tokens, {tokens / data['tokens']['train']:.2g} passes over the data"
         )
 
@@ -175,7 +174,7 @@ class Console:
         taken = f" | depth {sum(depth) / len(depth):.3f}" if depth else ""
         warning = "" if event["comparable"] else " | NOT COMPARABLE: realised depth capacity is off its target"
         self.write(
-            f"[Eval {event['step']}] Loss: {event['loss']:.3f} | Perplexity: {event['ppl']:.2f} | "
+            f"[Eval {event['step']}] Loss: {event['loss']:.3f} | Perplexity: {perplexity(event['loss'])} | "
             f"Accuracy: {100 * event['acc']:.1f}% | {event['bpb']:.3f} bits per byte over "
             f"{count(event['heldout_tokens'])} held-out tokens, causal{taken} | {duration(event['seconds'])}{warning}"
         )
@@ -194,7 +193,10 @@ class Console:
 
 
 class Long:
-    """What takes longer than two seconds: a bar on a terminal; elsewhere, past ten, a line and one at its end."""
+    """What takes longer than two seconds: a bar on a terminal; elsewhere, past ten, a line and one at its end.
+
+    What is one whole, of which nothing is known before it is done, stands at the bottom of a terminal from its start.
+    """
 
     def __init__(self, screen: Screen | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.screen, self.clock = screen, clock
@@ -205,6 +207,9 @@ class Long:
         if what != self.what or done == 0:
             self.what, self.start, self.said = what, now, False
         seconds = now - self.start
+        if self.screen and self.screen.live and total == 1:
+            self.screen.status("" if done else f"{what} …")
+            return
         if self.screen is None or seconds < (LONG if self.screen.live else LONG_IN_A_LOG):
             return
         if done >= total:

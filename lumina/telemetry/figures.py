@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def count(value: float) -> str:
     """1234567 -> 1.23M"""
@@ -30,3 +32,11 @@ def size(value: float) -> str:
             return f"{value:.0f} {unit}"
         value /= 1024
     return f"{value:.1f} GiB" if value < 1024 else f"{value / 1024:.1f} TiB"
+
+
+def perplexity(loss: float) -> str:
+    """exp(loss): 11.66; of a loss that ran away three digits, 2.66e+206, or inf, for more were never measured."""
+    if not loss < 709:  # beyond it exp overflows; nan stays nan
+        return f"{loss if math.isnan(loss) else math.inf}"
+    value = math.exp(loss)
+    return f"{value:.2f}" if value < 1e6 else f"{value:.2e}"

@@ -14,6 +14,8 @@ from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
 from lumina.training.precision import Precision
 
+LARGEST_LOSS = 709.0  # nats; of a larger one the perplexity is no float64
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -66,7 +68,7 @@ def evaluate(
     shares = [t / positions for t in world.sum(taken).tolist()]
     return Evaluation(
         loss=nats / count,
-        ppl=math.exp(min(nats / count, 700.0)),
+        ppl=math.inf if nats / count > LARGEST_LOSS else math.exp(nats / count),
         acc=correct / count,
         bpb=nats / (math.log(2) * text_bytes),
         heldout_tokens=int(count),

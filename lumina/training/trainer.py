@@ -26,7 +26,7 @@ from lumina.data.tokenizer import Tokenizer
 from lumina.errors import UserError
 from lumina.events import EventWriter
 from lumina.parallel.world import World, join
-from lumina.progress import Tell, silent
+from lumina.progress import Tell, silent, whole
 from lumina.run import index
 from lumina.run.folder import Run
 from lumina.run.lock import RunLock
@@ -83,7 +83,8 @@ class Trainer:
             return resume(known, self.listeners, self.progress)
         corpus = setup.load_data(self.resolved.config, world=world, progress=self.progress)
         settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress)
-        parts = setup.build(settled.config, corpus, world)
+        with whole("building the model", self.progress):
+            parts = setup.build(settled.config, corpus, world)
         meta = {
             "request": request,
             "data": corpus.fingerprint,
@@ -137,13 +138,15 @@ def resume(run: Run, listeners: Sequence[Listener] = (), progress: Tell = silent
         world.each(lambda: machine.check_settled(resolved.config, str(run.config), world))
         corpus = _data_again(run, resolved, meta, world, progress)
         config = setup.adapt(resolved, meta["processes"], world)
-        parts = setup.build(config, corpus, world)
+        with whole("building the model", progress):
+            parts = setup.build(config, corpus, world)
         Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress).train()
     return run
 
 
 def _data_again(run: Run, resolved: Resolved, meta: dict[str, Any], world: World, progress: Tell) -> Corpus:
     """The data of a run, if it is still what it was."""
+    world.each(run.require_tokenizer)
     try:
         corpus = setup.load_data(resolved.config, tokenizer=str(run.tokenizer), world=world, progress=progress)
     except UserError as error:
@@ -175,7 +178,8 @@ class Session:
         told: Tell,
     ) -> None:
         self.run, self.config, self.parts, self.listeners = run, parts.config, parts, listeners
-        self.world, self.told = parts.world, told
+        self.world, self.told = parts.world, told if parts.world.main else silent
+        self.first = "compiling, and the first step" if self.config.train.compile == "on" else "the first step"
         self.source = resolved.source
         self.choices = {
             key: origin.removeprefix("resolved: ")
@@ -204,6 +208,7 @@ class Session:
                 self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners))
             self._announce(skipped, attempt)
             self.last = time.perf_counter()
+            self.told(self.first, 0, 1)
             while self.progress.step < self.parts.steps:
                 self._step()
                 if signal := self.world.max(stop.requested):
@@ -244,6 +249,9 @@ class Session:
         self.progress.pending = None
         if values is None:
             return
+        if self.first:
+            self.told(self.first, 1, 1)
+            self.first = ""
         metrics, step = dict(zip(METRICS, values, strict=True)), self.progress.step
         tok_s = self.config.train.batch_tokens / self.progress.step_seconds
         self._emit(
@@ -281,7 +289,7 @@ class Session:
             parts.precision,
             self.config.model.mod.capacity if self.config.model.mod else None,
             self.world,
-            self.told if self.world.main else silent,
+            self.told,
         )
         seconds = time.perf_counter() - start
         self._emit(
@@ -307,14 +315,15 @@ class Session:
                 progress.best_loss, progress.best_step = loss, progress.step
         if self.pending:  # else it is what this attempt began with, if that is not observed yet
             progress.pending = self.pending.read()
-        receipt = store.save(
-            self.run.checkpoints,
-            progress.step,
-            self.parts.model.tensors(),
-            self.parts.optimizer.tensors(),
-            pack(progress, self.parts.optimizer, self.identity),
-            self.world,
-        )
+        with whole(f"saving step {progress.step}", self.told):
+            receipt = store.save(
+                self.run.checkpoints,
+                progress.step,
+                self.parts.model.tensors(),
+                self.parts.optimizer.tensors(),
+                pack(progress, self.parts.optimizer, self.identity),
+                self.world,
+            )
         self.world.decide(self._tidy)
         self.saved_step = progress.step
         self._emit("checkpoint", step=progress.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes)

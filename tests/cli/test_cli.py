@@ -195,5 +195,5 @@ def test_memorised_evaluation_and_passed_over_files_are_said(here: Path, capsys:
     assert main(["train", "tiny", "data.train=data", "data.eval=text.txt", *FAST]) == 0
     said = capsys.readouterr().out
     assert "1 of 1 held-out documents are in the training data too" in said
-    assert "1 files were passed over" in said
+    assert "1 file was passed over" in said
     assert "passes over the data" in said

@@ -162,6 +162,17 @@ def test_errors_for_programs_are_json(here: Path, capsys: pytest.CaptureFixture[
     assert said.out == ""
     assert "train.lr=-1" in json.loads(said.err)["error"]["message"]
     assert main([*TINY, "--json", "--quiet"]) == 2
+    capsys.readouterr()
+    assert main(["generate", "n" * 300, "-p", "x", "--json"]) == 2  # no room foresees the system's own refusal
+    assert "File name too long" in json.loads(capsys.readouterr().err)["error"]["message"]
+
+
+def test_programs_learn_of_a_run_that_is_finished(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "--json"]) == 0
+    begun, *_, ended = map(json.loads, capsys.readouterr().out.splitlines())
+    for command in (TINY, ["resume", begun["path"]]):
+        assert main([*command, "--json"]) == 0
+        assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [begun, ended]
 
 
 def test_generate_answers_programs_with_one_document(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,3 +215,17 @@ def test_what_takes_over_two_seconds_is_shown_and_what_does_not_is_not(live: boo
         assert len(screen.drawn) == 4
     else:
         assert screen.drawn == ["       encoding …", "       encoding: done in 20s"]
+
+
+@pytest.mark.parametrize(("live", "drawn"), [(True, ["status compiling …", "status "]), (False, [])])
+def test_what_is_one_whole_stands_at_the_bottom_of_a_terminal_from_its_start(live: bool, drawn: list[str]) -> None:
+    now = 0.0
+    screen = FakeScreen(live)
+    long = Long(screen, clock=lambda: now)
+    for now in (1.0, 4.0):
+        long("compiling", int(now > 1), 1)
+    assert screen.drawn == drawn
+    long("compiling", 0, 1)
+    now = 20.0
+    long("compiling", 1, 1)
+    assert screen.drawn[-1] == ("status " if live else "       compiling: done in 16s")

@@ -211,22 +211,27 @@ class TestLengthAndKind:
     ("configs/mine", "configs/mine: cannot be read: No such file or directory", "check the path"),
     ("folder.yml", "folder.yml: cannot be read: Is a directory", "check the path"),
     ("list.yaml", "list.yaml: no sections in it", "write `train:`"),
-    ("twice.yaml", "twice.yaml: line 3: the key 'lr' is given twice", "mend it"),
+    ("runs/old", "runs/old: cannot be read: Is a directory", "`lumina resume runs/old` goes on with it"),
+    ("twice.yaml", "twice.yaml: line 3: the key 'lr' is given twice", "mend it: keep one of them"),
     ("both.yaml", "both.yaml: train.lr: given twice", "keep one"),
     ("latin.yaml", "latin.yaml: not UTF-8 text (byte 8)", "save the file as UTF-8"),
     ("star.yaml", "star.yaml: line 1: expected alphabetic or numeric character", "quotes around"),
     ("extends.yaml", "extends.yaml: unknown preset 'tiyn'", "did you mean tiny?"),
+    ("child.yaml", "child.yaml: unknown preset 'extends.yaml'", "a file extends one of the presets: tiny, debug"),
     ("newer.yaml", "newer.yaml: schema_version is 2", "use the version that wrote the file"),
 ])  # fmt: skip
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str, fix: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("folder.yml").mkdir()
+    Path("runs/old").mkdir(parents=True)
+    Path("runs/old/config.yaml").touch()
     for name, text in {
         "list": "- a\n- b\n",
         "twice": "train:\n  lr: 1\n  lr: 2\n",
         "both": "train: {lr: 1}\ntrain.lr: 2\n",
         "star": "data: {train: *.txt}\n",
         "extends": "extends: tiyn\n",
+        "child": "extends: extends.yaml\n",
         "newer": "schema_version: 2\n",
     }.items():
         Path(f"{name}.yaml").write_text(text)

@@ -60,6 +60,10 @@ def test_open_names_the_runs_that_were_perhaps_meant(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run") as error:
         Run.open(tmp_path / "debug-20260101-abcx")
     assert error.value.fix == f"did you mean {tmp_path / 'debug-20260101-abcd'}?"
+    started(tmp_path / "debug-20260202-aaaa")
+    with pytest.raises(UserError, match="no such run") as error:
+        Run.open(tmp_path / "debug")  # far from the whole name, and what a person types
+    assert error.value.fix == f"did you mean {tmp_path / 'debug-20260202-aaaa'} or {tmp_path / 'debug-20260101-abcd'}?"
     with pytest.raises(UserError, match="lumina train"):
         Run.open(tmp_path / "nowhere" / "x")
 

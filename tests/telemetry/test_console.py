@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
+
 from lumina.telemetry.console import Console
 from lumina.telemetry.figures import count, duration, size
 
@@ -48,7 +50,24 @@ def test_only_every_so_many_steps_the_first_and_the_last() -> None:
 
 def test_a_loss_that_is_not_a_number_is_still_a_line() -> None:
     assert "Loss: nan | Perplexity: nan" in printed(STEP | {"loss": math.nan})[0]
-    assert "Perplexity: 1014232054735" in printed(STEP | {"loss": 1e6})[0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "shown"),
+    [
+        (13.8, "984609.11"),
+        (13.9, "1.09e+06"),
+        (475.309, "2.66e+206"),
+        (1e6, "inf"),
+        (math.inf, "inf"),
+        (-800.0, "0.00"),
+    ],
+)
+def test_a_loss_that_ran_away_is_still_a_short_line(loss: float, shown: str) -> None:
+    evaluated = {"t": "eval", "step": 100, "loss": loss, "ppl": 1e304, "acc": 0.1, "bpb": 1.0, "seconds": 1.0,
+                 "heldout_tokens": 9, "mod_capacity": [], "comparable": True}  # fmt: skip
+    for line in printed(STEP | {"loss": loss}, evaluated):
+        assert f"| Perplexity: {shown} |" in line
 
 
 def test_a_skipped_step_is_a_sentence() -> None:

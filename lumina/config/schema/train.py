@@ -43,7 +43,8 @@ class TrainConfig(Section):
         if len(given) != 1:
             found.append(Problem(LENGTHS, "exactly one of them says how long to train"))
         if self.tokens is not None and self.tokens < self.batch_tokens:
-            found.append(Problem(("train.tokens", "train.batch_tokens"), "less than one step"))
+            message = f"less than one step; use at least {self.batch_tokens}"
+            found.append(Problem(("train.tokens", "train.batch_tokens"), message))
         if not all(0 <= beta < 1 for beta in self.betas):
             found.append(Problem(("train.betas",), "both must be at least 0 and below 1"))
         # Under train.time the steps are not known yet: shares alone count, and `settle` checks again.
