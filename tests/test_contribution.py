@@ -111,7 +111,7 @@ def test_make_mends_an_environment_that_was_left_half_made(tmp_path: Path) -> No
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$@" >> called\n')
     python.chmod(0o755)
-    subprocess.run(["make", "demo", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, check=False)
+    subprocess.run(["make", "demo", f"PYTHON={python}", "VENV=.venv"], cwd=tmp_path, capture_output=True, check=False)
     assert (tmp_path / "called").read_text().splitlines()[1:] == ["-m venv .venv"]
 
 
