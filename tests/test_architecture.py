@@ -28,7 +28,8 @@ ALLOWED = {
     "inference": LEAVES | {"model", "data", "checkpoint", "run"},
     "training": LEAVES | {"model", "data", "checkpoint", "parallel", "run", "lumina"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
-    "cli": LEAVES | {"api", "inference", "model", "run", "telemetry", "training", "lumina"},
+    "bench": LEAVES | {"data", "model", "parallel", "telemetry", "training"},
+    "cli": LEAVES | {"api", "bench", "inference", "model", "run", "telemetry", "training", "lumina"},
 }
 TORCHLESS = [
     "lumina",

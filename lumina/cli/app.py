@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from lumina import __version__
-from lumina.cli import chat, config, demo, doctor, generate, presets, runs, train
+from lumina.cli import bench, chat, config, demo, doctor, generate, presets, runs, train
 from lumina.errors import UserError
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, USER_ERROR
 
@@ -32,9 +32,13 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "reference": config.reference,
     },
     "doctor": doctor.doctor,
+    "bench": {"speed": bench.speed},
 }
 
-GROUP_HELP = "Configurations: shown, checked, documented."
+GROUP_HELP = {
+    "config": "Configurations: shown, checked, documented.",
+    "bench": "What this machine reaches, measured fairly.",
+}
 
 app = typer.Typer(
     help="Train dense, MoE, MoD and hybrid language models.",
@@ -86,7 +90,7 @@ def _joined() -> bool:
 
 for name, verb in VERBS.items():
     if isinstance(verb, dict):
-        group = typer.Typer(help=GROUP_HELP, no_args_is_help=True, rich_markup_mode=None)
+        group = typer.Typer(help=GROUP_HELP[name], no_args_is_help=True, rich_markup_mode=None)
         for inner, function in verb.items():
             group.command(inner)(_guarded(function))
         app.add_typer(group, name=name)

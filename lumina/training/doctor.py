@@ -31,7 +31,7 @@ def examine(root: Path) -> Report:
     """Versions, system, memory, devices, choices, folders, extras; `problems` are `[what, what to do]`."""
     problems: list[list[str]] = []
     report: Report = {
-        "versions": {"lumina": lumina.__version__, "commit": _commit(), "python": platform.python_version()},
+        "versions": {"lumina": lumina.__version__, "commit": commit(), "python": platform.python_version()},
         "system": {"platform": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count()},
         "memory": {"total": psutil.virtual_memory().total, "available": psutil.virtual_memory().available},
         "extras": _extras(),
@@ -156,7 +156,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout this runs from, with a + if files differ from it."""
     folder = Path(lumina.__file__).parents[1]
     if not (folder / ".git").exists():
