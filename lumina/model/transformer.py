@@ -25,6 +25,7 @@ from lumina.model.head import Head, TokenLoss
 from lumina.model.init import Assign, initialize
 from lumina.model.mod import DepthRouter, put, take
 from lumina.model.moe import MoE
+from lumina.model.noise import fold
 from lumina.model.recompute import recomputed
 
 Rope = tuple[Tensor, Tensor]
@@ -37,12 +38,14 @@ class View(NamedTuple):
     segments_BS: Tensor  # the document it belongs to
     rope: Rope  # cosines and sines of its position, each [B, S, K/2]
     mask_B1SS: Tensor  # which row it may see
+    key_BS: Tensor  # of its noise; see `lumina.model.noise`
 
     def at(self, index_BC: Tensor) -> View:
         """The view of these rows among themselves."""
         position_BC, segments_BC = self.position_BS.gather(1, index_BC), self.segments_BS.gather(1, index_BC)
         cos_BCK, sin_BCK = (t.gather(1, index_BC.unsqueeze(-1).expand(-1, -1, t.shape[-1])) for t in self.rope)
-        return View(position_BC, segments_BC, (cos_BCK, sin_BCK), document_mask(position_BC, segments_BC))
+        mask_B1CC = document_mask(position_BC, segments_BC)
+        return View(position_BC, segments_BC, (cos_BCK, sin_BCK), mask_B1CC, self.key_BS.gather(1, index_BC))
 
 
 class BlockStats(NamedTuple):
@@ -201,15 +204,25 @@ class Transformer(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters()} | buffers
 
     def forward(
-        self, ids_BS: Tensor, segments_BS: Tensor, targets_BS: Tensor, z: float = 0.0
+        self,
+        ids_BS: Tensor,
+        segments_BS: Tensor,
+        targets_BS: Tensor,
+        z: float = 0.0,
+        key_B: Tensor | None = None,
     ) -> tuple[TokenLoss, RoutingStats]:
         """Training: loss sums with gradient, and what the routers did.
 
-        `segments_BS` numbers the documents inside each sequence; attention stays inside a document.
+        `segments_BS` numbers the documents inside each sequence; attention stays inside a document. `key_B` are the
+        keys of each sequence's noise (default: 0).
         """
         x_BSD = self.embed(ids_BS)
         position_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).expand_as(ids_BS)
-        view = View(position_BS, segments_BS, self._rope(position_BS), document_mask(position_BS, segments_BS))
+        if key_B is None:
+            key_B = torch.zeros_like(ids_BS[:, 0])
+        key_BS = fold(key_B.unsqueeze(1), position_BS)
+        mask_B1SS = document_mask(position_BS, segments_BS)
+        view = View(position_BS, segments_BS, self._rope(position_BS), mask_B1SS, key_BS)
         done: list[BlockStats] = []
         for block in self.units:
             x_BSD, stats = block(x_BSD, view)

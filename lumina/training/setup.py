@@ -157,6 +157,7 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
             z_loss=config.train.z_loss,
             bias_rate=config.model.moe.bias_rate if config.model.moe else 0.0,
             world=world,
+            seed=config.train.seed,
         ),
         cost=cost.count(config.model),
         world=world,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lumina.data.loader import Batch
+from lumina.model.noise import keys
 from lumina.model.transformer import RoutingStats, Transformer
 from lumina.parallel.world import ALONE, World
 from lumina.training.optim import Optimizer, gradient_norm
@@ -31,6 +32,7 @@ class Step:
     z_loss: float
     bias_rate: float
     world: World = ALONE
+    seed: int = 0  # of the noise
 
 
 def train_step(
@@ -41,10 +43,11 @@ def train_step(
     plan: Step,
     precision: Precision,
     freeze_bias: bool,
+    step: int = 0,
 ) -> Tensor:
     """Takes one step and returns its metrics, a float32 vector on the device in the order of `METRICS`.
 
-    `batch` is the whole batch, in every process.
+    `batch` is the whole batch, in every process; its noise is that of `step`.
     """
     optimizer.zero_grad()
     device, scale = model.embed.weight.device, optimizer.loss_scale
@@ -54,7 +57,8 @@ def train_step(
     for micro in batch.split(plan.world.size)[plan.world.rank].split(plan.micro_batches):
         micro = micro.to(device)
         with precision.training():
-            loss, routing = model(micro.ids_BS, micro.segments_BS, micro.targets_BS, plan.z_loss)
+            key_B = keys(plan.seed, step, micro.sample_ids_B)
+            loss, routing = model(micro.ids_BS, micro.segments_BS, micro.targets_BS, plan.z_loss, key_B)
         # Sums over the whole batch's tokens, not means of means: any split gives the same gradient.
         total = (loss.loss + routing.predictor_loss) / tokens
         (total * scale.scale if scale else total).backward()

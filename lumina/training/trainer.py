@@ -229,6 +229,7 @@ class Session:
             parts.plan,
             parts.precision,
             freeze_bias=step > self.freeze_from,
+            step=step,
         )
         self._observe()
         now = time.perf_counter()
