@@ -60,6 +60,16 @@ def is_routed(config: ModelConfig, layer: int) -> bool:
     return config.mod is not None and layer % config.mod.every == config.mod.every - 1
 
 
+def has_experts(config: ModelConfig, layer: int) -> bool:
+    """Whether this block (from 0) is a mixture of experts."""
+    return config.moe is not None and layer >= config.moe.dense_layers
+
+
+def dense_ffn(config: ModelConfig) -> int:
+    """The width of a block's dense network: among experts, as much as a token meets in those."""
+    return config.moe.ffn * (config.moe.top_k + config.moe.shared) if config.moe else config.ffn
+
+
 def count(config: ModelConfig, sequence: int | None = None, kv_bytes: int = 4) -> Cost:
     """Counts one model; `sequence` (default: the configured length) sets the cost of attention."""
     S = sequence or config.seq_len
@@ -72,7 +82,7 @@ def count(config: ModelConfig, sequence: int | None = None, kv_bytes: int = 4) -
         total += head
     for layer in range(config.layers):
         routed = is_routed(config, layer)
-        block, share = _block(config, routed), c if routed else 1.0
+        block, share = _block(config, routed, has_experts(config, layer)), c if routed else 1.0
         total += block.total
         matrices += block.matrices
         active += block.matmul + block.router
@@ -91,16 +101,17 @@ def state_bytes(config: ModelConfig, optimizer: str, precision: str) -> StateByt
     return StateBytes(size * counted.total, size * counted.total, size * moments)
 
 
-def _block(config: ModelConfig, routed: bool) -> _Block:
+def _block(config: ModelConfig, routed: bool, experts: bool) -> _Block:
     D = config.width
     attention = D * config.head_dim * 2 * (config.heads + config.kv_heads)
     norms = 2 * D + 2 * config.head_dim
-    if config.moe is None:
-        met = stored = matrices = 3 * D * config.ffn
+    if config.moe is None or not experts:
+        met = stored = matrices = 3 * D * dense_ffn(config)
     else:
-        expert, router = 3 * D * config.moe.ffn, D * config.moe.experts
+        slots = config.moe.experts + config.moe.spare
+        expert, router = 3 * D * config.moe.ffn, D * slots
         met = expert * (config.moe.top_k + config.moe.shared) + router
-        matrices = expert * (config.moe.experts + config.moe.shared)
+        matrices = expert * (slots + config.moe.shared)
         stored = matrices + router
     hidden = D // PREDICTOR_SHRINK
     router_matmul = D + D * hidden + hidden if routed else 0

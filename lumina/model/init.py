@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lumina.model.mod import DepthRouter
 from lumina.model.moe import MoE
+from lumina.model.router import Router
 
 STD = 0.02
 Assign = Callable[[Tensor, Tensor], Any]  # stores a value in a parameter
@@ -30,10 +31,20 @@ def name_seed(seed: int, name: str) -> int:
 @torch.no_grad()
 def initialize(model: nn.Module, layers: int, seed: int, assign: Assign = Tensor.copy_) -> None:
     """Fills every parameter and persistent buffer of a `Transformer` of so many layers."""
+    spare = {
+        f"{name}.{leaf}": module.router.config.spare
+        for name, module in model.named_modules()
+        if isinstance(module, MoE)
+        for leaf in ("w_gate_up", "w_down", "router.weight")
+    }
     for name, parameter in model.named_parameters():
-        assign(parameter, _draw(parameter.shape, name, seed, layers))
+        value = _draw(parameter.shape, name, seed, layers)
+        if empty := spare.get(name, 0):  # slots for later are zero, and the others what they are without them
+            shape = torch.Size([parameter.shape[0] - empty, *parameter.shape[1:]])
+            value = torch.cat([_draw(shape, name, seed, layers), value.new_zeros(empty, *shape[1:])])
+        assign(parameter, value)
     for module in model.modules():
-        if isinstance(module, MoE | DepthRouter):
+        if isinstance(module, Router | DepthRouter):
             module.reset()
 
 

@@ -2,16 +2,11 @@
 
 A token's way through the layer, for T tokens:
 
-1. *route*: scores = sigmoid(W x) in fp32; the A experts with the largest score + bias are chosen; the gates are
-   the chosen scores (without bias), normalised to sum to one (DeepSeek-V3, eq. 12 to 16).
+1. *route*: its A experts and their gates (`lumina.model.router`).
 2. *dispatch*: the T·A pairs (token, expert) are sorted by expert; row r of the sorted block holds the token
    `order[r] // A`. Experts now own contiguous rows.
 3. *compute*: two grouped products with SwiGLU between.
 4. *combine*: token t sums its A rows, found at `row[t]`, weighted by its gates.
-
-The bias is a buffer: it enters the choice only, gets no gradient, and after each optimizer step moves by
-`bias_rate` towards balance (Wang et al. 2024, 2408.15664). Counts are returned, not stored, so that
-recomputation cannot count twice.
 
 Shapes: T tokens, D width, E experts, A active experts, F feed-forward width of one expert, R = T·A rows.
 """
@@ -21,12 +16,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumina.config.schema.model import MoEConfig
 from lumina.model.feedforward import FeedForward, swiglu
 from lumina.model.grouped import grouped_linear
+from lumina.model.router import Router, RouterStats
 
 
 class _Dispatch(torch.autograd.Function):
@@ -66,35 +61,21 @@ class _Combine(torch.autograd.Function):
 class MoE(nn.Module):
     """A feed-forward layer of E stacked experts, of which a token takes A, and optional shared experts."""
 
-    bias_E: Tensor
-
-    def __init__(self, width: int, config: MoEConfig) -> None:
+    def __init__(self, width: int, config: MoEConfig, layer: int = 0) -> None:
         super().__init__()
-        experts, ffn = config.experts, config.ffn
-        self.experts, self.top_k, self.kernel = experts, config.top_k, config.kernel
+        experts, ffn = config.experts + config.spare, config.ffn
+        self.top_k, self.kernel = config.top_k, config.kernel
         self.splits = (ffn, ffn)
-        self.router = nn.Parameter(torch.empty(experts, width))
-        self.register_buffer("bias_E", torch.empty(experts))
+        self.router = Router(width, config, layer)
         self.w_gate_up = nn.Parameter(torch.empty(experts, 2 * ffn, width))
         self.w_down = nn.Parameter(torch.empty(experts, width, ffn))
         self.shared = FeedForward(width, config.shared * ffn) if config.shared else None
 
-    def reset(self) -> None:
-        """A new layer prefers no expert."""
-        self.bias_E.zero_()
-
-    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen experts `expert_TA` (int64) and their gates `gate_TA` (fp32, rows sum to one)."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            score_TE = F.linear(x_TD.float(), self.router.float()).sigmoid()
-        expert_TA = (score_TE.detach() + self.bias_E).topk(self.top_k, dim=-1, sorted=False).indices
-        gate_TA = score_TE.gather(1, expert_TA)
-        return expert_TA, gate_TA / (gate_TA.sum(-1, keepdim=True) + 1e-20)
-
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's output and `count_E`, how many of the T·A assignments each expert received (fp32)."""
+    def forward(self, x_BSD: Tensor, key_BS: Tensor | None = None) -> tuple[Tensor, RouterStats]:
+        """The layer's output and what its router did; with `key_BS`, the keys of the noise, as in training."""
+        routed = self.router(x_BSD, key_BS)
         x_TD = x_BSD.flatten(0, 1)
-        expert_TA, gate_TA = self.route(x_TD)
+        expert_TA, gate_TA = routed.expert_BSA.flatten(0, 1), routed.gate_BSA.flatten(0, 1)
         expert_R = expert_TA.flatten()
         order_R = expert_R.argsort(stable=True)
         row_TA = (
@@ -102,8 +83,7 @@ class MoE(nn.Module):
             .index_copy_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
             .view_as(expert_TA)
         )
-        count_E = F.one_hot(expert_R, self.experts).sum(0)
-        offs_E = count_E.cumsum(0).to(torch.int32)
+        offs_E = routed.stats.load_E.cumsum(0).to(torch.int32)
 
         x_RD = _Dispatch.apply(x_TD, order_R // self.top_k, row_TA)  # type: ignore[no-untyped-call]
         h_RF = swiglu(grouped_linear(x_RD, self.w_gate_up, offs_E, self.kernel))
@@ -111,4 +91,4 @@ class MoE(nn.Module):
         y_BSD = _Combine.apply(y_RD, gate_TA, order_R, row_TA).view_as(x_BSD)  # type: ignore[no-untyped-call]
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
-        return y_BSD, count_E.float()
+        return y_BSD, routed.stats

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lumina.config.schema.model import ModelConfig
 from lumina.model.attention import Attention, KeyValueCache, RMSNorm, rope_table
-from lumina.model.cost import is_routed
+from lumina.model.cost import dense_ffn, has_experts, is_routed
 from lumina.model.feedforward import FeedForward
 from lumina.model.head import Head, TokenLoss
 from lumina.model.init import Assign, initialize
@@ -27,6 +27,7 @@ from lumina.model.mod import DepthRouter, put, take
 from lumina.model.moe import MoE
 from lumina.model.noise import fold
 from lumina.model.recompute import recomputed
+from lumina.model.router import RouterStats
 
 Rope = tuple[Tensor, Tensor]
 
@@ -51,7 +52,7 @@ class View(NamedTuple):
 class BlockStats(NamedTuple):
     """What the routers of one block did in one training forward; None where it has none."""
 
-    load_E: Tensor | None  # assignments each expert received
+    experts: RouterStats | None
     predictor_loss: Tensor | None
     agreement: Tensor | None
     quantile: Tensor | None
@@ -61,6 +62,8 @@ class RoutingStats(NamedTuple):
     """What the routers did in one training forward; every entry is a sum, so micro-batches add up."""
 
     load_LE: Tensor  # assignments each expert received, one row per MoE layer
+    sums_LX: Tensor  # `router.SUMS`, one row per MoE layer
+    router_loss: Tensor  # summed over sequences and MoE layers; carries the routers' gradient
     predictor_loss: Tensor  # summed over tokens and routed layers; carries the predictors' gradient
     agreement: Tensor  # tokens (over routed layers) where the decode rule agrees with the top-C choice
     quantile_L: Tensor  # per routed layer, summed over sequences
@@ -73,15 +76,19 @@ class Block(nn.Module):
     so that a block can be sharded, recomputed and compiled as one unit.
     """
 
-    def __init__(self, config: ModelConfig, routed: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.width)
         self.attn = Attention(config.width, config.heads, config.kv_heads, config.head_dim)
         self.ffn_norm = RMSNorm(config.width)
         self.ffn: FeedForward | MoE = (
-            MoE(config.width, config.moe) if config.moe else FeedForward(config.width, config.ffn)
+            MoE(config.width, config.moe, layer)
+            if config.moe and has_experts(config, layer)
+            else FeedForward(config.width, dense_ffn(config))
         )
-        self.router = DepthRouter(config.width, config.mod.capacity) if config.mod and routed else None
+        self.router = (
+            DepthRouter(config.width, config.mod.capacity) if config.mod and is_routed(config, layer) else None
+        )
         self.recompute = "none"
         self.run: Callable[[Tensor, View], tuple[Tensor, BlockStats]] = self._train
 
@@ -113,13 +120,14 @@ class Block(nn.Module):
         mask_B1SN: Tensor | None,
         cache: KeyValueCache | None = None,
         keep_BS: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The residual branch's output and, for a MoE, the assignments per expert."""
+        key_BS: Tensor | None = None,
+    ) -> tuple[Tensor, RouterStats | None]:
+        """The residual branch's output and, for a MoE, what its router did; `key_BS` is given in training."""
         a_BSD = self.attn(self.attn_norm(x_BSD), rope, mask_B1SN, cache, keep_BS)
         h_BSD = self.ffn_norm(x_BSD + a_BSD)
         if isinstance(self.ffn, MoE):
-            f_BSD, load_E = self.ffn(h_BSD)
-            return a_BSD + f_BSD, load_E
+            f_BSD, stats = self.ffn(h_BSD, key_BS)
+            return a_BSD + f_BSD, stats
         return a_BSD + self.ffn(h_BSD), None
 
     def compile(self) -> None:
@@ -134,13 +142,13 @@ class Block(nn.Module):
 
     def _compute(self, x_BSD: Tensor, view: View) -> tuple[Tensor, BlockStats]:
         if self.router is None:
-            y_BSD, load_E = self.branch(x_BSD, view.rope, view.mask_B1SS)
-            return x_BSD + y_BSD, BlockStats(load_E, None, None, None)
+            y_BSD, experts = self.branch(x_BSD, view.rope, view.mask_B1SS, key_BS=view.key_BS)
+            return x_BSD + y_BSD, BlockStats(experts, None, None, None)
         chosen = self.router.select(x_BSD)
         x_BCD, view_C = take(x_BSD, chosen.index_BC), view.at(chosen.index_BC)
-        y_BCD, load_E = self.branch(x_BCD, view_C.rope, view_C.mask_B1SS)
+        y_BCD, experts = self.branch(x_BCD, view_C.rope, view_C.mask_B1SS, key_BS=view_C.key_BS)
         y_BCD = x_BCD + chosen.weight_BC.unsqueeze(-1) * y_BCD
-        stats = BlockStats(load_E, chosen.predictor_loss, chosen.agreement, chosen.quantile)
+        stats = BlockStats(experts, chosen.predictor_loss, chosen.agreement, chosen.quantile)
         return put(x_BSD, chosen.index_BC, y_BCD.to(x_BSD.dtype)), stats
 
 
@@ -158,7 +166,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.width)
-        self.blocks = nn.ModuleList(Block(config, routed=is_routed(config, layer)) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width)
         self.head = Head(config.width, config.vocab)
         if config.tied:
@@ -287,10 +295,18 @@ def _only_selected(mask_B1SS: Tensor, keep_BS: Tensor) -> Tensor:
 
 def _total(blocks: list[BlockStats], zero: Tensor) -> RoutingStats:
     """One entry for the whole model, `zero` where no block has such routers."""
-    loads, losses, agreements, quantiles = (
+    experts, losses, agreements, quantiles = (
         [value for value in values if value is not None] for values in zip(*blocks, strict=True)
     )
-    return RoutingStats(_stack(loads, zero), sum(losses, zero), sum(agreements, zero), _stack(quantiles, zero))
+    loads, sums, router_losses = ([stats[i] for stats in experts] for i in range(3))
+    return RoutingStats(
+        load_LE=_stack(loads, zero),
+        sums_LX=_stack(sums, zero),
+        router_loss=sum(router_losses, zero),
+        predictor_loss=sum(losses, zero),
+        agreement=sum(agreements, zero),
+        quantile_L=_stack(quantiles, zero),
+    )
 
 
 def _stack(values: list[Tensor], like: Tensor) -> Tensor:

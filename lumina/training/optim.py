@@ -58,7 +58,7 @@ def group_parameters(model: nn.Module, optimizer: str) -> Groups:
     for name, parameter in model.named_parameters():
         if ".predictor." in name:
             groups.predictors[name] = parameter
-        elif parameter.ndim < 2 or name.endswith(("embed.weight", "ffn.router")):
+        elif parameter.ndim < 2 or name.endswith(("embed.weight", "ffn.router.weight")):
             groups.plain[name] = parameter
         elif optimizer == "muon" and not name.endswith("head.weight"):
             groups.matrices[name] = parameter

@@ -17,6 +17,7 @@ from lumina.data.loader import Batch
 from lumina.model.noise import keys
 from lumina.model.transformer import RoutingStats, Transformer
 from lumina.parallel.world import ALONE, World
+from lumina.training import experts
 from lumina.training.optim import Optimizer, gradient_norm
 from lumina.training.precision import Precision
 
@@ -45,7 +46,7 @@ def train_step(
     freeze_bias: bool,
     step: int = 0,
 ) -> Tensor:
-    """Takes one step and returns its metrics, a float32 vector on the device in the order of `METRICS`.
+    """Takes one step and returns its metrics, a float32 vector on the device: `METRICS`, then `experts.rows` flat.
 
     `batch` is the whole batch, in every process; its noise is that of `step`.
     """
@@ -60,7 +61,7 @@ def train_step(
             key_B = keys(plan.seed, step, micro.sample_ids_B)
             loss, routing = model(micro.ids_BS, micro.segments_BS, micro.targets_BS, plan.z_loss, key_B)
         # Sums over the whole batch's tokens, not means of means: any split gives the same gradient.
-        total = (loss.loss + routing.predictor_loss) / tokens
+        total = (loss.loss + routing.predictor_loss) / tokens + routing.router_loss / len(batch.ids_BS)
         (total * scale.scale if scale else total).backward()
         sums += torch.stack([loss.nats, loss.correct, loss.tokens])
         stats.append(RoutingStats(*(value.detach() for value in routing)))
@@ -73,7 +74,8 @@ def train_step(
     if scale:
         scale.unscale([*clipped, *predictors])
     norm = gradient_norm(clipped, plan.world)
-    finite = torch.isfinite(norm) & torch.isfinite(sums).all() & torch.isfinite(routing.predictor_loss)
+    losses = torch.stack([*sums, routing.predictor_loss, routing.router_loss])
+    finite = torch.isfinite(norm) & torch.isfinite(losses).all()
     if predictors:
         finite &= torch.isfinite(gradient_norm(predictors, plan.world))
     skip = (~finite).float()
@@ -83,7 +85,8 @@ def train_step(
     used = scale.scale[0].clone() if scale else torch.ones((), device=device)
     if scale:
         scale.update(skip)
-    return torch.stack([*sums, norm, skip, *_routing_metrics(model, routing, batch), used])
+    metrics = torch.stack([*sums, norm, skip, *_routing_metrics(model, routing, batch), used])
+    return torch.cat([metrics, experts.rows(model, routing).flatten()])
 
 
 def _everywhere(sums: Tensor, routing: RoutingStats, world: World) -> tuple[Tensor, RoutingStats]:
@@ -101,8 +104,7 @@ def _update_routers(
     model: Transformer, routing: RoutingStats, finite: Tensor, plan: Step, rate: float, batch: Batch
 ) -> None:
     for moe, load_E in zip(model.moes, routing.load_LE, strict=True):
-        move_E = rate * torch.sign(load_E.mean() - load_E)
-        moe.bias_E += torch.where(finite, move_E, 0.0)
+        moe.router.follow(load_E, rate, finite)
     for router, quantile in zip(model.routers, routing.quantile_L, strict=True):
         router.follow(quantile / len(batch.ids_BS), finite)
 
@@ -111,6 +113,9 @@ def _routing_metrics(model: Transformer, routing: RoutingStats, batch: Batch) ->
     """Largest over mean expert load (mean over layers) and predictor agreement per token and routed layer."""
     load_LE = routing.load_LE
     one = torch.ones((), device=routing.predictor_loss.device)
-    balance = (load_LE.amax(1) / load_LE.mean(1)).mean() if len(load_LE) else one
+    balance = one
+    if len(load_LE):
+        moe = model.moes[0].router.config
+        balance = (load_LE.amax(1) / load_LE.sum(1)).mean() * moe.experts
     tokens = max(1, len(model.routers)) * batch.ids_BS.numel()
     return [balance, routing.agreement / tokens]

@@ -31,7 +31,7 @@ from lumina.run import index
 from lumina.run.folder import Run
 from lumina.run.lock import RunLock
 from lumina.run.signals import StopRequest
-from lumina.training import machine, memory, setup
+from lumina.training import experts, machine, memory, setup
 from lumina.training.evaluate import Evaluation, evaluate
 from lumina.training.schedule import decay_start, learning_rate
 from lumina.training.state import Lagged, Progress, pack, unpack
@@ -253,7 +253,7 @@ class Session:
         if self.first:
             self.told(self.first, 1, 1)
             self.first = ""
-        metrics, step = dict(zip(METRICS, values, strict=True)), self.progress.step
+        metrics, step = dict(zip(METRICS, values, strict=False)), self.progress.step
         tok_s = self.config.train.batch_tokens / self.progress.step_seconds
         self._emit(
             "step",
@@ -270,6 +270,7 @@ class Session:
             bal=metrics["balance"] if self.parts.model.moes else None,
             agree=metrics["agreement"] if self.parts.model.routers else None,
         )
+        self._observe_experts(values[len(METRICS) :], skipped=bool(metrics["skipped"]))
         if not metrics["skipped"]:
             return
         evidence = {"loss": metrics["nats"] / metrics["count"], "grad_norm": metrics["grad_norm"]}
@@ -278,6 +279,17 @@ class Session:
             self._emit("decision", step=step, kind="act", rule="overflow", evidence=evidence, action="skip_step")
         else:
             self._emit("decision", step=step, kind="act", rule="non_finite", evidence=evidence, action="skip_step")
+
+    def _observe_experts(self, rows: list[float], skipped: bool) -> None:
+        """Adds a step's rows to those since the last `moe` event, and tells them as often as the console speaks."""
+        moes, progress = self.parts.model.moes, self.progress
+        if not moes:
+            return
+        if not skipped:
+            progress.experts = experts.add(progress.experts, rows, len(moes))
+        if progress.step % self.config.telemetry.log_every == 0 and progress.experts:
+            self._emit("moe", step=progress.step, **experts.describe(progress.experts, len(moes), moes[0].top_k))
+            progress.experts = None
 
     def _evaluate(self) -> None:
         """Evaluates all held-out tokens with the causal routing; its time is not training time."""

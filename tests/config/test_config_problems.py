@@ -137,7 +137,11 @@ class TestCombinations:
         ("model.head_dim=7", "rotary positions turn pairs; use 6 or 8"),
         ("model.kv_heads=3", "each key-value head serves equally many heads; use kv_heads 2 or 4"),
         ("model.kv_heads=8", "each key-value head serves equally many heads; use kv_heads 4"),
-        ("model.moe.top_k=1", "a normalised top-1 gate gives its router no gradient; use 2 or more"),
+        (
+            "model.moe.top_k=1",
+            "a normalised top-1 gate gives its router no gradient; use 2 or more, or normalise=false",
+        ),
+        ("model.moe.dense_layers=6", "no block would have experts; use dense_layers 5 or less"),
         ("model.moe.top_k=9", "there are not so many experts; use top_k 4 or less"),
         ("model.mod.every=7", "no block would be routed; use every 6 or less"),
         ("train.batch_tokens=1000", "a batch is whole sequences; use train.batch_tokens=768 or 1024"),

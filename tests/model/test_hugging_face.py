@@ -85,19 +85,45 @@ def test_dense_is_qwen3(tied: bool) -> None:
     compare(model, transformers.Qwen3ForCausalLM(config), weights)
 
 
+@pytest.mark.parametrize("normalise", [True, False])
+def test_softmax_moe_is_qwen3_moe(normalise: bool) -> None:
+    model = scrambled("moe", **{"moe.score": "softmax", "moe.normalise": normalise})
+    moe = model.config.moe
+    assert moe is not None
+    weights: dict[str, Tensor] = {}
+    for number, block in enumerate(model.units):
+        prefix, ffn = f"model.layers.{number}.", block.ffn
+        weights |= common_weights(block, prefix) | {
+            f"{prefix}mlp.gate.weight": ffn.router.weight,
+            f"{prefix}mlp.experts.gate_up_proj": ffn.w_gate_up,
+            f"{prefix}mlp.experts.down_proj": ffn.w_down,
+        }
+    config = transformers.Qwen3MoeConfig(
+        **shared_settings(model.config),
+        attention_bias=False,
+        moe_intermediate_size=moe.ffn,
+        num_experts=moe.experts,
+        num_experts_per_tok=moe.top_k,
+        norm_topk_prob=normalise,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+    )
+    compare(model, transformers.Qwen3MoeForCausalLM(config), weights)
+
+
 def test_shared_expert_moe_is_glm4_moe() -> None:
     model = scrambled("moe", **{"moe.shared": 1})
     moe = model.config.moe
     assert moe is not None
     for layer in model.moes:
-        layer.bias_E.copy_(torch.linspace(-0.3, 0.3, moe.experts))
+        layer.router.bias_E.copy_(torch.linspace(-0.3, 0.3, moe.experts))
     weights: dict[str, Tensor] = {}
     for number, block in enumerate(model.units):
         prefix, ffn = f"model.layers.{number}.", block.ffn
         gate, up = ffn.shared.w_gate_up.split(ffn.shared.splits)
         weights |= common_weights(block, prefix) | {
-            f"{prefix}mlp.gate.weight": ffn.router,
-            f"{prefix}mlp.gate.e_score_correction_bias": ffn.bias_E,
+            f"{prefix}mlp.gate.weight": ffn.router.weight,
+            f"{prefix}mlp.gate.e_score_correction_bias": ffn.router.bias_E,
             f"{prefix}mlp.experts.gate_up_proj": ffn.w_gate_up,
             f"{prefix}mlp.experts.down_proj": ffn.w_down,
             f"{prefix}mlp.shared_experts.gate_proj.weight": gate,

@@ -207,9 +207,9 @@ def test_a_routed_block_computes_only_the_chosen_tokens(monkeypatch: pytest.Monk
     expert_rows: list[int] = []
     branch, grouped = Block.branch, moe.grouped_linear
 
-    def counted_branch(self: Block, x: torch.Tensor, *rest: Any) -> Any:
+    def counted_branch(self: Block, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
         rows.append(x.shape[1])
-        return branch(self, x, *rest)
+        return branch(self, x, *rest, **named)
 
     def counted_grouped(x: torch.Tensor, *rest: Any) -> torch.Tensor:
         expert_rows.append(len(x))

@@ -18,7 +18,7 @@ WIDTH = 16
 
 def layer(kernel: str = "grouped", shared: int = 0, experts: int = 4, top_k: int = 2, seed: int = 0) -> MoE:
     moe = MoE(WIDTH, MoEConfig(experts=experts, top_k=top_k, ffn=24, shared=shared, kernel=kernel))
-    moe.reset()
+    moe.router.reset()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in moe.parameters():
@@ -26,9 +26,15 @@ def layer(kernel: str = "grouped", shared: int = 0, experts: int = 4, top_k: int
     return moe
 
 
+def route(moe: MoE, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen experts and their gates."""
+    routed = moe.router(x_TD.unsqueeze(0))
+    return routed.expert_BSA[0], routed.gate_BSA[0]
+
+
 def plain(moe: MoE, x_TD: Tensor) -> Tensor:
     """The definition: for each token, the gate-weighted sum of its experts' outputs."""
-    expert_TA, gate_TA = moe.route(x_TD)
+    expert_TA, gate_TA = route(moe, x_TD)
     rows = []
     for x_D, experts, gates in zip(x_TD, expert_TA.tolist(), gate_TA, strict=True):
         y_D = torch.zeros(WIDTH)
@@ -58,8 +64,8 @@ def test_conserves_assignments_and_normalises_gates(tokens: int, experts: int, d
     top_k = data.draw(st.integers(2, experts))
     moe = layer(experts=experts, top_k=top_k)
     x = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
-    _, load_E = moe(x)
-    expert_TA, gate_TA = moe.route(x.flatten(0, 1))
+    load_E = moe(x)[1].load_E
+    expert_TA, gate_TA = route(moe, x.flatten(0, 1))
     assert load_E.sum() == tokens * top_k  # routed + dropped (none) = A·T
     assert all(len(set(chosen)) == top_k for chosen in expert_TA.tolist())
     torch.testing.assert_close(gate_TA.sum(-1), torch.ones(tokens))
@@ -90,18 +96,18 @@ def test_grouped_kernel_follows_autocast() -> None:
 def test_bias_changes_the_choice_but_not_the_gates() -> None:
     moe = layer()
     x = torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(3))
-    before, _ = moe.route(x)
-    moe.bias_E[0] = 10.0
-    chosen, gates = moe.route(x)
+    before, _ = route(moe, x)
+    moe.router.bias_E[0] = 10.0
+    chosen, gates = route(moe, x)
     assert (before == 0).any(dim=1).float().mean() < 1
     assert (chosen == 0).any(dim=1).all()
-    scores = torch.sigmoid(x @ moe.router.T).gather(1, chosen)
+    scores = torch.sigmoid(x @ moe.router.weight.T).gather(1, chosen)
     torch.testing.assert_close(gates, scores / scores.sum(-1, keepdim=True))
 
 
 def test_an_expert_that_is_not_chosen_gets_no_gradient() -> None:
     moe = layer()
-    moe.bias_E[3] = -10.0
+    moe.router.bias_E[3] = -10.0
     x = torch.randn(1, 20, WIDTH)
     moe(x)[0].square().sum().backward()
     assert moe.w_down.grad is not None
@@ -113,8 +119,8 @@ def test_the_router_computes_in_fp32_under_autocast() -> None:
     moe = layer()
     x = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(5))
     with torch.autocast("cpu", torch.bfloat16):
-        inside = moe.route(x)
-    assert all(torch.equal(a, b) for a, b in zip(inside, moe.route(x), strict=True))
+        inside = route(moe, x)
+    assert all(torch.equal(a, b) for a, b in zip(inside, route(moe, x), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

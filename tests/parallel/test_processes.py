@@ -49,7 +49,7 @@ def test_one_step_of_several_processes_is_that_of_one(processes: int, tmp_path: 
         # In fp16 every product is rounded to it, and the micro-batches have other sizes.
         rounded = " fp16 " in name or (" muon " in name and "grad" not in name)
         tolerance = 3e-3 if rounded else 1e-5
-        off = (several[name] - want).norm() / want.norm().clamp_min(1e-12)
+        off = (several[name].double() - want.double()).norm() / want.double().norm().clamp_min(1e-12)
         assert off <= tolerance, f"{name}: {off:.2e}"
 
 

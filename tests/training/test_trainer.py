@@ -42,7 +42,11 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
         ("train.clip", 1e-3), ("train.z_loss", 10.0), ("train.seed", 1), ("precision.mode", "bf16"),
         ("precision.mode", "fp16"), ("precision.mode", "bf16_pure"),
         ("model.rope_theta", 10.0), ("model.tied", False), ("model.mod.capacity", 0.5), ("model.mod.every", 1),
-        ("model.moe.top_k", 3), ("model.moe.shared", 1), ("model.moe.bias_rate", 10.0), ("train.batch_tokens", 1024),
+        ("model.moe.top_k", 3), ("model.moe.shared", 1), ("model.moe.bias_rate", 10.0),
+        ("model.moe.score", "softmax"), ("model.moe.normalise", False), ("model.moe.temperature", 0.1),
+        ("model.moe.balance", 10.0), ("model.moe.seq_balance", 10.0), ("model.moe.z_loss", 10.0),
+        ("model.moe.capacity", 0.5), ("model.moe.dropout", 0.5), ("model.moe.dense_layers", 1),
+        ("train.batch_tokens", 1024),
     ],
 )  # fmt: skip
 def test_every_setting_changes_the_run(key: str, value: Any, usual: list[float], tmp_path: Path) -> None:

@@ -30,14 +30,24 @@ class MoEConfig(Section):
     top_k: Count = Field(2, ge=1, description="experts that each token takes")
     ffn: Count = Field(384, ge=ROW, le=2**20, description="feed-forward width of one expert")
     shared: Count = Field(0, ge=0, le=2**10, description="experts that every token takes besides, as one network")
+    score: Literal["sigmoid", "softmax"] = Field("sigmoid", description="how the router's logits become scores")
+    normalise: bool = Field(True, description="whether a token's gates sum to one")
+    temperature: Number = Field(1.0, gt=0, description="divides the router's logits")
     bias_rate: Number = Field(1e-3, ge=0, description="how far a step moves an expert's selection bias")
+    balance: Number = Field(0.0, ge=0, description="weight of the balance loss over the whole batch")
+    seq_balance: Number = Field(1e-4, ge=0, description="weight of the balance loss inside each sequence")
+    z_loss: Number = Field(0.0, ge=0, description="weight of the router's squared log-partition")
+    capacity: Number = Field(0.0, ge=0, description="most of a sequence's fair share an expert takes; 0: no limit")
+    dropout: Number = Field(0.0, ge=0, lt=1, description="probability that an expert is hidden from a token")
+    dense_layers: Count = Field(0, ge=0, description="first blocks that keep one dense network, as large as is active")
+    spare: Count = Field(0, ge=0, le=2**10, description="slots for experts that are added later")
     kernel: Literal["auto", "grouped", "loop"] = Field("auto", description="how the experts are multiplied")
 
     def problems(self) -> list[Problem]:
         found = _not_rows("model.moe.ffn", self.ffn)
-        if self.top_k == 1:
-            message = "a normalised top-1 gate gives its router no gradient; use 2 or more"
-            found.append(Problem(("model.moe.top_k",), message))
+        if self.top_k == 1 and self.normalise:
+            message = "a normalised top-1 gate gives its router no gradient; use 2 or more, or normalise=false"
+            found.append(Problem(("model.moe.top_k", "model.moe.normalise"), message))
         if self.top_k > self.experts:
             keys = ("model.moe.top_k", "model.moe.experts")
             found.append(Problem(keys, f"there are not so many experts; use top_k {self.experts} or less"))
@@ -91,6 +101,9 @@ class ModelConfig(Section):
         if self.head_dim % 2:
             use = nearest_multiple(self.head_dim, 2)
             found.append(Problem(("model.head_dim",), f"rotary positions turn pairs; use {use}"))
+        if self.moe and self.moe.dense_layers >= self.layers:
+            keys = ("model.moe.dense_layers", "model.layers")
+            found.append(Problem(keys, f"no block would have experts; use dense_layers {self.layers - 1} or less"))
         if self.mod and self.layers < self.mod.every:
             keys = ("model.mod.every", "model.layers")
             found.append(Problem(keys, f"no block would be routed; use every {self.layers} or less"))

@@ -1,0 +1,166 @@
+"""Which experts a token takes: scores, choice, gates, and what is counted on the way.
+
+    logit = W x / temperature                       in fp32, always
+    score = sigmoid(logit) or softmax(logit)
+    chosen = the A experts with the largest score + bias
+    gate  = score of the chosen (never with the bias), divided by their sum if `normalise`
+
+sigmoid, normalised, is DeepSeek-V3's (2412.19437, eq. 12 to 16); softmax is Qwen3-MoE's, normalised or not. The bias is
+a buffer: it enters the choice only, gets no gradient, and moves after each optimizer step by `bias_rate` towards
+balance (Wang et al. 2024, 2408.15664).
+
+Losses, each weighted by its key, with p = score / sum of scores, and E = the number of experts:
+
+    balance        E · sum_i f_i P_i     f: shares of assignments in the previous step's whole batch; P: mean p
+    seq_balance    the same with the sequence's own f (DeepSeek-V3, eq. 17 to 20)
+    z_loss         mean of logsumexp(logit)²                                       (ST-MoE, 2202.08906)
+
+All three are means over a sequence's tokens, summed over sequences: any split into micro-batches or processes gives
+the same gradient, which a balance loss over a micro-batch's own f does not (2501.11873).
+
+In training alone (`key_BS` given): `dropout` hides each expert from a token with that probability, by stateless noise,
+and `capacity` lets an expert take at most ceil(capacity · S·A/E) assignments of a sequence, those of the largest
+gates; the others count as dropped and add nothing. (They are multiplied all the same: a limit saves no time here.)
+
+Statistics are returned, not stored, so that recomputation cannot count twice; all of them are sums over tokens.
+*Spare* experts are slots for later: never chosen, in no loss and no statistics, and zero, which no step changes.
+
+Shapes: B sequences, S tokens of each, D width, E experts with the spare ones, A active experts, X statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lumina.config.schema.model import MoEConfig
+from lumina.model.noise import fold, uniform
+
+# Sums over tokens: entropy of p over its largest; share of p on the chosen experts; logsumexp of the logits;
+# assignments dropped; tokens that lost all of theirs.
+SUMS = ("entropy", "mass", "logsumexp", "dropped", "lost")
+HIDDEN = 1e4  # taken off the score of an expert that dropout hides: below all others, above the spare ones
+
+
+class RouterStats(NamedTuple):
+    """What one router did in one forward pass."""
+
+    load_E: Tensor  # assignments each expert was chosen for, dropped ones included (fp32)
+    sums_X: Tensor  # the statistics named in `SUMS`
+    loss: Tensor  # weighted router losses, summed over sequences; carries the gradient
+
+
+class Routed(NamedTuple):
+    """The choice for each token."""
+
+    expert_BSA: Tensor  # int64
+    gate_BSA: Tensor  # fp32
+    stats: RouterStats
+
+
+class Router(nn.Module):
+    """One layer's router; `layer` is what its noise depends on."""
+
+    bias_E: Tensor
+    fraction_E: Tensor
+    active_E: Tensor
+
+    def __init__(self, width: int, config: MoEConfig, layer: int = 0) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        slots = config.experts + config.spare
+        self.weight = nn.Parameter(torch.empty(slots, width))
+        self.register_buffer("bias_E", torch.empty(slots))
+        self.register_buffer("fraction_E", torch.empty(slots))  # of the assignments of the step before
+        self.register_buffer("active_E", torch.empty(slots, dtype=torch.bool))
+
+    def reset(self) -> None:
+        """A new router prefers no expert, and has its spare ones switched off."""
+        self.bias_E.zero_()
+        self.active_E.copy_(torch.arange(len(self.active_E), device=self.active_E.device) < self.config.experts)
+        self.fraction_E.copy_(self.active_E / self.config.experts)
+
+    def forward(self, x_BSD: Tensor, key_BS: Tensor | None = None) -> Routed:
+        """Routes; with `key_BS`, the keys of the tokens' noise, as in training."""
+        config = self.config
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            logit_BSE = F.linear(x_BSD.float(), self.weight.float())
+        if config.temperature != 1:
+            logit_BSE = logit_BSE / config.temperature
+        if config.spare:
+            logit_BSE = logit_BSE.masked_fill(~self.active_E, -math.inf)
+        score_BSE = logit_BSE.sigmoid() if config.score == "sigmoid" else logit_BSE.softmax(-1)
+
+        expert_BSA = self._choose(score_BSE.detach(), key_BS).topk(config.top_k, dim=-1, sorted=False).indices
+        gate_BSA = score_BSE.gather(-1, expert_BSA)
+        mass_BS1 = gate_BSA.sum(-1, keepdim=True)
+        if config.normalise:
+            gate_BSA = gate_BSA / (mass_BS1 + 1e-20)
+        kept_BSA = None
+        if config.capacity and key_BS is not None:
+            kept_BSA = self._within_capacity(expert_BSA, gate_BSA.detach())
+            gate_BSA = gate_BSA * kept_BSA
+        return Routed(expert_BSA, gate_BSA, self._stats(logit_BSE, score_BSE, expert_BSA, mass_BS1, kept_BSA))
+
+    def _choose(self, score_BSE: Tensor, key_BS: Tensor | None) -> Tensor:
+        """What the choice is made by."""
+        choice_BSE = score_BSE + self.bias_E
+        if self.config.dropout and key_BS is not None:
+            experts = torch.arange(score_BSE.shape[-1], device=score_BSE.device)
+            noise_BSE = uniform(fold(fold(key_BS, self.layer).unsqueeze(-1), experts))
+            choice_BSE = choice_BSE - HIDDEN * (noise_BSE < self.config.dropout)
+        if self.config.spare:
+            choice_BSE = choice_BSE.masked_fill(~self.active_E, -math.inf)
+        return choice_BSE
+
+    def _within_capacity(self, expert_BSA: Tensor, gate_BSA: Tensor) -> Tensor:
+        """Which assignments (bool) are among the largest gates of their expert in their sequence; ties by position."""
+        _, S, A = expert_BSA.shape
+        limit = math.ceil(self.config.capacity * S * A / self.config.experts - 1e-9)
+        order_BR = gate_BSA.flatten(1).argsort(dim=1, descending=True, stable=True)
+        expert_BR = expert_BSA.flatten(1).gather(1, order_BR)
+        rank_BRE = F.one_hot(expert_BR, len(self.active_E)).cumsum(1)
+        kept_BR = rank_BRE.gather(2, expert_BR.unsqueeze(2)).squeeze(2) <= limit
+        return torch.zeros_like(kept_BR).scatter(1, order_BR, kept_BR).view_as(expert_BSA)
+
+    def _stats(
+        self, logit_BSE: Tensor, score_BSE: Tensor, expert_BSA: Tensor, mass_BS1: Tensor, kept_BSA: Tensor | None
+    ) -> RouterStats:
+        config, E = self.config, self.config.experts
+        _, S, A = expert_BSA.shape
+        # Not scatter_add: compiled together with a recomputed gather it loses the gates' gradient (docs/log.md).
+        experts = torch.arange(len(self.active_E), device=expert_BSA.device)
+        load_BE = (expert_BSA.flatten(1).unsqueeze(-1) == experts).sum(1).float()
+        total_BS1 = score_BSE.sum(-1, keepdim=True)
+        p_BSE = score_BSE / (total_BS1 + 1e-20) if config.score == "sigmoid" else score_BSE
+        lse_BS = logit_BSE.logsumexp(-1)
+
+        loss = logit_BSE.new_zeros(())
+        if config.balance or config.seq_balance:
+            P_BE = p_BSE.mean(1)
+            if config.balance:
+                loss = loss + config.balance * E * (self.fraction_E * P_BE).sum()
+            if config.seq_balance:
+                loss = loss + config.seq_balance * E * (load_BE / (S * A) * P_BE).sum()
+        if config.z_loss:
+            loss = loss + config.z_loss * lse_BS.square().mean(1).sum()
+
+        dropped = lost = logit_BSE.new_zeros(())
+        if kept_BSA is not None:
+            dropped, lost = (~kept_BSA).sum().float(), (~kept_BSA.any(-1)).sum().float()
+        entropy = torch.special.entr(p_BSE.detach()).sum() / math.log(E)
+        mass = (mass_BS1 / (total_BS1 + 1e-20)).detach().sum()
+        sums_X = torch.stack([entropy, mass, lse_BS.detach().sum(), dropped, lost])
+        return RouterStats(load_BE.sum(0), sums_X, loss)
+
+    @torch.no_grad()
+    def follow(self, load_E: Tensor, rate: float, live: Tensor) -> None:
+        """After a step in which the whole batch loaded the experts so: moves the bias, where `live` (bool)."""
+        mean = load_E.sum() / self.active_E.sum()
+        move_E = rate * torch.sign(mean - load_E) * self.active_E
+        self.bias_E += torch.where(live, move_E, 0.0)
+        self.fraction_E.copy_(torch.where(live, load_E / load_E.sum(), self.fraction_E))
