@@ -16,12 +16,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumina.config.schema.model import MoEConfig
 from lumina.model.feedforward import FeedForward, swiglu
 from lumina.model.grouped import grouped_linear
 from lumina.model.router import Router, RouterStats
+
+
+def _sum_of_rows(y_RD: Tensor, row_TA: Tensor, gate_TA: Tensor | None = None) -> Tensor:
+    """sum over a of gate[t, a] · y[row[t, a]], without a copy of the rows (on a CPU ten times as fast: docs/log.md)."""
+    if y_RD.device.type == "cpu":
+        return F.embedding_bag(row_TA, y_RD, mode="sum", per_sample_weights=gate_TA)
+    y_TAD = y_RD.index_select(0, row_TA.flatten()).unflatten(0, row_TA.shape)
+    return y_TAD.sum(1) if gate_TA is None else torch.bmm(gate_TA.unsqueeze(1), y_TAD).squeeze(1)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -35,8 +44,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (row_TA,) = ctx.saved_tensors
-        g_RD = grads[0]
-        return g_RD.index_select(0, row_TA.flatten()).unflatten(0, row_TA.shape).sum(1), None, None
+        return _sum_of_rows(grads[0], row_TA), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -44,9 +52,8 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, gate_TA: Tensor, order_R: Tensor, row_TA: Tensor) -> Tensor:
-        y_TAD = y_RD.index_select(0, row_TA.flatten()).unflatten(0, row_TA.shape)
         ctx.save_for_backward(y_RD, gate_TA, order_R, row_TA)
-        return torch.bmm(gate_TA.to(y_TAD.dtype).unsqueeze(1), y_TAD).squeeze(1)
+        return _sum_of_rows(y_RD, row_TA, gate_TA.to(y_RD.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
