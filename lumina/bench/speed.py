@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lumina.bench.harness import Arm, Parts, Run, Watch
+from lumina.config.names import kinds_of
 from lumina.config.resolve import resolve, settle
 from lumina.config.schema.config import Config
 from lumina.config.schema.model import KINDS
@@ -81,9 +82,10 @@ def arm(name: str, kind: str, seq_len: int, keys: Mapping[str, Any]) -> Arm:
 
 
 def configure(kind: str, seq_len: int, keys: Mapping[str, Any]) -> Config:
-    """Shape P as this kind, with every choice of this machine settled."""
+    """Shape P as this kind, with every choice of this machine settled; keys of other kinds are passed over."""
     length = {"model.seq_len": seq_len, "train.batch_tokens": SEQUENCES * seq_len, "train.steps": 1000}
-    resolved = resolve("debug", {"model.kind": kind, **SHAPE, **OF_KIND[kind], **length, **keys})
+    own = {key: value for key, value in keys.items() if kind in kinds_of(key)}
+    resolved = resolve("debug", {"model.kind": kind, **SHAPE, **OF_KIND[kind], **length, **own})
     return settle(resolved, machine.choose(resolved.config)).config
 
 

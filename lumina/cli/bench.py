@@ -27,15 +27,11 @@ def speed(
     """
     from lumina.bench import harness, report
     from lumina.bench import speed as shape
-    from lumina.config.layers import read_settings
-    from lumina.errors import UserError
+    from lumina.config.resolve import resolve
     from lumina.telemetry.console import Console
     from lumina.training.precision import DTYPES
 
-    problems: list[str] = []
-    keys = read_settings(settings or [], problems).values
-    if problems:
-        raise UserError.collect(problems, "the settings have a problem")
+    keys = {key: value for key, value in resolve("debug", settings or []).request.items() if key != "preset"}
     config = shape.configure("dense", seq_len, keys)
     arms = shape.suite(seq_len=seq_len, keys=keys)
     console = Console(1, quiet=json)

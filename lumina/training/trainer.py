@@ -33,6 +33,8 @@ from lumina.run.lock import RunLock
 from lumina.run.signals import StopRequest
 from lumina.training import experts, machine, memory, setup
 from lumina.training.evaluate import Evaluation, evaluate
+from lumina.training.probe import TOKENS as PROBE_TOKENS
+from lumina.training.probe import Probe
 from lumina.training.schedule import decay_start, learning_rate
 from lumina.training.state import Lagged, Progress, pack, unpack
 from lumina.training.step import METRICS, train_step
@@ -192,6 +194,9 @@ class Session:
             "data": parts.corpus.fingerprint,
             "kind": self.config.model.kind,
         }
+        seq_len, end_id = self.config.model.seq_len, parts.corpus.tokenizer.end_id
+        looked_at = Heldout(parts.corpus.heldout, seq_len, max(1, PROBE_TOKENS // seq_len), end_id)[0]
+        self.probe = Probe(parts.model, looked_at, parts.precision)
         self.freeze_from = decay_start(self.config.train, parts.steps)
         self.progress = Progress()
         self.pending: Lagged | None = None
@@ -241,6 +246,8 @@ class Session:
             return
         if train.eval_every and step % train.eval_every == 0:
             self._evaluate()
+        if (every := self.config.orchestrator.probe_every) and step % every == 0:
+            self._look()
         if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
             self._save()
 
@@ -317,6 +324,14 @@ class Session:
         self.last_eval = self.progress.step, result
         self.last += seconds
 
+    def _look(self) -> None:
+        """Tells what the probe sees; its time is not training time."""
+        start = time.perf_counter()
+        seen = self.probe()
+        seconds = time.perf_counter() - start
+        self._emit("probe", step=self.progress.step, seconds=round(seconds, 3), **seen)
+        self.last += seconds
+
     # -- saving, stopping, restoring ----------------------------------------------------------------------------
 
     def _save(self) -> None:
@@ -333,7 +348,7 @@ class Session:
                 self.run.checkpoints,
                 progress.step,
                 self.parts.model.tensors(),
-                self.parts.optimizer.tensors(),
+                self.parts.optimizer.tensors() | self.probe.tensors(),
                 pack(progress, self.parts.optimizer, self.identity),
                 self.world,
             )
@@ -388,7 +403,8 @@ class Session:
                     f"{found.path}: saved with another {what} ({found.state[what]}) than the run now has ({value})",
                     fix=f"restore the run's {what}, or start another: lumina train … --fresh",
                 )
-        store.load(found, self.parts.model.tensors(), self.parts.optimizer.tensors(), self.world)
+        optim = self.parts.optimizer.tensors() | self.probe.tensors()
+        store.load(found, self.parts.model.tensors(), optim, self.world)
         self.progress = unpack(found.state, self.parts.optimizer)
         self.world.decide(self._link_best)
         self.saved_step = found.step

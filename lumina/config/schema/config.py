@@ -46,6 +46,12 @@ class TelemetryConfig(Section):
     log_every: Count = Field(10, ge=1, description="steps between console lines")
 
 
+class OrchestratorConfig(Section):
+    """`orchestrator`."""
+
+    probe_every: Count = Field(100, ge=0, description="steps between looks at a fixed piece of held-out text; 0: none")
+
+
 class ParallelConfig(Section):
     """`parallel`."""
 
@@ -65,6 +71,7 @@ class Config(Section):
     data: DataConfig
     train: TrainConfig
     precision: PrecisionConfig
+    orchestrator: OrchestratorConfig
     checkpoint: CheckpointConfig
     telemetry: TelemetryConfig
     parallel: ParallelConfig

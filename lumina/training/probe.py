@@ -1,0 +1,61 @@
+"""A look from outside, every so many steps: costly signals of a fixed piece of held-out text, without gradient.
+
+It changes nothing, and training does not know of it: a run with probes is the run without them, to the bit.
+`churn` is the share of its tokens whose set of experts in a layer is another than at the probe before.
+
+Shapes: L expert layers, T tokens of the text, A active experts.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lumina.data.loader import Batch
+from lumina.model.router import Routed
+from lumina.model.transformer import Transformer
+from lumina.training.precision import Precision
+
+TOKENS = 2048  # of the text, or one sequence if that is longer
+
+
+class Probe:
+    """Looks at `model` through `batch`, the same in every process; remembers what it saw last."""
+
+    def __init__(self, model: Transformer, batch: Batch, precision: Precision) -> None:
+        self.model, self.precision = model, precision
+        self.batch = batch.to(model.embed.weight.device)
+        moe = model.config.moe
+        shape = (len(model.moes), batch.ids_BS.numel(), moe.top_k if moe else 0)
+        self.chosen_LTA = torch.full(shape, -1, dtype=torch.int32)  # -1: nothing seen yet
+
+    def __call__(self) -> dict[str, Any]:
+        """The fields of a `probe` event: causal loss in nats a token, and the churn of each expert layer."""
+        seen: list[Tensor] = []
+
+        def remember(_: nn.Module, arguments: Any, routed: Routed) -> None:
+            seen.append(routed.expert_BSA.flatten(0, 1).sort(-1).values)
+
+        with ExitStack() as stack:
+            for moe in self.model.moes:
+                stack.callback(moe.router.register_forward_hook(remember).remove)
+            with self.precision.evaluating():
+                loss, _ = self.model.evaluate(self.batch.ids_BS, self.batch.segments_BS, self.batch.targets_BS)
+        return {"loss": (loss.nats / loss.tokens).item(), "churn": self._churn(seen)}
+
+    def _churn(self, seen: list[Tensor]) -> list[float] | None:
+        """One share a layer; None at the first look, and without experts."""
+        if not seen:
+            return None
+        now_LTA = torch.stack(seen).int().cpu()
+        first = bool((self.chosen_LTA < 0).all())
+        moved_L = (now_LTA != self.chosen_LTA).any(-1).float().mean(1)
+        self.chosen_LTA.copy_(now_LTA)
+        return None if first else [round(share, 5) for share in moved_L.tolist()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it remembers, for the checkpoint; loading writes into it in place."""
+        return {"probe.chosen": self.chosen_LTA} if self.chosen_LTA.numel() else {}

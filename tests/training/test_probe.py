@@ -1,0 +1,77 @@
+"""The probe sees what changed, changes nothing, and goes on after an interruption as if there had been none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import model_config, settings
+
+from lumina.data.loader import Batch
+from lumina.model.transformer import Transformer
+from lumina.run.folder import Run
+from lumina.training.precision import Precision
+from lumina.training.probe import Probe
+from lumina.training.trainer import Trainer
+
+
+def text(sequences: int = 2) -> Batch:
+    ids = torch.randint(0, 260, (sequences, 65), generator=torch.Generator().manual_seed(0))
+    return Batch(ids[:, :-1], ids[:, 1:], torch.zeros(sequences, 64, dtype=torch.int32), torch.arange(sequences))
+
+
+def test_churn_is_the_share_of_tokens_that_have_other_experts() -> None:
+    model = Transformer(model_config("moe"))
+    probe = Probe(model, text(), Precision("fp32", "fp32", "cpu"))
+    first = probe()
+    assert first["churn"] is None
+    assert probe() == {"loss": first["loss"], "churn": [0.0] * len(model.moes)}
+    before = probe.chosen_LTA.clone()
+    model.moes[-1].router.bias_E[0] = 10.0  # now every token takes expert 0 there
+    *others, last = probe()["churn"]
+    assert others == [0.0] * (len(model.moes) - 1)
+    had = (before[-1] == 0).any(-1).float().mean().item()
+    assert last >= 1 - had - 1e-4  # who had it may have lost its other one
+    assert last > 0.2
+    assert not model.moes[0].router._forward_hooks  # nothing is left behind
+
+
+def test_a_model_without_experts_has_a_loss_and_no_churn() -> None:
+    probe = Probe(Transformer(model_config("dense")), text(), Precision("fp32", "fp32", "cpu"))
+    assert probe()["churn"] is None
+    assert probe.tensors() == {}
+
+
+def run(folder: Path, every: int, listeners: Any = (), **keys: Any) -> Run:
+    request = settings(folder) | {"train.steps": 9, "checkpoint.every": 3, "orchestrator.probe_every": every} | keys
+    return Trainer("tiny", root=folder / f"runs-{every}", listeners=listeners, **request).fit()
+
+
+def of(run: Run, kind: str) -> list[dict[str, Any]]:
+    return [event for event in run.events() if event["t"] == kind]
+
+
+def test_a_run_with_probes_is_the_run_without(tmp_path: Path) -> None:
+    watched, alone = (run(tmp_path, every) for every in (2, 0))
+    assert [event["loss"] for event in of(watched, "step")] == [event["loss"] for event in of(alone, "step")]
+    assert [event["step"] for event in of(watched, "probe")] == [2, 4, 6, 8]
+    assert of(alone, "probe") == []
+    assert of(watched, "probe")[0]["churn"] is None
+    assert all(0 <= share <= 1 for event in of(watched, "probe")[1:] for share in event["churn"])
+
+
+def test_an_interruption_does_not_make_it_forget(tmp_path: Path) -> None:
+    whole = run(tmp_path, 2)
+
+    def crash(event: dict[str, Any]) -> None:
+        if event["t"] == "step" and event["step"] == 4:
+            raise RuntimeError("power cut")
+
+    (tmp_path / "again").mkdir()
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "again", 2, listeners=[crash])
+    again = run(tmp_path / "again", 2)
+    for name in ("step", "loss", "churn"):
+        assert [event[name] for event in of(again, "probe")] == [event[name] for event in of(whole, "probe")]
