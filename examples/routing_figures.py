@@ -46,12 +46,12 @@ def depth_map(run: lumina.Run, text: str) -> str:
     with torch.no_grad():
         x = model.transformer.embed(ids)
         for number, block in enumerate(model.transformer.units):
-            keep = block.router.decode(x)[0][0] if block.router else torch.ones(ids.shape[1])
-            taken[number] = keep.float().tolist()
             positions = torch.arange(ids.shape[1]).unsqueeze(0)
+            keep = block.router.decode(x, positions)[0][0] if block.router else torch.ones(ids.shape[1])
+            taken[number] = keep.float().tolist()
             rope = model.transformer._rope(positions)
             mask = (positions.unsqueeze(2) >= positions.unsqueeze(1)).unsqueeze(1)
-            x, _ = block.decode(x, rope, mask, None)
+            x, _ = block.decode(x, positions, rope, mask, None)
     tokens = ["·", *(model.tokenizer.decode([i]) for i in ids[0, 1:].tolist())]
     labels = [f"block {number + 1}" for number in taken]
     return picture("Tokens that each block computes; the others are copied", list(taken.values()), labels, tokens, CELL)
@@ -74,7 +74,9 @@ def picture(title: str, rows: Sequence[Sequence[float]], labels: Sequence[str], 
     for x, label in enumerate(below):
         left, top = MARGIN + width * x + width / 2 + 3, bottom + 6
         shown = escape(label.replace("\n", "↵").replace(" ", "␣"))
-        parts.append(f'<text x="{left}" y="{top}" text-anchor="end" transform="rotate(-60 {left} {top})">{shown}</text>')
+        parts.append(
+            f'<text x="{left}" y="{top}" text-anchor="end" transform="rotate(-60 {left} {top})">{shown}</text>'
+        )
     return "\n".join([*parts, "</svg>\n"])
 
 

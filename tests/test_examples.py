@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from support import debug_made_tiny, write_text
@@ -144,6 +145,21 @@ def test_compare_runs(here: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert rows["memory, GiB (largest)"] == "50.00"
     assert rows["steps · tokens"] == "50 · 76,250"
     assert rows["held-out bits per byte"] == "2.0000 at step 10"
+
+
+def test_routing_figures(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = [*debug_made_tiny(train__steps="12"), "data.train=my.txt"]
+    assert main(["train", "debug", *keys, "telemetry.log_every=4"]) == 0
+    run = run_of(here)
+    run_script("routing_figures.py", str(run.path), "figures", "line 7: abc", monkeypatch=monkeypatch)
+    config = lumina.load(run).transformer.config
+    for name, rows in (("load", config.layers * config.moe.experts), ("depth", config.layers)):  # type: ignore[union-attr]
+        tree = ElementTree.parse(here / "figures" / f"{name}.svg")
+        places = {cell.get("y") for cell in tree.iter("{http://www.w3.org/2000/svg}rect") if cell.get("y")}
+        assert len(places) == rows
+    with pytest.raises(SystemExit, match="usage"):
+        run_script("routing_figures.py", monkeypatch=monkeypatch)
+    assert "depth.svg" in capsys.readouterr().out
 
 
 def test_the_table_names_every_example() -> None:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -222,14 +223,20 @@ def memory_of(suite: Suite, names: Sequence[str], repeats: int = 2, progress: Te
 
 def peak() -> None:
     """What `memory_of` runs in the fresh process: prints the bytes."""
-    import resource
-
     module, function, name, repeats, settings = json.loads(sys.argv[1])
     arms = getattr(importlib.import_module(module), function)(**settings)
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    before = _most_resident()
     run = next(arm for arm in arms if arm.name == name).build()
     for _ in range(repeats):
         run()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    print(torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else after - before)
+    print(torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else _most_resident() - before)
+
+
+def _most_resident() -> int:
+    """Bytes of main memory that this process has held at most."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what `getrusage` says begins with the memory of the process that started this one
+        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -6,7 +6,11 @@ in their order and with their positions, seeing only each other; x_s + r_s·f(x)
 That choice looks at the future, so generation cannot make it. A small *predictor* learns on a stop-gradient input
 whether its token is among the top C; a token is taken when the predictor's logit exceeds a moving average, kept in
 the checkpoint, of the logit's (1-c) quantile. Evaluation and generation both use this causal rule (`decode`), so
-that the reported loss is the loss of the model that writes.
+that the reported loss is the loss of the model that writes. `mod.decode=threshold` compares r itself with a moving
+average of its own (1-c) quantile instead.
+
+`mod.routing` random and static are ablations, in which r scales a branch but does not choose: tokens are chosen by
+stateless noise, or evenly spaced, while training and while decoding.
 
 Shapes: B batch, S sequence, D width, C selected tokens, P predictor width.
 """
@@ -20,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lumina.config.schema.model import MoDConfig
 from lumina.model.attention import NORM_EPS
 from lumina.model.cost import PREDICTOR_SHRINK, chosen
+from lumina.model.noise import fold, uniform
 
 QUANTILE_MEMORY = 0.9  # moving average over optimizer steps; longer ones lag behind a predictor that learns
 
@@ -34,6 +40,7 @@ class Selection(NamedTuple):
     predictor_loss: Tensor  # binary cross-entropy, summed over B·S
     agreement: Tensor  # tokens where the decode rule agrees with the top-C choice
     quantile: Tensor  # the predictor's (1-c) quantile, summed over B
+    threshold: Tensor  # that of r
 
 
 class Predictor(nn.Module):
@@ -59,15 +66,19 @@ class DepthRouter(nn.Module):
     """Decides which tokens of a sequence pass through the block."""
 
     quantile: Tensor
+    threshold: Tensor
     steps: Tensor
 
-    def __init__(self, width: int, capacity: float) -> None:
+    def __init__(self, width: int, config: MoDConfig, sequence: int = 1, layer: int = 0) -> None:
         super().__init__()
-        self.capacity = capacity
+        self.capacity, self.routing = config.capacity, config.routing
+        self.rule: str = config.decode
+        self.sequence, self.layer = sequence, layer
         self.weight = nn.Parameter(torch.empty(width))
-        self.predictor = Predictor(width, capacity)
+        self.predictor = Predictor(width, config.capacity)
         self.register_buffer("quantile", torch.empty(1))  # decode rule: logit > quantile
-        self.register_buffer("steps", torch.empty(1))  # live training steps that moved it
+        self.register_buffer("threshold", torch.empty(1))  # the other one: r > threshold
+        self.register_buffer("steps", torch.empty(1))  # live training steps that moved them
 
     def reset(self) -> None:
         """The rule before any data: the prior of a token being selected, for every token."""
@@ -75,6 +86,7 @@ class DepthRouter(nn.Module):
         with torch.no_grad():
             bias.fill_(self.predictor.prior)
         self.quantile.fill_(torch.tensor(self.predictor.prior, dtype=bias.dtype).item())  # as rounded as the bias
+        self.threshold.zero_()
         self.steps.zero_()
 
     def score(self, x_BSD: Tensor) -> Tensor:
@@ -82,36 +94,61 @@ class DepthRouter(nn.Module):
         with torch.autocast(x_BSD.device.type, enabled=False):
             return x_BSD.float() @ self.weight.float()
 
-    def select(self, x_BSD: Tensor) -> Selection:
-        """The training choice: exactly C tokens of each sequence, ties by position."""
+    def select(self, x_BSD: Tensor, position_BS: Tensor, key_BS: Tensor) -> Selection:
+        """The training choice: exactly C tokens of each sequence, ties by position; `key_BS` are those of the noise."""
         S = x_BSD.shape[1]
         C = chosen(self.capacity, S)
         r_BS = self.score(x_BSD)
-        index_BC = r_BS.detach().argsort(dim=1, descending=True, stable=True)[:, :C].sort(dim=1).values
+        rank_BS = r_BS.detach()
+        if self.routing == "random":
+            rank_BS = uniform(fold(key_BS, self.layer))
+        elif self.routing == "static":
+            rank_BS = _spaced(position_BS, C, S).float()
+        index_BC = rank_BS.argsort(dim=1, descending=True, stable=True)[:, :C].sort(dim=1).values
         target_BS = torch.zeros_like(r_BS).scatter_(1, index_BC, 1.0)
         logit_BS = self.predictor(x_BSD)
         loss = F.binary_cross_entropy_with_logits(logit_BS, target_BS, reduction="sum")
         with torch.no_grad():
             agreement = ((logit_BS > self.quantile) == target_BS.bool()).sum()
-            # Half way between the last logit inside and the first outside: the rule then takes C of these S tokens.
-            ranked_BS = logit_BS.sort(dim=1, descending=True).values
-            quantile_B = (ranked_BS[:, C - 1] + ranked_BS[:, C]) / 2 if C < S else ranked_BS[:, -1] - 1.0
-        return Selection(index_BC, r_BS.gather(1, index_BC), loss, agreement.float(), quantile_B.sum())
+            quantile_B, threshold_B = (_quantile(values_BS, C) for values_BS in (logit_BS, r_BS))
+        weight_BC = r_BS.gather(1, index_BC)
+        return Selection(index_BC, weight_BC, loss, agreement.float(), quantile_B.sum(), threshold_B.sum())
 
-    def decode(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, x_BSD: Tensor, position_BS: Tensor) -> tuple[Tensor, Tensor]:
         """The causal choice `keep_BS` (bool) and the router outputs `r_BS` of all tokens."""
-        return self.predictor(x_BSD) > self.quantile, self.score(x_BSD)
+        r_BS = self.score(x_BSD)
+        if self.routing == "random":
+            return uniform(fold(fold(position_BS, 0), self.layer)) < self.capacity, r_BS
+        if self.routing == "static":
+            return _spaced(position_BS, chosen(self.capacity, self.sequence), self.sequence), r_BS
+        if self.rule == "threshold":
+            return r_BS > self.threshold, r_BS
+        return self.predictor(x_BSD) > self.quantile, r_BS
 
     @torch.no_grad()
-    def follow(self, quantile: Tensor, live: Tensor) -> None:
-        """Moves the threshold towards this step's quantile where `live` (bool).
+    def follow(self, quantile: Tensor, threshold: Tensor, live: Tensor) -> None:
+        """Moves both decode rules towards this step's quantiles where `live` (bool).
 
-        The first live step sets it; then it is the mean of all steps until that is as long as the moving average.
+        The first live step sets them; then they are the mean of all steps until that is as long as the moving average.
         """
-        moved = quantile.lerp(self.quantile, (self.steps / (self.steps + 1)).clamp_max(QUANTILE_MEMORY))
-        # `where`, not a product with `live`: a skipped step's quantile may be NaN.
-        self.quantile.copy_(torch.where(live, moved, self.quantile))
+        memory = (self.steps / (self.steps + 1)).clamp_max(QUANTILE_MEMORY)
+        for average, new in ((self.quantile, quantile), (self.threshold, threshold)):
+            # `where`, not a product with `live`: a skipped step's quantile may be NaN.
+            average.copy_(torch.where(live, new.lerp(average, memory), average))
         self.steps += live
+
+
+def _quantile(values_BS: Tensor, C: int) -> Tensor:
+    """Half way between the last value inside the top C and the first outside: C of these S tokens exceed it."""
+    ranked_BS = values_BS.sort(dim=1, descending=True).values
+    if values_BS.shape[1] == C:
+        return ranked_BS[:, -1] - 1.0
+    return (ranked_BS[:, C - 1] + ranked_BS[:, C]) / 2
+
+
+def _spaced(position_BS: Tensor, C: int, S: int) -> Tensor:
+    """C of every S positions (bool), evenly spaced."""
+    return (position_BS + 1) * C // S > position_BS * C // S
 
 
 class _TakeRows(torch.autograd.Function):

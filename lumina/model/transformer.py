@@ -56,6 +56,7 @@ class BlockStats(NamedTuple):
     predictor_loss: Tensor | None
     agreement: Tensor | None
     quantile: Tensor | None
+    threshold: Tensor | None
 
 
 class RoutingStats(NamedTuple):
@@ -66,7 +67,8 @@ class RoutingStats(NamedTuple):
     router_loss: Tensor  # summed over sequences and MoE layers; carries the routers' gradient
     predictor_loss: Tensor  # summed over tokens and routed layers; carries the predictors' gradient
     agreement: Tensor  # tokens (over routed layers) where the decode rule agrees with the top-C choice
-    quantile_L: Tensor  # per routed layer, summed over sequences
+    quantile_L: Tensor  # of the predictor's logit, per routed layer, summed over sequences
+    threshold_L: Tensor  # of the router's output, likewise
 
 
 class Block(nn.Module):
@@ -87,7 +89,9 @@ class Block(nn.Module):
             else FeedForward(config.width, dense_ffn(config))
         )
         self.router = (
-            DepthRouter(config.width, config.mod.capacity) if config.mod and is_routed(config, layer) else None
+            DepthRouter(config.width, config.mod, config.seq_len, layer)
+            if config.mod and is_routed(config, layer)
+            else None
         )
         self.recompute = "none"
         self.run: Callable[[Tensor, View], tuple[Tensor, BlockStats]] = self._train
@@ -97,7 +101,12 @@ class Block(nn.Module):
         return self.run(x_BSD, view)
 
     def decode(
-        self, x_BSD: Tensor, rope: Rope, mask_B1SS: Tensor | None, cache: KeyValueCache | None
+        self,
+        x_BSD: Tensor,
+        position_BS: Tensor,
+        rope: Rope,
+        mask_B1SS: Tensor | None,
+        cache: KeyValueCache | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Evaluation and generation: the new residual stream, and how many tokens a routed block took.
 
@@ -106,7 +115,7 @@ class Block(nn.Module):
         """
         if self.router is None:
             return x_BSD + self.branch(x_BSD, rope, mask_B1SS, cache)[0], None
-        keep_BS, r_BS = self.router.decode(x_BSD)
+        keep_BS, r_BS = self.router.decode(x_BSD, position_BS)
         if cache is not None and not keep_BS.any():
             return x_BSD, keep_BS.sum()
         mask = None if mask_B1SS is None else _only_selected(mask_B1SS, keep_BS)
@@ -143,12 +152,12 @@ class Block(nn.Module):
     def _compute(self, x_BSD: Tensor, view: View) -> tuple[Tensor, BlockStats]:
         if self.router is None:
             y_BSD, experts = self.branch(x_BSD, view.rope, view.mask_B1SS, key_BS=view.key_BS)
-            return x_BSD + y_BSD, BlockStats(experts, None, None, None)
-        chosen = self.router.select(x_BSD)
+            return x_BSD + y_BSD, BlockStats(experts, None, None, None, None)
+        chosen = self.router.select(x_BSD, view.position_BS, view.key_BS)
         x_BCD, view_C = take(x_BSD, chosen.index_BC), view.at(chosen.index_BC)
         y_BCD, experts = self.branch(x_BCD, view_C.rope, view_C.mask_B1SS, key_BS=view_C.key_BS)
         y_BCD = x_BCD + chosen.weight_BC.unsqueeze(-1) * y_BCD
-        stats = BlockStats(experts, chosen.predictor_loss, chosen.agreement, chosen.quantile)
+        stats = BlockStats(experts, chosen.predictor_loss, chosen.agreement, chosen.quantile, chosen.threshold)
         return put(x_BSD, chosen.index_BC, y_BCD.to(x_BSD.dtype)), stats
 
 
@@ -271,7 +280,8 @@ class Transformer(nn.Module):
         mask_B1SS = None if segments_BS is None else document_mask(position_BS, segments_BS)
         taken: list[Tensor] = []
         for layer, block in enumerate(self.units):
-            x_BSD, count = block.decode(x_BSD, rope, mask_B1SS, None if cache is None else cache[layer])
+            own = None if cache is None else cache[layer]
+            x_BSD, count = block.decode(x_BSD, position_BS, rope, mask_B1SS, own)
             if count is not None:
                 taken.append(count)
         return self.norm(x_BSD), _stack(taken, torch.zeros((), device=ids_BS.device))
@@ -295,7 +305,7 @@ def _only_selected(mask_B1SS: Tensor, keep_BS: Tensor) -> Tensor:
 
 def _total(blocks: list[BlockStats], zero: Tensor) -> RoutingStats:
     """One entry for the whole model, `zero` where no block has such routers."""
-    experts, losses, agreements, quantiles = (
+    experts, losses, agreements, quantiles, thresholds = (
         [value for value in values if value is not None] for values in zip(*blocks, strict=True)
     )
     loads, sums, router_losses = ([stats[i] for stats in experts] for i in range(3))
@@ -306,6 +316,7 @@ def _total(blocks: list[BlockStats], zero: Tensor) -> RoutingStats:
         predictor_loss=sum(losses, zero),
         agreement=sum(agreements, zero),
         quantile_L=_stack(quantiles, zero),
+        threshold_L=_stack(thresholds, zero),
     )
 
 

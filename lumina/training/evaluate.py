@@ -5,16 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 
 from lumina.data.loader import Batch, Heldout
+from lumina.model.cost import chosen
 from lumina.model.transformer import Transformer
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
 from lumina.training.precision import Precision
 
 LARGEST_LOSS = 709.0  # nats; of a larger one the perplexity is no float64
+
+
+class Realised(NamedTuple):
+    """Loss in nats a token under one way to choose, and the shares of each sequence that routed blocks computed."""
+
+    loss: float
+    mean: float
+    p99: float
 
 
 @dataclass(frozen=True)
@@ -75,3 +85,36 @@ def evaluate(
         mod_capacity=[round(share, 4) for share in shares],
         comparable=capacity is None or all(capacity / 2 <= share <= 2 * capacity for share in shares),
     )
+
+
+@torch.no_grad()
+def routing_gap(model: Transformer, batches: Heldout | Sequence[Batch], precision: Precision) -> dict[str, Realised]:
+    """The same text under the choice of training (`top`, which looks ahead) and under both causal rules.
+
+    What training does and writing cannot, and what that is worth: `top` is no loss of a model that writes.
+    """
+    if not model.routers:
+        raise ValueError("a model that is not routed by depth has no gap")
+    device, found = model.embed.weight.device, {}
+    usual = model.routers[0].rule
+    for rule in ("top", "predictor", "threshold"):
+        nats = tokens = 0.0
+        shares: list[float] = []
+        for router in model.routers:
+            router.rule = usual if rule == "top" else rule
+        for i in range(len(batches)):
+            for sequence in batches[i].split(len(batches[i].ids_BS)):
+                one = sequence.to(device)
+                with precision.evaluating():
+                    if rule == "top":
+                        loss, _ = model(one.ids_BS, one.segments_BS, one.targets_BS)
+                    else:
+                        loss, taken_L = model.evaluate(one.ids_BS, one.segments_BS, one.targets_BS)
+                        shares += (taken_L / one.ids_BS.numel()).tolist()
+                nats, tokens = nats + loss.nats.item(), tokens + loss.tokens.item()
+        shares = sorted(shares) or [chosen(model.routers[0].capacity, model.config.seq_len) / model.config.seq_len]
+        p99 = shares[min(len(shares) - 1, math.ceil(0.99 * len(shares)) - 1)]
+        found[rule] = Realised(nats / tokens, sum(shares) / len(shares), p99)
+    for router in model.routers:
+        router.rule = usual
+    return found

@@ -105,8 +105,9 @@ def _update_routers(
 ) -> None:
     for moe, load_E in zip(model.moes, routing.load_LE, strict=True):
         moe.router.follow(load_E, rate, finite)
-    for router, quantile in zip(model.routers, routing.quantile_L, strict=True):
-        router.follow(quantile / len(batch.ids_BS), finite)
+    sequences = len(batch.ids_BS)
+    for router, quantile, threshold in zip(model.routers, routing.quantile_L, routing.threshold_L, strict=True):
+        router.follow(quantile / sequences, threshold / sequences, finite)
 
 
 def _routing_metrics(model: Transformer, routing: RoutingStats, batch: Batch) -> list[Tensor]:

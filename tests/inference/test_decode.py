@@ -11,9 +11,9 @@ from lumina.inference.sampler import Sampler
 from lumina.model.transformer import Transformer
 
 
-def spread_model(kind: str) -> Transformer:
+def spread_model(kind: str, **options: str) -> Transformer:
     """Random routers and thresholds near the median, so that routed blocks take some tokens and not others."""
-    model = Transformer(model_config(kind))
+    model = Transformer(model_config(kind, **options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,6 +37,20 @@ def test_cached_decode_equals_parallel_forward(kind: str, pieces: list[int]) -> 
         cache.advance(size)
         start += size
         torch.testing.assert_close(logits, parallel[:, start - 1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("option", [{"mod.decode": "threshold"}, {"mod.routing": "random"}, {"mod.routing": "static"}])
+def test_every_rule_decodes_as_the_parallel_forward(option: dict[str, str]) -> None:
+    model = spread_model("hybrid", **option)
+    ids = torch.randint(0, 260, (2, 64), generator=torch.Generator().manual_seed(0))
+    parallel, (_, taken_L) = model.logits(ids), model.evaluate(ids, torch.zeros_like(ids), ids)
+    assert all(0 < taken < 128 for taken in taken_L.tolist())
+    cache = Cache(model.config, 2, model.embed.weight)
+    for start in range(64):
+        logits = model.next_logits(ids[:, start : start + 1], cache.layers, cache.position)
+        cache.advance(1)
+        torch.testing.assert_close(logits, parallel[:, start], rtol=0, atol=1e-4)
+    assert cache.entries[1::2] == taken_L.int().tolist()
 
 
 def test_a_routed_layer_stores_only_what_it_took() -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from support import model_config
 
+from lumina.config.schema.model import MoDConfig
 from lumina.model import moe
-from lumina.model.mod import DepthRouter, put, take
+from lumina.model.mod import DepthRouter, Selection, put, take
+from lumina.model.noise import fold
 from lumina.model.transformer import Block, Transformer
 
 
@@ -18,6 +20,15 @@ def batch(model: Transformer, sequences: int = 2, seed: int = 0) -> tuple[torch.
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, model.config.vocab, (sequences, model.config.seq_len), generator=generator)
     return ids, torch.zeros_like(ids), ids.roll(-1, 1)
+
+
+def depth_router(width: int, capacity: float, **options: Any) -> DepthRouter:
+    return DepthRouter(width, MoDConfig(capacity=capacity, **options))
+
+
+def select(router: DepthRouter, x: torch.Tensor) -> Selection:
+    position = torch.arange(x.shape[1]).expand(x.shape[:2])
+    return router.select(x, position, fold(torch.arange(len(x)).unsqueeze(1), position))
 
 
 def spread(model: Transformer, seed: int = 1) -> None:
@@ -32,12 +43,12 @@ def spread(model: Transformer, seed: int = 1) -> None:
 
 @pytest.mark.parametrize(("capacity", "tokens"), [(0.125, 3), (0.25, 5), (0.3, 6), (0.35, 7), (1.0, 20)])
 def test_selects_exactly_c_tokens_in_order_ties_included(capacity: float, tokens: int) -> None:
-    router = DepthRouter(16, capacity)
+    router = depth_router(16, capacity)
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.zero_()  # every score ties
     router.reset()
-    chosen = router.select(torch.randn(3, 20, 16))
+    chosen = select(router, torch.randn(3, 20, 16))
     assert chosen.index_BC.shape == (3, tokens)
     assert (chosen.index_BC.diff(dim=1) > 0).all()
 
@@ -49,7 +60,7 @@ def test_before_any_data_no_token_exceeds_the_threshold_in_any_format() -> None:
         model.cast(dtype)
         model.initialize(0)
         for router in model.routers:
-            keep_BS, _ = router.decode(torch.randn(2, 8, model.config.width, dtype=dtype))
+            keep_BS, _ = router.decode(torch.randn(2, 8, model.config.width, dtype=dtype), torch.arange(8).expand(2, 8))
             assert not keep_BS.any()
 
 
@@ -87,7 +98,7 @@ def test_the_training_forward_is_the_definition(kind: str, monkeypatch: pytest.M
     monkeypatch.setattr("lumina.model.transformer.put", checked_put)
     trained = model(ids, segments, targets)[0].nats
     assert len(routed) == len(model.routers) > 0
-    monkeypatch.setattr(DepthRouter, "decode", lambda self, x: (routed[model.routers.index(self)], self.score(x)))
+    monkeypatch.setattr(DepthRouter, "decode", lambda self, x, _: (routed[model.routers.index(self)], self.score(x)))
     parallel = model.evaluate(ids, segments, targets)[0].nats
     torch.testing.assert_close(trained, parallel, rtol=1e-6, atol=0)
 
@@ -122,7 +133,7 @@ def test_router_learns_through_the_selected_tokens_only() -> None:
 
 
 def test_a_bypassed_token_changes_no_selected_token() -> None:
-    router = DepthRouter(8, 0.5)
+    router = depth_router(8, 0.5)
     with torch.no_grad():
         router.weight.copy_(torch.eye(8)[0])
         for parameter in router.predictor.parameters():
@@ -130,40 +141,70 @@ def test_a_bypassed_token_changes_no_selected_token() -> None:
     router.reset()
     x = torch.randn(1, 10, 8)
     changed = x.clone()
-    outside = [s for s in range(10) if s not in router.select(x).index_BC[0].tolist()]
+    outside = [s for s in range(10) if s not in select(router, x).index_BC[0].tolist()]
     changed[0, outside, 1:] += 1.0  # the router sees only the first feature
-    first, second = router.select(x), router.select(changed)
+    first, second = select(router, x), select(router, changed)
     assert torch.equal(first.index_BC, second.index_BC)
     assert torch.equal(take(x, first.index_BC), take(changed, second.index_BC))
 
 
 def test_threshold_is_a_mean_then_a_moving_average_and_ignores_skipped_steps() -> None:
-    router = DepthRouter(8, 0.25)
+    router = depth_router(8, 0.25)
     router.reset()
     live, skipped = torch.tensor(True), torch.tensor(False)
-    router.follow(torch.tensor(float("nan")), skipped)
+    router.follow(torch.tensor(float("nan")), torch.tensor(float("nan")) + 1, skipped)
     assert router.steps.item() == 0
     assert router.quantile.item() == pytest.approx(math.log(0.25 / 0.75))
     for value, expected in ((2.0, 2.0), (3.0, 2.5), (7.0, 4.0)):
-        router.follow(torch.tensor(value), live)
+        router.follow(torch.tensor(value), torch.tensor(value) + 1, live)
         assert router.quantile.item() == pytest.approx(expected)
-    router.follow(torch.tensor(float("nan")), skipped)
+        assert router.threshold.item() == pytest.approx(expected + 1)
+    router.follow(torch.tensor(float("nan")), torch.tensor(float("nan")) + 1, skipped)
     assert router.quantile.item() == pytest.approx(4.0)
     router.steps.fill_(1000)
-    router.follow(torch.tensor(5.0), live)
+    router.follow(torch.tensor(5.0), torch.tensor(5.0) + 1, live)
     assert router.quantile.item() == pytest.approx(4.1)
 
 
-def test_decode_rule_takes_about_c_of_the_tokens_it_was_seeded_with() -> None:
-    model = Transformer(model_config("mod"))
+RULES = [{}, {"mod.decode": "threshold"}, {"mod.routing": "random"}, {"mod.routing": "static"}]
+
+
+@pytest.mark.parametrize("options", RULES, ids=lambda options: "-".join(options.values()) or "predictor")
+def test_decode_rule_takes_about_c_of_the_tokens_it_was_seeded_with(options: dict[str, str]) -> None:
+    model = Transformer(model_config("mod", **options))
     spread(model)
     ids, segments, targets = batch(model, sequences=8)
     _, stats = model(ids, segments, targets)
-    for router, quantile in zip(model.routers, stats.quantile_L, strict=True):
-        router.follow(quantile / len(ids), torch.tensor(True))
+    for router, quantile, threshold in zip(model.routers, stats.quantile_L, stats.threshold_L, strict=True):
+        router.follow(quantile / len(ids), threshold / len(ids), torch.tensor(True))
     _, taken_L = model.evaluate(ids, segments, targets)
     share = (taken_L / ids.numel()).tolist()
     assert all(0.12 < s < 0.5 for s in share), share
+
+
+def test_ablations_choose_without_looking_and_exactly_c() -> None:
+    x, other = torch.randn(2, 2, 20, 16, generator=torch.Generator().manual_seed(0)).unbind(0)
+    position = torch.arange(20)
+    for routing in ("random", "static"):
+        router, deeper = (DepthRouter(16, MoDConfig(capacity=0.35, routing=routing), 20, n) for n in (0, 1))
+        for one in (router, deeper):
+            torch.nn.init.normal_(one.weight)
+            torch.nn.init.normal_(one.predictor.w_in)
+            one.predictor.w_out.data.zero_()
+            one.reset()
+        index = select(router, x).index_BC
+        assert index.shape == (2, 7)
+        assert torch.equal(index, select(router, other).index_BC)
+        assert torch.equal(select(router, x).weight_BC, router.score(x).gather(1, index))  # r still scales
+        if routing == "static":
+            assert index[0].diff().unique().tolist() == [2, 3] or index[0].diff().max() <= 3
+            keep, _ = router.decode(x, position.expand(2, 20))
+            assert keep.sum(1).tolist() == [7, 7]
+        else:
+            assert not torch.equal(index[0], index[1])
+            assert not torch.equal(index, select(deeper, x).index_BC)
+            keep, _ = router.decode(torch.zeros(1, 4096, 16), torch.arange(4096).unsqueeze(0))
+            assert keep.float().mean().item() == pytest.approx(0.35, abs=0.03)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "mod", "hybrid"])
@@ -179,7 +220,7 @@ def test_the_future_changes_no_past_output_in_decode_mode(kind: str) -> None:
 
 
 def test_the_predictor_learns_the_choice_and_not_its_opposite() -> None:
-    router = DepthRouter(16, 0.25)
+    router = depth_router(16, 0.25)
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.zero_()
@@ -192,7 +233,7 @@ def test_the_predictor_learns_the_choice_and_not_its_opposite() -> None:
     for sign in (1.0, -1.0):
         router.predictor.forward = lambda _, sign=sign: 1e3 * sign * (score - cut)  # type: ignore[method-assign]
         router.quantile.zero_()
-        results.append(router.select(x))
+        results.append(select(router, x))
     right, wrong = results
     assert right.agreement == x.shape[0] * x.shape[1]
     assert right.predictor_loss < 1e-2 * wrong.predictor_loss

@@ -22,8 +22,8 @@ def test_golden_next_token(kind: str) -> None:
         loss, stats = model(ids, torch.zeros_like(ids), targets)
         ((loss.loss + stats.predictor_loss) / loss.tokens).backward()
         optimizer.step()
-        for router, quantile in zip(model.routers, stats.quantile_L, strict=True):
-            router.follow(quantile / len(ids), torch.tensor(True))
+        for router, quantile, threshold in zip(model.routers, stats.quantile_L, stats.threshold_L, strict=True):
+            router.follow(quantile / len(ids), threshold / len(ids), torch.tensor(True))
     assert loss.correct == loss.tokens
     following = dict(zip(period, [*period[1:], period[0]], strict=True))
     predicted = model.logits(ids).argmax(-1).flatten().tolist()  # as it writes: causally

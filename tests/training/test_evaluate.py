@@ -10,7 +10,7 @@ from support import KINDS, model_config
 
 from lumina.data.loader import Batch
 from lumina.model.transformer import Transformer
-from lumina.training.evaluate import evaluate
+from lumina.training.evaluate import evaluate, routing_gap
 from lumina.training.precision import Precision
 
 FP32 = Precision("fp32", "fp32", "cpu")
@@ -62,3 +62,24 @@ def test_a_capacity_off_its_target_is_not_comparable(logit: float, share: float,
     assert result.mod_capacity == [share] * len(model.routers)
     assert result.comparable is comparable
     assert evaluate(model, batches(model, [2]), 100, FP32, capacity=0.5).comparable is (share == 1.0)
+
+
+def test_the_gap_compares_three_ways_to_choose_on_the_same_text() -> None:
+    model = Transformer(model_config("hybrid"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for router in model.routers:
+            router.weight.copy_(torch.randn(router.weight.shape, generator=generator) * 5)
+            router.threshold.fill_(100.0)  # nobody exceeds it: the blocks are the identity
+            router.quantile.fill_(-100.0)  # everybody does
+    text = batches(model, [3, 2])
+    found = routing_gap(model, text, FP32)
+    assert list(found) == ["top", "predictor", "threshold"]
+    assert (found["predictor"].mean, found["predictor"].p99) == (1.0, 1.0)
+    assert (found["threshold"].mean, found["threshold"].p99) == (0.0, 0.0)
+    assert found["top"].mean == found["top"].p99 == model.routers[0].capacity
+    assert len({round(one.loss, 6) for one in found.values()}) == 3
+    assert found["predictor"].loss == pytest.approx(evaluate(model, text, 100, FP32, None).loss, rel=1e-6)
+    assert {router.rule for router in model.routers} == {"predictor"}
+    with pytest.raises(ValueError, match="not routed by depth"):
+        routing_gap(Transformer(model_config("moe")), text, FP32)

@@ -59,6 +59,12 @@ class MoDConfig(Section):
 
     capacity: Number = Field(0.125, gt=0, le=1, description="share of a sequence that routed blocks compute")
     every: Count = Field(2, ge=1, description="every how many blocks one is routed (2: blocks 1, 3, 5, …)")
+    routing: Literal["learned", "random", "static"] = Field(
+        "learned", description="how tokens are chosen; random and evenly spaced ones show what learning adds"
+    )
+    decode: Literal["predictor", "threshold"] = Field(
+        "predictor", description="what a token has to exceed when the model is evaluated or writes"
+    )
 
 
 class ModelConfig(Section):
