@@ -8,6 +8,7 @@ depth.svg   which blocks compute which tokens of a text, as the newest checkpoin
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -17,6 +18,7 @@ import torch
 
 import lumina
 
+LIGHT, DARK, GAP = (237, 244, 250), (8, 48, 107), 3
 CELL, MARGIN, FONT = 16, 70, 'font-family="sans-serif" font-size="11"'
 
 
@@ -60,20 +62,26 @@ def depth_map(run: lumina.Run, text: str) -> str:
 def picture(title: str, rows: Sequence[Sequence[float]], labels: Sequence[str], below: Sequence[str], size: int) -> str:
     """A heat map of values from 0 (white) to 1 (dark) as SVG."""
     width = max(6, min(CELL, 900 // max(1, len(below))))
-    right, bottom = MARGIN + width * len(below) + 20, 30 + size * len(rows)
+    tops, top = [], 30
+    for i, label in enumerate(labels):
+        top += GAP if i and label else 0  # a little air between layers
+        tops.append(top)
+        top += size
+    right, bottom = MARGIN + width * len(below) + 20, top
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(right, 480)}" height="{bottom + 90}" {FONT}>',
         f'<rect width="100%" height="100%" fill="white"/><text x="8" y="18">{escape(title)}</text>',
     ]
-    for y, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        parts.append(f'<text x="{MARGIN - 6}" y="{40 + size * y}" text-anchor="end">{escape(label)}</text>')
+    for y, row, label in zip(tops, rows, labels, strict=True):
+        parts.append(f'<text x="{MARGIN - 6}" y="{y + 11}" text-anchor="end">{escape(label)}</text>')
         for x, value in enumerate(row):
-            light = round(255 * (1 - min(1.0, max(0.0, value))))
-            place = f'x="{MARGIN + width * x}" y="{30 + size * y}" width="{width}" height="{size}"'
-            parts.append(f'<rect {place} fill="rgb({light},{min(255, light + 40)},255)" stroke="#eee"/>')
+            share = min(1.0, max(0.0, value))
+            colour = ",".join(str(round(a + share * (b - a))) for a, b in zip(LIGHT, DARK, strict=True))
+            place = f'x="{MARGIN + width * x}" y="{y}" width="{width}" height="{size}"'
+            parts.append(f'<rect {place} fill="rgb({colour})" stroke="#fff" stroke-width="0.5"/>')
     for x, label in enumerate(below):
         left, top = MARGIN + width * x + width / 2 + 3, bottom + 6
-        shown = escape(label.replace("\n", "↵").replace(" ", "␣"))
+        shown = escape(re.sub(r" {3,}", "␣…", label.replace("\n", "↵")).replace(" ", "␣"))
         parts.append(
             f'<text x="{left}" y="{top}" text-anchor="end" transform="rotate(-60 {left} {top})">{shown}</text>'
         )
