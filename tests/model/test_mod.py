@@ -13,7 +13,7 @@ from lumina.config.schema.model import MoDConfig
 from lumina.model import moe
 from lumina.model.mod import DepthRouter, Selection, put, take
 from lumina.model.noise import fold
-from lumina.model.transformer import Block, Transformer
+from lumina.model.transformer import Block, Transformer, View, document_mask
 
 
 def batch(model: Transformer, sequences: int = 2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -130,6 +130,52 @@ def test_router_learns_through_the_selected_tokens_only() -> None:
     touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert touched
     assert all(".predictor." in name for name in touched)
+
+
+def test_the_router_gradient_is_the_finite_difference_and_comes_from_selected_tokens_alone() -> None:
+    model = Transformer(model_config("mod", layers=2)).double()
+    spread(model)
+    ids, segments, targets = batch(model)
+    router = model.routers[0]
+
+    def loss() -> torch.Tensor:
+        total, _ = model(ids, segments, targets)
+        return total.nats if not torch.is_grad_enabled() else total.loss
+
+    loss().backward()
+    assert router.weight.grad is not None
+    direction = router.weight.grad / router.weight.grad.norm()
+    with torch.no_grad():
+        start, step = router.weight.clone(), 5e-2  # the loss is summed in fp32
+        ends = []
+        for sign in (1, -1):
+            router.weight.copy_(start + sign * step * direction)
+            ends.append(loss().item())
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(router.weight.grad.norm().item(), rel=0.1)
+
+    x = torch.randn(1, 12, model.config.width, requires_grad=True)
+    single = depth_router(model.config.width, 0.25)
+    torch.nn.init.normal_(single.weight)
+    for parameter in single.predictor.parameters():
+        torch.nn.init.zeros_(parameter)
+    single.reset()
+    chosen = select(single, x)
+    chosen.weight_BC.sum().backward()
+    assert x.grad is not None
+    touched = x.grad.abs().sum(-1)[0].nonzero().flatten().tolist()
+    assert touched == chosen.index_BC[0].tolist()
+
+
+def test_a_router_that_says_zero_makes_its_block_the_identity() -> None:
+    model = Transformer(model_config("mod", layers=2))
+    block = model.units[1]
+    assert block.router is not None
+    torch.nn.init.zeros_(block.router.weight)
+    x = torch.randn(2, 64, model.config.width)
+    position = torch.arange(64).expand(2, 64)
+    mask = document_mask(position, torch.zeros_like(position))
+    y, _ = block(x, View(position, torch.zeros_like(position), model._rope(position), mask, position))
+    assert torch.equal(y, x)
 
 
 def test_a_bypassed_token_changes_no_selected_token() -> None:

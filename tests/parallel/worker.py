@@ -34,7 +34,8 @@ CASES = [(kind, "muon", "fp32") for kind in KINDS] + [("hybrid", "adamw", "fp16"
 
 def uneven(kind: str, optimizer: str) -> dict[str, Any]:
     """Five experts and an odd vocabulary do not divide evenly; of four processes the last has no expert at all."""
-    experts = {"model.moe.experts": 5} if kind in ("moe", "hybrid") else {}
+    losses = {"model.moe.balance": 0.1, "model.moe.z_loss": 1e-2, "model.moe.dropout": 0.1, "model.moe.capacity": 0.9}
+    experts = {"model.moe.experts": 5, **losses} if kind in ("moe", "hybrid") else {}
     return {"model.kind": kind, "train.optimizer": optimizer, "model.vocab": 263, **experts}
 
 
