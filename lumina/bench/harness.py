@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from lumina.progress import Tell, silent, tracked
-from lumina.training.doctor import commit
+from lumina.training.host import commit
 from lumina.training.machine import MATMUL_SIZE, facts
 
 CONFIDENCE = 0.95

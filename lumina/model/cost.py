@@ -70,10 +70,10 @@ def dense_ffn(config: ModelConfig) -> int:
     return config.moe.ffn * (config.moe.top_k + config.moe.shared) if config.moe else config.ffn
 
 
-def count(config: ModelConfig, sequence: int | None = None, kv_bytes: int = 4) -> Cost:
-    """Counts one model; `sequence` (default: the configured length) sets the cost of attention."""
+def count(config: ModelConfig, sequence: int | None = None, kv_bytes: int = 4, capacity: float | None = None) -> Cost:
+    """Counts one model; `sequence` and `capacity` (default: those configured) are what attention and depth cost."""
     S = sequence or config.seq_len
-    c = chosen(config.mod.capacity, S) / S if config.mod else 1.0
+    c = chosen(capacity or config.mod.capacity, S) / S if config.mod else 1.0
     head = config.vocab * config.width
     attention_flops = 6 * config.heads * config.head_dim * S
     kv = 2 * config.kv_heads * config.head_dim * kv_bytes

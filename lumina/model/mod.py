@@ -12,7 +12,7 @@ average of its own (1-c) quantile instead.
 `mod.routing` random and static are ablations, in which r scales a branch but does not choose: tokens are chosen by
 stateless noise, or evenly spaced, while training and while decoding.
 
-Shapes: B batch, S sequence, D width, C selected tokens, P predictor width.
+Shapes: B batch, S sequence, D width, C selected tokens, P predictor width, X statistics.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from lumina.model.cost import PREDICTOR_SHRINK, chosen
 from lumina.model.noise import fold, uniform
 
 QUANTILE_MEMORY = 0.9  # moving average over optimizer steps; longer ones lag behind a predictor that learns
+# Sums over tokens: how many there were; chosen; where the causal rule agrees with the choice; taken by that rule; the
+# predictor's cross-entropy in nats; r squared; and, of the chosen, the position in the sequence from 0 to 1.
+SUMS = ("tokens", "chosen", "agreement", "taken", "nats", "square", "position")
 
 
 class Selection(NamedTuple):
@@ -37,8 +40,8 @@ class Selection(NamedTuple):
 
     index_BC: Tensor  # positions of the selected tokens, ascending
     weight_BC: Tensor  # their router outputs r
-    predictor_loss: Tensor  # binary cross-entropy, summed over B·S
-    agreement: Tensor  # tokens where the decode rule agrees with the top-C choice
+    predictor_loss: Tensor  # binary cross-entropy, summed over B·S; carries the predictor's gradient
+    sums_X: Tensor  # the statistics named in `SUMS`
     quantile: Tensor  # the predictor's (1-c) quantile, summed over B
     threshold: Tensor  # that of r
 
@@ -108,22 +111,30 @@ class DepthRouter(nn.Module):
         target_BS = torch.zeros_like(r_BS).scatter_(1, index_BC, 1.0)
         logit_BS = self.predictor(x_BSD)
         loss = F.binary_cross_entropy_with_logits(logit_BS, target_BS, reduction="sum")
+        if C == S:
+            loss = loss * 0.0  # nothing to predict: a target without zeros would drive the logits up for ever
         with torch.no_grad():
-            agreement = ((logit_BS > self.quantile) == target_BS.bool()).sum()
+            keep_BS = self._rule(position_BS, logit_BS, r_BS)
+            agreement = (keep_BS == target_BS.bool()).sum()
+            position = index_BC.sum() / max(1, S - 1)
+            tokens, taken = (r_BS.new_full((), float(t.numel())) for t in (r_BS, index_BC))
+            sums_X = torch.stack([tokens, taken, agreement, keep_BS.sum(), loss, r_BS.square().sum(), position])
             quantile_B, threshold_B = (_quantile(values_BS, C) for values_BS in (logit_BS, r_BS))
-        weight_BC = r_BS.gather(1, index_BC)
-        return Selection(index_BC, weight_BC, loss, agreement.float(), quantile_B.sum(), threshold_B.sum())
+        return Selection(index_BC, r_BS.gather(1, index_BC), loss, sums_X, quantile_B.sum(), threshold_B.sum())
 
     def decode(self, x_BSD: Tensor, position_BS: Tensor) -> tuple[Tensor, Tensor]:
         """The causal choice `keep_BS` (bool) and the router outputs `r_BS` of all tokens."""
         r_BS = self.score(x_BSD)
+        needed = self.routing == "learned" and self.rule == "predictor"
+        return self._rule(position_BS, self.predictor(x_BSD) if needed else r_BS, r_BS), r_BS
+
+    def _rule(self, position_BS: Tensor, logit_BS: Tensor, r_BS: Tensor) -> Tensor:
+        """The causal choice (bool), made from a token and its position alone."""
         if self.routing == "random":
-            return uniform(fold(fold(position_BS, 0), self.layer)) < self.capacity, r_BS
+            return uniform(fold(fold(position_BS, 0), self.layer)) < self.capacity
         if self.routing == "static":
-            return _spaced(position_BS, chosen(self.capacity, self.sequence), self.sequence), r_BS
-        if self.rule == "threshold":
-            return r_BS > self.threshold, r_BS
-        return self.predictor(x_BSD) > self.quantile, r_BS
+            return _spaced(position_BS, chosen(self.capacity, self.sequence), self.sequence)
+        return r_BS > self.threshold if self.rule == "threshold" else logit_BS > self.quantile
 
     @torch.no_grad()
     def follow(self, quantile: Tensor, threshold: Tensor, live: Tensor) -> None:

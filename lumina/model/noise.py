@@ -17,7 +17,7 @@ STRIDE, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECC
 
 def keys(seed: int, step: int, sample_ids_B: Tensor) -> Tensor:
     """A key (int64) for each sequence of a step's batch."""
-    start = torch.tensor([seed], dtype=torch.int64, device=sample_ids_B.device)
+    start = torch.full((1,), seed, dtype=torch.int64, device=sample_ids_B.device)  # `tensor` would wait for the device
     return fold(fold(start, step), sample_ids_B)
 
 

@@ -5,7 +5,7 @@
 A block's branch is attention plus feed-forward (dense or MoE) in pre-norm form. `mod` and `hybrid` route every
 `mod.every`-th block by depth. A dense model is Qwen3; a MoE with a shared expert is GLM-4-MoE.
 
-Shapes: B batch, S sequence, N visible keys, D width, K head dim, L layers, E experts, C selected tokens.
+Shapes: B batch, S sequence, N visible keys, D width, K head dim, L layers, E experts, C selected tokens, X statistics.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class BlockStats(NamedTuple):
 
     experts: RouterStats | None
     predictor_loss: Tensor | None
-    agreement: Tensor | None
+    depth_X: Tensor | None
     quantile: Tensor | None
     threshold: Tensor | None
 
@@ -66,7 +66,7 @@ class RoutingStats(NamedTuple):
     sums_LX: Tensor  # `router.SUMS`, one row per MoE layer
     router_loss: Tensor  # summed over sequences and MoE layers; carries the routers' gradient
     predictor_loss: Tensor  # summed over tokens and routed layers; carries the predictors' gradient
-    agreement: Tensor  # tokens (over routed layers) where the decode rule agrees with the top-C choice
+    depth_LX: Tensor  # `mod.SUMS`, one row per routed layer
     quantile_L: Tensor  # of the predictor's logit, per routed layer, summed over sequences
     threshold_L: Tensor  # of the router's output, likewise
 
@@ -157,7 +157,7 @@ class Block(nn.Module):
         x_BCD, view_C = take(x_BSD, chosen.index_BC), view.at(chosen.index_BC)
         y_BCD, experts = self.branch(x_BCD, view_C.rope, view_C.mask_B1SS, key_BS=view_C.key_BS)
         y_BCD = x_BCD + chosen.weight_BC.unsqueeze(-1) * y_BCD
-        stats = BlockStats(experts, chosen.predictor_loss, chosen.agreement, chosen.quantile, chosen.threshold)
+        stats = BlockStats(experts, chosen.predictor_loss, chosen.sums_X, chosen.quantile, chosen.threshold)
         return put(x_BSD, chosen.index_BC, y_BCD.to(x_BSD.dtype)), stats
 
 
@@ -305,7 +305,7 @@ def _only_selected(mask_B1SS: Tensor, keep_BS: Tensor) -> Tensor:
 
 def _total(blocks: list[BlockStats], zero: Tensor) -> RoutingStats:
     """One entry for the whole model, `zero` where no block has such routers."""
-    experts, losses, agreements, quantiles, thresholds = (
+    experts, losses, depths, quantiles, thresholds = (
         [value for value in values if value is not None] for values in zip(*blocks, strict=True)
     )
     loads, sums, router_losses = ([stats[i] for stats in experts] for i in range(3))
@@ -314,7 +314,7 @@ def _total(blocks: list[BlockStats], zero: Tensor) -> RoutingStats:
         sums_LX=_stack(sums, zero),
         router_loss=sum(router_losses, zero),
         predictor_loss=sum(losses, zero),
-        agreement=sum(agreements, zero),
+        depth_LX=_stack(depths, zero),
         quantile_L=_stack(quantiles, zero),
         threshold_L=_stack(thresholds, zero),
     )

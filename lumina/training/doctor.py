@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 
 import lumina
+from lumina.training.host import commit, cpu_name
 from lumina.training.memory import usable
 
 PACKAGES = ("torch", "numpy", "pydantic", "PyYAML", "typer", "rich", "tokenizers", "safetensors", "psutil")
@@ -154,25 +154,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def commit() -> str | None:
-    """The commit of the checkout this runs from, with a + if files differ from it."""
-    folder = Path(lumina.__file__).parents[1]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        say = ["git", "-C", str(folder), "describe", "--always", "--dirty=+"]
-        return subprocess.run(say, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def cpu_name() -> str:
-    """The model of the CPU, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

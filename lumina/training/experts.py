@@ -32,13 +32,9 @@ def rows(model: Transformer, routing: RoutingStats) -> Tensor:
     return torch.cat([routing.load_LE, routing.sums_LX, active_LE, range_L1], dim=1)
 
 
-def add(window: list[float] | None, step: Sequence[float], layers: int) -> list[float]:
-    """The window with a step's rows, flattened, added to it: all but what is a state and no count."""
-    if window is None:
-        return list(step)
-    width = len(step) // layers
-    counts = (width + len(SUMS) - 1) // 2  # E + X of E + X + E + 1
-    return [old + new if i % width < counts else new for i, (old, new) in enumerate(zip(window, step, strict=True))]
+def counts(width: int) -> int:
+    """How many of a row's figures are counts, E + X of E + X + E + 1; the others are states."""
+    return (width + len(SUMS) - 1) // 2
 
 
 def describe(window: Sequence[float], layers: int, top_k: int) -> dict[str, Any]:

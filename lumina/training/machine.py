@@ -15,7 +15,7 @@ from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
-from lumina.training.doctor import cpu_name
+from lumina.training.host import cpu_name
 from lumina.training.precision import DTYPES
 
 MICRO_TOKENS = 8192  # a micro-batch's activations: larger gains nothing on a CPU and costs memory

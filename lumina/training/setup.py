@@ -28,6 +28,7 @@ from lumina.progress import Tell, silent, tracked
 from lumina.training import machine
 from lumina.training.optim import Optimizer
 from lumina.training.precision import DTYPES, LossScale, Precision
+from lumina.training.schedule import depth_stages
 from lumina.training.step import Step, train_step
 
 VOCAB_MULTIPLE = 64  # rows of the embedding: matmuls like round numbers
@@ -91,9 +92,10 @@ def settle_all(
         # One step, not compiled, stands in until the step time is known.
         trial = settle(resolved, {"train.steps": (10**6, "trial"), "train.compile": ("off", "trial")})
         step_time = _measure_step_time(build(trial.config, corpus, world), progress)
-        resolved = settle(resolved, world.decide(lambda: _deadline_choice(seconds, step_time)))
+        resolved = settle(resolved, world.decide(lambda: _deadline_choice(config, seconds, step_time)))
     if config.train.compile == "auto":
-        steps, flops = resolved.config.train.steps or 0, cost.count(config.model).flops_per_token
+        steps = resolved.config.train.steps or 0
+        flops = mean_flops(config, steps)
         choice = world.decide(lambda: machine.choose_compile(config, steps, flops, rate * world.size))
         resolved = settle(resolved, {"train.compile": choice})
     world.each(lambda: machine.require_compiler(resolved.config))
@@ -109,9 +111,22 @@ def matmul_rate(config: Config, world: World) -> float:
     return world.decide(lambda: max(machine.matmul_rate(device, dtype) for dtype in formats))
 
 
-def _deadline_choice(seconds: float, step_time: float) -> machine.Choices:
-    steps = max(1, int(seconds * (1 - DEADLINE_RESERVE) / step_time))
-    return {"train.steps": (steps, f"train.time={seconds:g}s at {step_time:.3f}s a step")}
+def mean_flops(config: Config, steps: int) -> float:
+    """FLOPs of a trained token, averaged over a run of `steps` in which the depth capacity may fall."""
+    stages = depth_stages(config.model.mod, steps) if config.model.mod else [(None, steps)]
+    return sum(n * cost.count(config.model, capacity=c).flops_per_token for c, n in stages) / steps
+
+
+def _deadline_choice(config: Config, seconds: float, step_time: float) -> machine.Choices:
+    """`step_time` is that of a step after `mod.anneal`; those before are longer by their FLOPs."""
+    least = cost.count(config.model).flops_per_token
+    training, mean, steps = seconds * (1 - DEADLINE_RESERVE), step_time, 0
+    for _ in range(DEADLINE_STEPS):  # the mean depends on the number of steps; this settles at once, or soon
+        steps = max(1, int(training / mean))
+        mean = step_time * mean_flops(config, steps) / least
+    falls = config.model.mod and config.model.mod.anneal
+    longer = "" if not falls else f", {mean:.3f}s on average while the depth settles"
+    return {"train.steps": (steps, f"train.time={seconds:g}s at {step_time:.3f}s a step{longer}")}
 
 
 def adapt(resolved: Resolved, began_with: int, world: World) -> Config:

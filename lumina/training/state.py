@@ -23,6 +23,7 @@ class Progress:
     pending: list[float] | None = None  # metrics of `step`, not yet observed (they are consumed one step late)
     step_seconds: float = 0.0  # that `step` took
     experts: list[float] | None = None  # what the expert layers did since the last event of it, as of `step` - 1
+    depth: list[float] | None = None  # what the depth routers did, likewise
 
 
 def pack(progress: Progress, optimizer: Optimizer, identity: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lumina.data.loader import Batch
 from lumina.model.noise import keys
 from lumina.model.transformer import RoutingStats, Transformer
 from lumina.parallel.world import ALONE, World
-from lumina.training import experts
+from lumina.training import depth, experts
 from lumina.training.optim import Optimizer, gradient_norm
 from lumina.training.precision import Precision
 
@@ -46,7 +46,8 @@ def train_step(
     freeze_bias: bool,
     step: int = 0,
 ) -> Tensor:
-    """Takes one step and returns its metrics, a float32 vector on the device: `METRICS`, then `experts.rows` flat.
+    """Takes one step and returns its metrics, a float32 vector on the device: `METRICS`, then `experts.rows` and
+    `depth.rows` flat.
 
     `batch` is the whole batch, in every process; its noise is that of `step`.
     """
@@ -85,8 +86,8 @@ def train_step(
     used = scale.scale[0].clone() if scale else torch.ones((), device=device)
     if scale:
         scale.update(skip)
-    metrics = torch.stack([*sums, norm, skip, *_routing_metrics(model, routing, batch), used])
-    return torch.cat([metrics, experts.rows(model, routing).flatten()])
+    metrics = torch.stack([*sums, norm, skip, *_routing_metrics(model, routing), used])
+    return torch.cat([metrics, experts.rows(model, routing).flatten(), depth.rows(model, routing).flatten()])
 
 
 def _everywhere(sums: Tensor, routing: RoutingStats, world: World) -> tuple[Tensor, RoutingStats]:
@@ -110,13 +111,14 @@ def _update_routers(
         router.follow(quantile / sequences, threshold / sequences, finite)
 
 
-def _routing_metrics(model: Transformer, routing: RoutingStats, batch: Batch) -> list[Tensor]:
-    """Largest over mean expert load (mean over layers) and predictor agreement per token and routed layer."""
+def _routing_metrics(model: Transformer, routing: RoutingStats) -> list[Tensor]:
+    """Largest over mean expert load (mean over layers), and how often the causal depth rule and the choice agree."""
     load_LE = routing.load_LE
     one = torch.ones((), device=routing.predictor_loss.device)
-    balance = one
+    balance = agreement = one
     if len(load_LE):
         moe = model.moes[0].router.config
         balance = (load_LE.amax(1) / load_LE.sum(1)).mean() * moe.experts
-    tokens = max(1, len(model.routers)) * batch.ids_BS.numel()
-    return [balance, routing.agreement / tokens]
+    if len(routing.depth_LX):
+        agreement = depth.share(routing.depth_LX, "agreement")
+    return [balance, agreement]

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -31,13 +32,14 @@ from lumina.run import index
 from lumina.run.folder import Run
 from lumina.run.lock import RunLock
 from lumina.run.signals import StopRequest
-from lumina.training import experts, machine, memory, setup
+from lumina.training import machine, memory, setup
 from lumina.training.evaluate import Evaluation, evaluate
+from lumina.training.observer import Observer
 from lumina.training.probe import TOKENS as PROBE_TOKENS
 from lumina.training.probe import Probe
-from lumina.training.schedule import decay_start, learning_rate
+from lumina.training.schedule import decay_start, depth_capacity, learning_rate
 from lumina.training.state import Lagged, Progress, pack, unpack
-from lumina.training.step import METRICS, train_step
+from lumina.training.step import train_step
 
 Listener = Callable[[dict[str, Any]], None]
 EVAL_TOKENS = 16384  # tokens evaluated at once
@@ -197,6 +199,7 @@ class Session:
         seq_len, end_id = self.config.model.seq_len, parts.corpus.tokenizer.end_id
         looked_at = Heldout(parts.corpus.heldout, seq_len, max(1, PROBE_TOKENS // seq_len), end_id)[0]
         self.probe = Probe(parts.model, looked_at, parts.precision)
+        self.observer = Observer(parts, self.peak, self._emit)
         self.freeze_from = decay_start(self.config.train, parts.steps)
         self.progress = Progress()
         self.pending: Lagged | None = None
@@ -226,6 +229,8 @@ class Session:
         """The next step, then what is due after it."""
         parts, progress, train = self.parts, self.progress, self.config.train
         step = progress.step + 1
+        for router in parts.model.routers:
+            router.capacity = self._capacity(step)
         metrics = train_step(
             parts.model,
             parts.optimizer,
@@ -251,8 +256,13 @@ class Session:
         if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
             self._save()
 
+    def _capacity(self, step: int) -> float:
+        """What depth routers take of a sequence in this step."""
+        mod = self.config.model.mod
+        return depth_capacity(mod, step, self.parts.steps) if mod else 1.0
+
     def _observe(self) -> None:
-        """Turns the metrics of the previous step into its event."""
+        """Tells what the previous step did."""
         values = self.pending.read() if self.pending else self.progress.pending
         self.progress.pending = None
         if values is None:
@@ -260,57 +270,23 @@ class Session:
         if self.first:
             self.told(self.first, 1, 1)
             self.first = ""
-        metrics, step = dict(zip(METRICS, values, strict=False)), self.progress.step
-        tok_s = self.config.train.batch_tokens / self.progress.step_seconds
-        self._emit(
-            "step",
-            step=step,
-            tokens=self.progress.tokens,
-            wall=round(self.progress.wall, 3),
-            loss=metrics["nats"] / metrics["count"],
-            acc=metrics["correct"] / metrics["count"],
-            lr=learning_rate(self.config.train, step, self.parts.steps),
-            grad_norm=metrics["grad_norm"],
-            tok_s=round(tok_s, 1),
-            mfu=round(tok_s * self.parts.cost.flops_per_token / self.peak, 4),
-            mem=machine.memory_used(self.config.parallel.device),
-            bal=metrics["balance"] if self.parts.model.moes else None,
-            agree=metrics["agreement"] if self.parts.model.routers else None,
-        )
-        self._observe_experts(values[len(METRICS) :], skipped=bool(metrics["skipped"]))
-        if not metrics["skipped"]:
-            return
-        evidence = {"loss": metrics["nats"] / metrics["count"], "grad_norm": metrics["grad_norm"]}
-        if self.parts.optimizer.loss_scale and math.isfinite(evidence["loss"]):
-            evidence = {"loss_scale": metrics["loss_scale"], "halved_to": metrics["loss_scale"] / 2}
-            self._emit("decision", step=step, kind="act", rule="overflow", evidence=evidence, action="skip_step")
-        else:
-            self._emit("decision", step=step, kind="act", rule="non_finite", evidence=evidence, action="skip_step")
-
-    def _observe_experts(self, rows: list[float], skipped: bool) -> None:
-        """Adds a step's rows to those since the last `moe` event, and tells them as often as the console speaks."""
-        moes, progress = self.parts.model.moes, self.progress
-        if not moes:
-            return
-        if not skipped:
-            progress.experts = experts.add(progress.experts, rows, len(moes))
-        if progress.step % self.config.telemetry.log_every == 0 and progress.experts:
-            self._emit("moe", step=progress.step, **experts.describe(progress.experts, len(moes), moes[0].top_k))
-            progress.experts = None
+        self.observer(self.progress, values)
 
     def _evaluate(self) -> None:
         """Evaluates all held-out tokens with the causal routing; its time is not training time."""
-        parts, start = self.parts, time.perf_counter()
+        parts, start, mod = self.parts, time.perf_counter(), self.config.model.mod
         seq_len, end_id = self.config.model.seq_len, parts.corpus.tokenizer.end_id
         result = evaluate(
             parts.model,
             Heldout(parts.corpus.heldout, seq_len, max(1, EVAL_TOKENS // seq_len), end_id),
             parts.corpus.heldout.text_bytes,
             parts.precision,
-            self.config.model.mod.capacity if self.config.model.mod else None,
+            mod.capacity if mod else None,
             self.world,
             self.told,
         )
+        if mod and self._capacity(self.progress.step) != mod.capacity:
+            result = replace(result, comparable=False)  # it still computes more than it will
         seconds = time.perf_counter() - start
         self._emit(
             "eval",

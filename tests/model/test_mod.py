@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from support import model_config
+from torch.utils.flop_counter import FlopCounterMode
 
 from lumina.config.schema.model import MoDConfig
 from lumina.model import moe
-from lumina.model.mod import DepthRouter, Selection, put, take
+from lumina.model.mod import SUMS, DepthRouter, Selection, put, take
 from lumina.model.noise import fold
 from lumina.model.transformer import Block, Transformer, View, document_mask
 
@@ -281,9 +282,51 @@ def test_the_predictor_learns_the_choice_and_not_its_opposite() -> None:
         router.quantile.zero_()
         results.append(select(router, x))
     right, wrong = results
-    assert right.agreement == x.shape[0] * x.shape[1]
+    told, opposite = (dict(zip(SUMS, one.sums_X.tolist(), strict=True)) for one in results)
+    assert told["agreement"] == told["tokens"] == x.shape[0] * x.shape[1]
+    assert told["taken"] == told["chosen"] == 40
+    assert opposite["agreement"] == 0
     assert right.predictor_loss < 1e-2 * wrong.predictor_loss
-    assert wrong.agreement == 0
+
+
+def test_statistics_are_those_counted_by_hand() -> None:
+    router = depth_router(16, 0.25).requires_grad_(False)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
+    router.reset()
+    router.quantile.fill_(0.5)
+    x = torch.randn(3, 20, 16, generator=torch.Generator().manual_seed(0))
+    selected, logit, r = select(router, x), router.predictor(x), router.score(x)
+    target = torch.zeros(3, 20).scatter(1, selected.index_BC, 1.0)
+    want = {
+        "tokens": 60,
+        "chosen": 15,
+        "agreement": ((logit > 0.5).float() == target).sum(),
+        "taken": (logit > 0.5).sum(),
+        "nats": torch.nn.functional.binary_cross_entropy_with_logits(logit, target, reduction="sum"),
+        "square": r.square().sum(),
+        "position": (selected.index_BC / 19).sum(),
+    }
+    for name, value in zip(SUMS, selected.sums_X.tolist(), strict=True):
+        assert value == pytest.approx(float(want[name]), rel=1e-5), name
+
+
+def test_a_router_that_takes_all_teaches_its_predictor_nothing_and_writes_with_nearly_all() -> None:
+    """The beginning of `mod.anneal`: targets without zeros would drive the logits up for ever."""
+    model = Transformer(model_config("mod", capacity=0.25))
+    spread(model)
+    ids, segments, targets = batch(model)
+    for router in model.routers:
+        router.capacity = 1.0
+    _, stats = model(ids, segments, targets)
+    stats.predictor_loss.backward()
+    assert all(
+        not p.grad.any() for router in model.routers for p in router.predictor.parameters() if p.grad is not None
+    )
+    for router, quantile, threshold in zip(model.routers, stats.quantile_L, stats.threshold_L, strict=True):
+        router.follow(quantile / len(ids), threshold / len(ids), torch.tensor(True))
+    _, taken_L = model.evaluate(ids, segments, targets)
+    assert (taken_L >= 0.97 * ids.numel()).all()
 
 
 def test_a_routed_block_computes_only_the_chosen_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,3 +353,27 @@ def test_a_routed_block_computes_only_the_chosen_tokens(monkeypatch: pytest.Monk
     assert config.moe is not None
     assert rows == [S if block.router is None else math.ceil(config.mod.capacity * S) for block in model.units]
     assert expert_rows == [len(ids) * n * config.moe.top_k for n in rows for _ in range(2)]
+
+
+def test_torch_counts_the_flops_that_are_promised() -> None:
+    """Alternate blocks at c = 1/8: 0.5625 of the matrix products and 0.508 of the attention of the dense blocks."""
+    flops = {}
+    for kind in ("dense", "mod"):
+        # The head is small and the sequence long, so that the blocks are what counts.
+        options = {"capacity": 0.125} if kind == "mod" else {}
+        model = Transformer(model_config(kind, seq_len=256, **options))
+        ids, segments, targets = batch(model)
+        with (
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            model(ids, segments, targets)
+        by_op = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+        config = model.config
+        head = 3 * 2 * ids.numel() * config.width * config.vocab  # logits and both gradients
+        hidden = config.width // 4
+        predictors = len(model.routers) * 2 * ids.numel() * (config.width * hidden + hidden + config.width)
+        flops[kind] = by_op["aten.mm"] + by_op.get("aten.mv", 0) - head - predictors, by_op["aten.bmm"]
+    products, scores = (mod / dense for mod, dense in zip(flops["mod"], flops["dense"], strict=True))
+    assert products == pytest.approx(0.5625, abs=2e-3)
+    assert scores == pytest.approx((1 + 1 / 64) / 2, abs=2e-3)

@@ -13,6 +13,7 @@ from support import model_config, settings
 from lumina.model.router import SUMS
 from lumina.model.transformer import Transformer
 from lumina.training import experts
+from lumina.training.observer import _added
 from lumina.training.trainer import Trainer
 
 
@@ -40,7 +41,8 @@ def test_figures_are_those_of_the_definition() -> None:
 
 def test_counts_add_up_and_states_are_the_newest() -> None:
     first, second = row([1.0, 2.0], [1.0, 0.0], 0.1, mass=3.0), row([4.0, 5.0], [1.0, 1.0], 0.3, mass=6.0)
-    window = experts.add(experts.add(None, first * 2, 2), second * 2, 2)
+    width = len(first)
+    window = _added(list(first * 2), second * 2, width, experts.counts(width))
     assert window == row([5.0, 7.0], [1.0, 1.0], 0.3, mass=9.0) * 2
 
 

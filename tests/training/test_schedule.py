@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 
 from lumina.config.resolve import resolve
-from lumina.training.schedule import decay_start, learning_rate
+from lumina.config.schema.model import MoDConfig
+from lumina.training.schedule import decay_start, depth_capacity, depth_stages, learning_rate
 
 
 def rates(steps: int = 100, **keys: object) -> list[float]:
@@ -43,3 +44,21 @@ def test_cosine() -> None:
 def test_router_biases_freeze_when_the_decay_starts() -> None:
     train = resolve("tiny", {"train.decay": 0.4}).config.train
     assert decay_start(train, 100) == 60
+
+
+@pytest.mark.parametrize(
+    ("mod", "stages"),
+    [
+        (MoDConfig(capacity=0.125), [(0.125, 100)]),
+        (MoDConfig(capacity=0.125, anneal=0.3), [(1.0, 10), (0.5, 10), (0.25, 10), (0.125, 70)]),
+        (MoDConfig(capacity=0.125, anneal=50), [(1.0, 16), (0.5, 17), (0.25, 17), (0.125, 50)]),
+        (MoDConfig(capacity=0.3, anneal=10), [(1.0, 5), (0.5, 5), (0.3, 90)]),
+        (MoDConfig(capacity=0.75, anneal=10), [(1.0, 10), (0.75, 90)]),
+        (MoDConfig(capacity=0.125, anneal=1), [(1.0, 0), (0.5, 0), (0.25, 1), (0.125, 99)]),
+        (MoDConfig(capacity=1.0), [(1.0, 100)]),
+    ],
+)
+def test_depth_falls_by_halves(mod: MoDConfig, stages: list[tuple[float, int]]) -> None:
+    assert depth_stages(mod, 100) == stages
+    each = [capacity for capacity, n in stages for _ in range(n)]
+    assert [depth_capacity(mod, step, 100) for step in range(1, 101)] == each

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from support import KINDS, model_config
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lumina.config.resolve import resolve
 from lumina.data.loader import Batch
@@ -154,3 +157,24 @@ def test_scaled_losses_give_the_gradients_of_unscaled_ones() -> None:
         gradients[mode] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, want in gradients["fp32"].items():
         assert (gradients["fp16"][name] - want).norm() <= 0.05 * want.norm(), name
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(optimizer: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without values cannot be asked for one: whatever would make the host wait for a GPU raises here."""
+    monkeypatch.setattr(Batch, "targets", 512)  # read on the host, before the batch moves
+    options = {**EVERYTHING, "mod.routing": "learned"}
+    for kernel in ("grouped", "loop"):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = Transformer(model_config("hybrid", **options, **{"moe.kernel": kernel}))
+            config = resolve("tiny", {"train.optimizer": optimizer}).config.train
+            scale = LossScale("cpu") if mode == "fp16" else None
+            ids = torch.zeros(8, 64, dtype=torch.int64)
+            data, plan = Batch(ids, ids, ids.int(), torch.arange(8)), Step(2, 1.0, 1e-3, 1e-2)
+            step = partial(train_step, model, Optimizer(model, config, loss_scale=scale), data, 1e-3, plan)
+            if kernel == "grouped":
+                assert len(step(Precision(mode, mode, "cpu"), freeze_bias=False)) > len(METRICS)
+                continue
+            with pytest.raises(DataDependentOutputException):  # once a layer, as it says
+                step(Precision(mode, mode, "cpu"), freeze_bias=False)

@@ -42,6 +42,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
         ("train.clip", 1e-3), ("train.z_loss", 10.0), ("train.seed", 1), ("precision.mode", "bf16"),
         ("precision.mode", "fp16"), ("precision.mode", "bf16_pure"),
         ("model.rope_theta", 10.0), ("model.tied", False), ("model.mod.capacity", 0.5), ("model.mod.every", 1),
+        ("model.mod.anneal", 2),
         ("model.mod.routing", "random"), ("model.mod.routing", "static"),
         ("model.moe.top_k", 3), ("model.moe.shared", 1), ("model.moe.bias_rate", 10.0),
         ("model.moe.score", "softmax"), ("model.moe.normalise", False), ("model.moe.temperature", 0.1),

@@ -77,6 +77,15 @@ class Config(Section):
     parallel: ParallelConfig
 
 
+def length_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
+    """The depth of a model has settled before its training ends."""
+    steps = train.steps or (train.tokens or 0) / train.batch_tokens
+    if model.mod and steps and model.mod.anneal >= steps:
+        keys = ("model.mod.anneal", "train.tokens" if train.steps is None else "train.steps")
+        return [Problem(keys, f"the capacity would not have fallen when training ends; the run has {steps:.0f} steps")]
+    return []
+
+
 def batch_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
     """A batch is whole sequences, a micro-batch divides it; neither is ever rounded silently."""
     sequences, rest = divmod(train.batch_tokens, model.seq_len)

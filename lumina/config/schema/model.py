@@ -12,6 +12,7 @@ from lumina.config.schema.base import (
     Number,
     Problem,
     Section,
+    Span,
     nearest_divisor,
     nearest_multiple,
 )
@@ -58,6 +59,9 @@ class MoDConfig(Section):
     """`model.mod`: blocks that compute only some of the tokens (kinds mod and hybrid)."""
 
     capacity: Number = Field(0.125, gt=0, le=1, description="share of a sequence that routed blocks compute")
+    anneal: Span = Field(
+        0, ge=0, description="share of the run (below 1) or steps in which the capacity falls from 1, by halves"
+    )
     every: Count = Field(2, ge=1, description="every how many blocks one is routed (2: blocks 1, 3, 5, …)")
     routing: Literal["learned", "random", "static"] = Field(
         "learned", description="how tokens are chosen; random and evenly spaced ones show what learning adds"
@@ -65,6 +69,12 @@ class MoDConfig(Section):
     decode: Literal["predictor", "threshold"] = Field(
         "predictor", description="what a token has to exceed when the model is evaluated or writes"
     )
+
+    def problems(self) -> list[Problem]:
+        if self.anneal and self.capacity == 1:
+            keys = ("model.mod.anneal", "model.mod.capacity")
+            return [Problem(keys, "a capacity of 1 has nowhere to fall; use a smaller one, or anneal 0")]
+        return []
 
 
 class ModelConfig(Section):

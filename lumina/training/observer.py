@@ -1,0 +1,97 @@
+"""What a step did, told as events: once its metrics, one step later, are on the host.
+
+Every step has a `step` event; what its routers did is added up, and told as often as the console speaks (`moe`, `mod`);
+a step that the guard did not take is a `decision`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from lumina.model import cost
+from lumina.training import depth, experts, machine
+from lumina.training.schedule import depth_capacity, learning_rate
+from lumina.training.setup import Parts
+from lumina.training.state import Progress
+from lumina.training.step import METRICS
+
+Emit = Callable[..., None]
+
+
+class Observer:
+    """Turns the metrics of steps into events. `peak` is what MFU is measured against, in FLOP/s."""
+
+    def __init__(self, parts: Parts, peak: float, emit: Emit) -> None:
+        self.parts, self.config, self.peak, self.emit = parts, parts.config, peak, emit
+        self.layers = len(parts.model.moes), len(parts.model.routers)
+        self.flops = dict[float | None, float]()  # of a token, by depth capacity
+
+    def __call__(self, progress: Progress, values: Sequence[float]) -> None:
+        """Tells what `progress.step` did, as `train_step` returned it."""
+        metrics = dict(zip(METRICS, values, strict=False))
+        config, moes, routers = self.config, *self.layers
+        tok_s = config.train.batch_tokens / progress.step_seconds
+        self.emit(
+            "step",
+            step=progress.step,
+            tokens=progress.tokens,
+            wall=round(progress.wall, 3),
+            loss=metrics["nats"] / metrics["count"],
+            acc=metrics["correct"] / metrics["count"],
+            lr=learning_rate(config.train, progress.step, self.parts.steps),
+            grad_norm=metrics["grad_norm"],
+            tok_s=round(tok_s, 1),
+            mfu=round(tok_s * self._flops(progress.step) / self.peak, 4),
+            mem=machine.memory_used(config.parallel.device),
+            bal=metrics["balance"] if moes else None,
+            agree=metrics["agreement"] if routers else None,
+        )
+        if metrics["skipped"]:
+            self._skipped(progress.step, metrics)
+        else:
+            self._count(progress, values[len(METRICS) :])
+        if progress.step % config.telemetry.log_every == 0:
+            self._tell(progress)
+
+    def _flops(self, step: int) -> float:
+        """Of a token trained in this step."""
+        mod = self.config.model.mod
+        capacity = depth_capacity(mod, step, self.parts.steps) if mod else None
+        if capacity not in self.flops:
+            self.flops[capacity] = cost.count(self.config.model, capacity=capacity).flops_per_token
+        return self.flops[capacity]
+
+    def _skipped(self, step: int, metrics: dict[str, float]) -> None:
+        evidence = {"loss": metrics["nats"] / metrics["count"], "grad_norm": metrics["grad_norm"]}
+        rule = "non_finite"
+        if self.parts.optimizer.loss_scale and math.isfinite(evidence["loss"]):
+            evidence = {"loss_scale": metrics["loss_scale"], "halved_to": metrics["loss_scale"] / 2}
+            rule = "overflow"
+        self.emit("decision", step=step, kind="act", rule=rule, evidence=evidence, action="skip_step")
+
+    def _count(self, progress: Progress, rows: Sequence[float]) -> None:
+        """Adds what the routers did to what they did since they were last told of."""
+        moes, routers = self.layers
+        end = len(rows) - routers * (depth.COUNTS + 2)
+        if moes:
+            width = end // moes
+            progress.experts = _added(progress.experts, rows[:end], width, experts.counts(width))
+        if routers:
+            progress.depth = _added(progress.depth, rows[end:], depth.COUNTS + 2, depth.COUNTS)
+
+    def _tell(self, progress: Progress) -> None:
+        moes, routers = self.layers
+        if progress.experts:
+            top_k = self.parts.model.moes[0].top_k
+            self.emit("moe", step=progress.step, **experts.describe(progress.experts, moes, top_k))
+        if progress.depth:
+            self.emit("mod", step=progress.step, **depth.describe(progress.depth, routers))
+        progress.experts = progress.depth = None
+
+
+def _added(window: list[float] | None, rows: Sequence[float], width: int, counts: int) -> list[float]:
+    """The window and another step's rows: the first `counts` of each row added up, the others the newest."""
+    if window is None:
+        return list(rows)
+    return [old + new if i % width < counts else new for i, (old, new) in enumerate(zip(window, rows, strict=True))]
