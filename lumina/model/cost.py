@@ -51,8 +51,8 @@ class _Block:
 
 
 def chosen(capacity: float, sequence: int) -> int:
-    """How many tokens of a sequence a routed block takes: ceil(c·S), where 0.07·100 is 7."""
-    return math.ceil(capacity * sequence - 1e-9)
+    """How many tokens of a sequence a routed block takes: ceil(c·S), where 0.07·100 is 7, and at least one."""
+    return max(1, math.ceil(capacity * sequence - 1e-9))
 
 
 def is_routed(config: ModelConfig, layer: int) -> bool:

@@ -68,6 +68,7 @@ class Predictor(nn.Module):
 class DepthRouter(nn.Module):
     """Decides which tokens of a sequence pass through the block."""
 
+    layer: Tensor
     quantile: Tensor
     threshold: Tensor
     steps: Tensor
@@ -76,7 +77,8 @@ class DepthRouter(nn.Module):
         super().__init__()
         self.capacity, self.routing = config.capacity, config.routing
         self.rule: str = config.decode
-        self.sequence, self.layer = sequence, layer
+        self.sequence, self.number = sequence, layer
+        self.register_buffer("layer", torch.empty((), dtype=torch.int64), persistent=False)  # see `Router`
         self.weight = nn.Parameter(torch.empty(width))
         self.predictor = Predictor(width, config.capacity)
         self.register_buffer("quantile", torch.empty(1))  # decode rule: logit > quantile
@@ -85,6 +87,7 @@ class DepthRouter(nn.Module):
 
     def reset(self) -> None:
         """The rule before any data: the prior of a token being selected, for every token."""
+        self.layer.fill_(self.number)
         bias = self.predictor.bias
         with torch.no_grad():
             bias.fill_(self.predictor.prior)
@@ -122,14 +125,17 @@ class DepthRouter(nn.Module):
             quantile_B, threshold_B = (_quantile(values_BS, C) for values_BS in (logit_BS, r_BS))
         return Selection(index_BC, r_BS.gather(1, index_BC), loss, sums_X, quantile_B.sum(), threshold_B.sum())
 
-    def decode(self, x_BSD: Tensor, position_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """The causal choice `keep_BS` (bool) and the router outputs `r_BS` of all tokens."""
+    def forward(self, x_BSD: Tensor, position_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Evaluation and generation: the causal choice `keep_BS` (bool) and the router outputs `r_BS` of all tokens."""
         r_BS = self.score(x_BSD)
         needed = self.routing == "learned" and self.rule == "predictor"
         return self._rule(position_BS, self.predictor(x_BSD) if needed else r_BS, r_BS), r_BS
 
     def _rule(self, position_BS: Tensor, logit_BS: Tensor, r_BS: Tensor) -> Tensor:
-        """The causal choice (bool), made from a token and its position alone."""
+        """The causal choice (bool), made from a token and its position alone; `top` is training's, for comparison."""
+        if self.rule == "top":
+            rank_BS = r_BS.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            return rank_BS < chosen(self.capacity, r_BS.shape[1])
         if self.routing == "random":
             return uniform(fold(fold(position_BS, 0), self.layer)) < self.capacity
         if self.routing == "static":

@@ -90,7 +90,8 @@ class MoE(nn.Module):
             .index_copy_(0, order_R, torch.arange(order_R.numel(), device=order_R.device))
             .view_as(expert_TA)
         )
-        offs_E = routed.stats.load_E.cumsum(0).to(torch.int32)
+        # In whole numbers: CUDA sums fractions in no fixed order, and refuses to under `train.deterministic`.
+        offs_E = routed.stats.load_E.int().cumsum(0, dtype=torch.int32)
 
         x_RD = _Dispatch.apply(x_TD, order_R // self.top_k, row_TA)  # type: ignore[no-untyped-call]
         h_RF = swiglu(grouped_linear(x_RD, self.w_gate_up, offs_E, self.kernel))

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import lumina.model.grouped  # noqa: F401 - registers torch.ops.lumina
+import lumina.model.grouped
+import lumina.model.router  # noqa: F401 - both register operators in torch.ops.lumina
 
 aten = torch.ops.aten
-CHOICES = frozenset({aten.topk.default, aten.sort.default, aten.sort.stable})
+CHOICES = frozenset({aten.topk.default, aten.sort.default, aten.sort.stable, torch.ops.lumina.count_experts.default})
 PRODUCTS = frozenset(
     {
         aten.mm.default,

@@ -6,13 +6,13 @@
     gate  = score of the chosen (never with the bias), divided by their sum if `normalise`
 
 sigmoid, normalised, is DeepSeek-V3's (2412.19437, eq. 12 to 16); softmax is Qwen3-MoE's, normalised or not. The bias is
-a buffer: it enters the choice only, gets no gradient, and moves after each optimizer step by `bias_rate` towards
-balance (Wang et al. 2024, 2408.15664).
+a buffer: it enters the choice only, gets no gradient, and moves after each optimizer step by `bias_rate` (softmax:
+`bias_rate` / E) towards balance (Wang et al. 2024, 2408.15664).
 
-Losses, each weighted by its key, with p = score / sum of scores, and E = the number of experts:
+Losses, each weighted by its key, with p = score / sum of scores, and E = the number of active experts:
 
     balance        E · sum_i f_i P_i     f: shares of assignments in the previous step's whole batch; P: mean p
-    seq_balance    the same with the sequence's own f (DeepSeek-V3, eq. 17 to 20)
+    seq_balance    the same with the sequence's own f, of the A largest scores without the bias (DeepSeek-V3, eq. 17-20)
     z_loss         mean of logsumexp(logit)²                                       (ST-MoE, 2202.08906)
 
 All three are means over a sequence's tokens, summed over sequences: any split into micro-batches or processes gives
@@ -35,7 +35,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from lumina.config.schema.model import MoEConfig
 from lumina.model.noise import fold, uniform
@@ -44,6 +44,22 @@ from lumina.model.noise import fold, uniform
 # assignments dropped; tokens that lost all of theirs.
 SUMS = ("entropy", "mass", "logsumexp", "dropped", "lost")
 HIDDEN = 1e4  # taken off the score of an expert that dropout hides: below all others, above the spare ones
+
+
+@library.custom_op("lumina::count_experts", mutates_args=())
+def count_experts(expert_BR: Tensor, slots: int) -> Tensor:
+    """`[B, E]`: how often each of `slots` experts occurs in each row, in fp32.
+
+    An operator of its own: compiled together with a recomputed gather, a plain scatter_add loses the gates' gradient;
+    comparing with every expert is right, and slow for many (docs/log.md).
+    """
+    ones_BR = torch.ones_like(expert_BR, dtype=torch.float32)
+    return ones_BR.new_zeros(len(expert_BR), slots).scatter_add_(1, expert_BR, ones_BR)
+
+
+@count_experts.register_fake
+def _(expert_BR: Tensor, slots: int) -> Tensor:
+    return expert_BR.new_empty(len(expert_BR), slots, dtype=torch.float32)
 
 
 class RouterStats(NamedTuple):
@@ -65,13 +81,16 @@ class Routed(NamedTuple):
 class Router(nn.Module):
     """One layer's router; `layer` is what its noise depends on."""
 
+    layer: Tensor
     bias_E: Tensor
     fraction_E: Tensor
     active_E: Tensor
 
     def __init__(self, width: int, config: MoEConfig, layer: int = 0) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.number = config, layer
+        # A tensor, for a number would be a constant of compiled code: a graph for every layer.
+        self.register_buffer("layer", torch.empty((), dtype=torch.int64), persistent=False)
         slots = config.experts + config.spare
         self.weight = nn.Parameter(torch.empty(slots, width))
         self.register_buffer("bias_E", torch.empty(slots))
@@ -80,6 +99,7 @@ class Router(nn.Module):
 
     def reset(self) -> None:
         """A new router prefers no expert, and has its spare ones switched off."""
+        self.layer.fill_(self.number)
         self.bias_E.zero_()
         self.active_E.copy_(torch.arange(len(self.active_E), device=self.active_E.device) < self.config.experts)
         self.fraction_E.copy_(self.active_E / self.config.experts)
@@ -120,7 +140,7 @@ class Router(nn.Module):
     def _within_capacity(self, expert_BSA: Tensor, gate_BSA: Tensor) -> Tensor:
         """Which assignments (bool) are among the largest gates of their expert in their sequence; ties by position."""
         _, S, A = expert_BSA.shape
-        limit = math.ceil(self.config.capacity * S * A / self.config.experts - 1e-9)
+        limit = (self.config.capacity * S * A / self.active_E.sum() - 1e-4).ceil()
         order_BR = gate_BSA.flatten(1).argsort(dim=1, descending=True, stable=True)
         expert_BR = expert_BSA.flatten(1).gather(1, order_BR)
         rank_BRE = F.one_hot(expert_BR, len(self.active_E)).cumsum(1)
@@ -130,11 +150,9 @@ class Router(nn.Module):
     def _stats(
         self, logit_BSE: Tensor, score_BSE: Tensor, expert_BSA: Tensor, mass_BS1: Tensor, kept_BSA: Tensor | None
     ) -> RouterStats:
-        config, E = self.config, self.config.experts
+        config, E, slots = self.config, self.active_E.sum(), len(self.active_E)
         _, S, A = expert_BSA.shape
-        # Not scatter_add: compiled together with a recomputed gather it loses the gates' gradient (docs/log.md).
-        experts = torch.arange(len(self.active_E), device=expert_BSA.device)
-        load_BE = (expert_BSA.flatten(1).unsqueeze(-1) == experts).sum(1).float()
+        load_BE = count_experts(expert_BSA.flatten(1), slots)
         total_BS1 = score_BSE.sum(-1, keepdim=True)
         p_BSE = score_BSE / (total_BS1 + 1e-20) if config.score == "sigmoid" else score_BSE
         lse_BS = logit_BSE.logsumexp(-1)
@@ -145,14 +163,16 @@ class Router(nn.Module):
             if config.balance:
                 loss = loss + config.balance * E * (self.fraction_E * P_BE).sum()
             if config.seq_balance:
-                loss = loss + config.seq_balance * E * (load_BE / (S * A) * P_BE).sum()
+                best_BSA = score_BSE.detach().topk(A, dim=-1, sorted=False).indices
+                f_BE = count_experts(best_BSA.flatten(1), slots) / (S * A)
+                loss = loss + config.seq_balance * E * (f_BE * P_BE).sum()
         if config.z_loss:
             loss = loss + config.z_loss * lse_BS.square().mean(1).sum()
 
         dropped = lost = logit_BSE.new_zeros(())
         if kept_BSA is not None:
             dropped, lost = (~kept_BSA).sum().float(), (~kept_BSA.any(-1)).sum().float()
-        entropy = torch.special.entr(p_BSE.detach()).sum() / math.log(E)
+        entropy = torch.special.entr(p_BSE.detach()).sum() / E.log()
         mass = (mass_BS1 / (total_BS1 + 1e-20)).detach().sum()
         sums_X = torch.stack([entropy, mass, lse_BS.detach().sum(), dropped, lost])
         return RouterStats(load_BE.sum(0), sums_X, loss)
@@ -160,7 +180,8 @@ class Router(nn.Module):
     @torch.no_grad()
     def follow(self, load_E: Tensor, rate: float, live: Tensor) -> None:
         """After a step in which the whole batch loaded the experts so: moves the bias, where `live` (bool)."""
-        mean = load_E.sum() / self.active_E.sum()
-        move_E = rate * torch.sign(mean - load_E) * self.active_E
+        E = self.active_E.sum()
+        size = 1 / E if self.config.score == "softmax" else 1.0  # of the scores, roughly
+        move_E = rate * size * torch.sign(load_E.sum() / E - load_E) * self.active_E
         self.bias_E += torch.where(live, move_E, 0.0)
         self.fraction_E.copy_(torch.where(live, load_E / load_E.sum(), self.fraction_E))

@@ -115,7 +115,7 @@ class Block(nn.Module):
         """
         if self.router is None:
             return x_BSD + self.branch(x_BSD, rope, mask_B1SS, cache)[0], None
-        keep_BS, r_BS = self.router.decode(x_BSD, position_BS)
+        keep_BS, r_BS = self.router(x_BSD, position_BS)
         if cache is not None and not keep_BS.any():
             return x_BSD, keep_BS.sum()
         mask = None if mask_B1SS is None else _only_selected(mask_B1SS, keep_BS)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from lumina.data.loader import Batch, Heldout
-from lumina.model.cost import chosen
 from lumina.model.transformer import Transformer
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
@@ -101,18 +100,15 @@ def routing_gap(model: Transformer, batches: Heldout | Sequence[Batch], precisio
         nats = tokens = 0.0
         shares: list[float] = []
         for router in model.routers:
-            router.rule = usual if rule == "top" else rule
+            router.rule = rule
         for i in range(len(batches)):
             for sequence in batches[i].split(len(batches[i].ids_BS)):
                 one = sequence.to(device)
                 with precision.evaluating():
-                    if rule == "top":
-                        loss, _ = model(one.ids_BS, one.segments_BS, one.targets_BS)
-                    else:
-                        loss, taken_L = model.evaluate(one.ids_BS, one.segments_BS, one.targets_BS)
-                        shares += (taken_L / one.ids_BS.numel()).tolist()
+                    loss, taken_L = model.evaluate(one.ids_BS, one.segments_BS, one.targets_BS)
+                shares += (taken_L / one.ids_BS.numel()).tolist()
                 nats, tokens = nats + loss.nats.item(), tokens + loss.tokens.item()
-        shares = sorted(shares) or [chosen(model.routers[0].capacity, model.config.seq_len) / model.config.seq_len]
+        shares.sort()
         p99 = shares[min(len(shares) - 1, math.ceil(0.99 * len(shares)) - 1)]
         found[rule] = Realised(nats / tokens, sum(shares) / len(shares), p99)
     for router in model.routers:

@@ -6,6 +6,9 @@ learning rate serves both (Liu et al. 2025, 2502.16982). Fused weights are split
 query, key and value projections are different maps. Experts are a batch of matrices. Parts of one shape, over
 all layers, go through the iterations as one batch, or as a few where that would take too much memory.
 
+A matrix whose gradient is exactly zero, that of an expert without tokens, stays as it is: its old momentum would be
+blown up to a full step in one and the same direction, again and again.
+
 A step takes `skip`, a float32 scalar that is exactly 0 or 1 and lives on the device: with 1 nothing moves, neither
 weights nor moments nor the bias-correction step, and no host synchronisation is needed to decide it.
 
@@ -111,37 +114,42 @@ class Muon:
 
     def _move(self, names: list[str], lr: float, weight_decay: float, live: Tensor) -> None:
         batches: dict[tuple[int, ...], list[_Part]] = defaultdict(list)
-        for name, direction in self._whole(self._directions(names, live)).items():
+        directions, fed = self._directions(names, live)
+        for name, direction in self._whole(directions).items():
             weight, rows = self.matrices[name], self.splits.get(name, (direction.shape[-2],))
+            alive = fed.get(name, live)
             own = own_rows(weight) if weight.ndim == 2 else slice(0, sum(rows))
             start = 0
             for part in direction.split(rows, dim=-2):
                 n, columns = part.shape[-2:]
                 first, last = max(own.start, start), max(min(own.stop, start + n), own.start, start)
                 mine = local(weight)[..., first - own.start : last - own.start, :]
-                batches[n, columns, weight.ndim].append(_Part(mine, part, slice(first - start, last - start)))
+                batches[n, columns, weight.ndim].append(_Part(mine, part, slice(first - start, last - start), alive))
                 start += n
         for (n, columns, ndim), parts in batches.items():
             stacks = [part.direction.reshape(part.direction.shape[:-2].numel(), n, columns) for part in parts]
             # Stacks of experts are shared out by expert, so that no other process has these.
             updates = self._orthogonalize(torch.cat(stacks), shared=ndim == 2)
-            rate = lr * MATCH_RMS * max(n, columns) ** 0.5 * live
+            rate = lr * MATCH_RMS * max(n, columns) ** 0.5
             for part, update in zip(parts, updates.split([len(stack) for stack in stacks]), strict=True):
                 update = update.view_as(part.direction)[..., part.rows, :]
-                part.weight.mul_(1 - lr * weight_decay * live).sub_(update * rate)
+                part.weight.mul_(1 - lr * weight_decay * part.live).sub_(update * (rate * part.live))
 
-    def _directions(self, names: list[str], live: Tensor) -> dict[str, Tensor]:
-        """Nesterov's direction of this process's rows."""
-        directions = {}
+    def _directions(self, names: list[str], live: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Nesterov's direction of this process's rows; and of stacks, which of their matrices move (0 or 1)."""
+        directions, fed = {}, {}
         for name in names:
             weight = self.matrices[name]
             if weight.grad is None:
                 continue
             # Once the gradient is clean, factors of exactly 0 and 1 keep a skipped step exact to the bit.
             gradient = torch.where(live.bool(), local(weight.grad), 0.0)
-            momentum = self.momentum[name].lerp_(gradient, (1 - MOMENTUM) * live.to(gradient.dtype))
+            alive = live.to(gradient.dtype)
+            if weight.ndim == 3:
+                alive = fed[name] = alive * gradient.ne(0).any((-2, -1)).to(gradient.dtype).view(-1, 1, 1)
+            momentum = self.momentum[name].lerp_(gradient, (1 - MOMENTUM) * alive)
             directions[name] = gradient.lerp_(momentum, MOMENTUM)
-        return directions
+        return directions, fed
 
     def _whole(self, directions: dict[str, Tensor]) -> dict[str, Tensor]:
         """The directions of whole matrices. They travel in bf16, in which they are orthogonalised anyway."""
@@ -163,11 +171,13 @@ class Muon:
 
 
 class _Part(NamedTuple):
-    """A map inside a fused weight: what of it this process has, its direction, and which rows of that are its own."""
+    """A map inside a fused weight: what of it this process has, its direction, which rows of that are its own, and
+    whether it moves, 0 or 1."""
 
     weight: Tensor
     direction: Tensor
     rows: slice
+    live: Tensor
 
 
 class Optimizer:

@@ -1,7 +1,8 @@
 """A look from outside, every so many steps: costly signals of a fixed piece of held-out text, without gradient.
 
 It changes nothing, and training does not know of it: a run with probes is the run without them, to the bit.
-`churn` is the share of its tokens whose set of experts in a layer is another than at the probe before.
+`churn` is the share of its tokens whose set of experts in a layer is another than at the probe before, among those that
+the layer computed both times.
 
 Shapes: L expert layers, T tokens of the text, A active experts.
 """
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lumina.data.loader import Batch
+from lumina.model.moe import MoE
 from lumina.model.router import Routed
-from lumina.model.transformer import Transformer
+from lumina.model.transformer import Block, Transformer
 from lumina.training.precision import Precision
 
+UNSEEN, PASSED_BY = -1, -2  # instead of an expert: before the first look; of a token that depth routing left out
 TOKENS = 2048  # of the text, or one sequence if that is longer
 
 
@@ -30,18 +33,33 @@ class Probe:
         self.batch = batch.to(model.embed.weight.device)
         moe = model.config.moe
         shape = (len(model.moes), batch.ids_BS.numel(), moe.top_k if moe else 0)
-        self.chosen_LTA = torch.full(shape, -1, dtype=torch.int32)  # -1: nothing seen yet
+        self.chosen_LTA = torch.full(shape, UNSEEN, dtype=torch.int32)
 
     def __call__(self) -> dict[str, Any]:
         """The fields of a `probe` event: causal loss in nats a token, and the churn of each expert layer."""
         seen: list[Tensor] = []
 
-        def remember(_: nn.Module, arguments: Any, routed: Routed) -> None:
-            seen.append(routed.expert_BSA.flatten(0, 1).sort(-1).values)
+        def watch(block: Block, stack: ExitStack) -> None:
+            keep_BS: Tensor | None = None
+
+            def remember(_: nn.Module, arguments: Any, routed: Routed) -> None:
+                expert_BSA = routed.expert_BSA.sort(-1).values
+                if keep_BS is not None:
+                    expert_BSA = expert_BSA.masked_fill(~keep_BS.unsqueeze(-1), PASSED_BY)
+                seen.append(expert_BSA.flatten(0, 1))
+
+            def keep(_: nn.Module, arguments: Any, choice: tuple[Tensor, Tensor]) -> None:
+                nonlocal keep_BS
+                keep_BS = choice[0]
+
+            if isinstance(block.ffn, MoE):
+                stack.callback(block.ffn.router.register_forward_hook(remember).remove)
+                if block.router is not None:
+                    stack.callback(block.router.register_forward_hook(keep).remove)
 
         with ExitStack() as stack:
-            for moe in self.model.moes:
-                stack.callback(moe.router.register_forward_hook(remember).remove)
+            for block in self.model.units:
+                watch(block, stack)
             with self.precision.evaluating():
                 loss, _ = self.model.evaluate(self.batch.ids_BS, self.batch.segments_BS, self.batch.targets_BS)
         return {"loss": (loss.nats / loss.tokens).item(), "churn": self._churn(seen)}
@@ -51,8 +69,10 @@ class Probe:
         if not seen:
             return None
         now_LTA = torch.stack(seen).int().cpu()
-        first = bool((self.chosen_LTA < 0).all())
-        moved_L = (now_LTA != self.chosen_LTA).any(-1).float().mean(1)
+        first = bool((self.chosen_LTA == UNSEEN).all())
+        both_LT = (now_LTA >= 0).all(-1) & (self.chosen_LTA >= 0).all(-1)
+        moved_LT = (now_LTA != self.chosen_LTA).any(-1) & both_LT
+        moved_L = moved_LT.sum(1) / both_LT.sum(1).clamp_min(1)
         self.chosen_LTA.copy_(now_LTA)
         return None if first else [round(share, 5) for share in moved_L.tolist()]
 

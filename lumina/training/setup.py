@@ -32,6 +32,7 @@ from lumina.training.schedule import depth_stages
 from lumina.training.step import Step, train_step
 
 VOCAB_MULTIPLE = 64  # rows of the embedding: matmuls like round numbers
+GRAPHS = 64  # of a block at most: kinds of blocks (routed or not, with experts or not) x capacities of `mod.anneal`
 DEADLINE_STEPS = 5  # steps timed to turn `train.time` into steps
 DEADLINE_RESERVE = 0.05  # of the time, kept for evaluations and checkpoints
 
@@ -186,6 +187,7 @@ def build_model(config: Config, precision: Precision, world: World) -> Transform
     model.cast(precision.weights)
     if config.train.compile == "on":
         torch.compiler.reset()  # graphs of another model would count towards the limit of this one
+        torch._dynamo.config.recompile_limit = GRAPHS
     for block in model.units:
         block.recompute = config.train.recompute
         if config.train.compile == "on":

@@ -117,8 +117,8 @@ def _routing_metrics(model: Transformer, routing: RoutingStats) -> list[Tensor]:
     one = torch.ones((), device=routing.predictor_loss.device)
     balance = agreement = one
     if len(load_LE):
-        moe = model.moes[0].router.config
-        balance = (load_LE.amax(1) / load_LE.sum(1)).mean() * moe.experts
+        active = torch.stack([moe.router.active_E.sum() for moe in model.moes])
+        balance = (load_LE.amax(1) / load_LE.sum(1) * active).mean()
     if len(routing.depth_LX):
         agreement = depth.share(routing.depth_LX, "agreement")
     return [balance, agreement]

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 from support import model_config
 from torch import Tensor
 
+from lumina.config.resolve import resolve
+from lumina.config.schema.model import MoDConfig
+from lumina.model.cost import chosen
 from lumina.model.transformer import Transformer
+from lumina.parallel.world import ALONE
+from lumina.training import setup
+from lumina.training.precision import Precision
+from lumina.training.schedule import depth_stages
 
 
 def gradients(model: Transformer, bf16: bool) -> list[Tensor]:
@@ -50,3 +58,25 @@ def test_a_compiled_hybrid_has_no_graph_break_and_the_same_gradients(
     for want, got in zip(gradients(eager, bf16), gradients(compiled, bf16), strict=True):
         assert (got - want).norm() <= tolerance * want.norm() + 1e-9
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_share_their_graphs_and_many_capacities_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise depends on the layer, and yet a deep model is few graphs; more of them than the compiler's usual limit."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = resolve(
+        "tiny",
+        {"model.layers": 10, "model.moe.dropout": 0.2, "model.mod.routing": "random", "train.compile": "on",
+         "model.mod.capacity": 0.002, "model.moe.kernel": "grouped"},
+    ).config  # fmt: skip
+    torch._dynamo.utils.counters.clear()
+    model = setup.build_model(config, Precision("fp32", "fp32", "cpu"), ALONE)
+    stages = [capacity for capacity, _ in depth_stages(MoDConfig(capacity=0.002, anneal=0.5), 100)]
+    assert len(stages) > 8
+    for capacity in stages:
+        for router in model.routers:
+            router.capacity = capacity
+        gradients(model, bf16=False)
+    sizes = {chosen(capacity, config.model.seq_len) for capacity in stages}
+    # One of the blocks that are not routed, and one of those that are for each size, perhaps each capacity.
+    assert 1 + len(sizes) <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1 + len(stages)

@@ -42,6 +42,13 @@ def spread(model: Transformer, seed: int = 1) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
+def whole_view(model: Transformer) -> View:
+    """Of one sequence that is one document."""
+    position, segments = torch.arange(model.config.seq_len).unsqueeze(0), torch.zeros(1, model.config.seq_len)
+    rope = model.cos_SK.unsqueeze(0), model.sin_SK.unsqueeze(0)
+    return View(position, segments, rope, document_mask(position, segments), position)
+
+
 @pytest.mark.parametrize(("capacity", "tokens"), [(0.125, 3), (0.25, 5), (0.3, 6), (0.35, 7), (1.0, 20)])
 def test_selects_exactly_c_tokens_in_order_ties_included(capacity: float, tokens: int) -> None:
     router = depth_router(16, capacity)
@@ -61,7 +68,7 @@ def test_before_any_data_no_token_exceeds_the_threshold_in_any_format() -> None:
         model.cast(dtype)
         model.initialize(0)
         for router in model.routers:
-            keep_BS, _ = router.decode(torch.randn(2, 8, model.config.width, dtype=dtype), torch.arange(8).expand(2, 8))
+            keep_BS, _ = router(torch.randn(2, 8, model.config.width, dtype=dtype), torch.arange(8).expand(2, 8))
             assert not keep_BS.any()
 
 
@@ -99,7 +106,7 @@ def test_the_training_forward_is_the_definition(kind: str, monkeypatch: pytest.M
     monkeypatch.setattr("lumina.model.transformer.put", checked_put)
     trained = model(ids, segments, targets)[0].nats
     assert len(routed) == len(model.routers) > 0
-    monkeypatch.setattr(DepthRouter, "decode", lambda self, x, _: (routed[model.routers.index(self)], self.score(x)))
+    monkeypatch.setattr(DepthRouter, "forward", lambda self, x, _: (routed[model.routers.index(self)], self.score(x)))
     parallel = model.evaluate(ids, segments, targets)[0].nats
     torch.testing.assert_close(trained, parallel, rtol=1e-6, atol=0)
 
@@ -136,23 +143,28 @@ def test_router_learns_through_the_selected_tokens_only() -> None:
 def test_the_router_gradient_is_the_finite_difference_and_comes_from_selected_tokens_alone() -> None:
     model = Transformer(model_config("mod", layers=2)).double()
     spread(model)
-    ids, segments, targets = batch(model)
-    router = model.routers[0]
+    block, view = model.units[1].double(), whole_view(model)
+    router = block.router
+    assert router is not None
+    S, width = model.config.seq_len, model.config.width
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 1, S, width, generator=generator, dtype=torch.float64).unbind(0)
 
     def loss() -> torch.Tensor:
-        total, _ = model(ids, segments, targets)
-        return total.nats if not torch.is_grad_enabled() else total.loss
+        return (block(x, view)[0] * weight).sum()
 
     loss().backward()
     assert router.weight.grad is not None
     direction = router.weight.grad / router.weight.grad.norm()
+    chosen_before = router.select(x, view.position_BS, view.key_BS).index_BC
     with torch.no_grad():
-        start, step = router.weight.clone(), 5e-2  # the loss is summed in fp32
+        start, step = router.weight.clone(), 1e-3  # r is computed in fp32
         ends = []
         for sign in (1, -1):
             router.weight.copy_(start + sign * step * direction)
+            assert torch.equal(router.select(x, view.position_BS, view.key_BS).index_BC, chosen_before)
             ends.append(loss().item())
-    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(router.weight.grad.norm().item(), rel=0.1)
+    assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(router.weight.grad.norm().item(), rel=1e-3)
 
     x = torch.randn(1, 12, model.config.width, requires_grad=True)
     single = depth_router(model.config.width, 0.25)
@@ -193,6 +205,28 @@ def test_a_bypassed_token_changes_no_selected_token() -> None:
     first, second = select(router, x), select(router, changed)
     assert torch.equal(first.index_BC, second.index_BC)
     assert torch.equal(take(x, first.index_BC), take(changed, second.index_BC))
+
+
+@pytest.mark.parametrize("kind", ["mod", "hybrid"])
+def test_a_block_shows_a_bypassed_token_to_no_selected_one(kind: str) -> None:
+    model = Transformer(model_config(kind))
+    spread(model)
+    block = next(block for block in model.units if block.router is not None)
+    assert block.router is not None
+    with torch.no_grad():
+        block.router.weight[1:] = 0  # sees only the first feature
+    S, width = model.config.seq_len, model.config.width
+    view = whole_view(model)
+    position = view.position_BS
+    x = torch.randn(1, S, width, generator=torch.Generator().manual_seed(0))
+    selected = block.router.select(x, position, position).index_BC[0].tolist()
+    outside = [s for s in range(S) if s not in selected]
+    changed = x.clone()
+    changed[0, outside, 1:] += 1.0
+    before, after = block(x, view)[0], block(changed, view)[0]
+    assert torch.equal(before[0, selected], after[0, selected])
+    assert torch.equal(after[0, outside], changed[0, outside])
+    assert (before[0, selected] != x[0, selected]).any(-1).all()
 
 
 def test_threshold_is_a_mean_then_a_moving_average_and_ignores_skipped_steps() -> None:
@@ -245,12 +279,12 @@ def test_ablations_choose_without_looking_and_exactly_c() -> None:
         assert torch.equal(select(router, x).weight_BC, router.score(x).gather(1, index))  # r still scales
         if routing == "static":
             assert index[0].diff().unique().tolist() == [2, 3] or index[0].diff().max() <= 3
-            keep, _ = router.decode(x, position.expand(2, 20))
+            keep, _ = router(x, position.expand(2, 20))
             assert keep.sum(1).tolist() == [7, 7]
         else:
             assert not torch.equal(index[0], index[1])
             assert not torch.equal(index, select(deeper, x).index_BC)
-            keep, _ = router.decode(torch.zeros(1, 4096, 16), torch.arange(4096).unsqueeze(0))
+            keep, _ = router(torch.zeros(1, 4096, 16), torch.arange(4096).unsqueeze(0))
             assert keep.float().mean().item() == pytest.approx(0.35, abs=0.03)
 
 

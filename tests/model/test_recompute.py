@@ -23,7 +23,7 @@ def forward_backward(model: Transformer, bf16: bool = False) -> tuple[list[Tenso
     ids = torch.randint(0, 260, (4, 65), generator=g)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss, stats = model(ids[:, :-1], torch.zeros(4, 64, dtype=torch.int32), ids[:, 1:], 1e-4)
-    (loss.loss + stats.predictor_loss).backward()
+    (loss.loss + stats.predictor_loss + stats.router_loss).backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None], stats
 
 
@@ -34,12 +34,20 @@ def built(kind: str, mode: str, **changes: Any) -> Transformer:
     return model
 
 
+OPTIONS = {
+    "moe.score": "softmax", "moe.balance": 0.3, "moe.seq_balance": 0.2, "moe.z_loss": 0.1, "moe.dropout": 0.3,
+    "moe.capacity": 0.9, "moe.spare": 1, "mod.routing": "random",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_and_statistics_are_those_without_to_the_bit(kind: str, bf16: bool) -> None:
-    want, counts = forward_backward(built(kind, "none"), bf16)
+@pytest.mark.parametrize(
+    ("kind", "options"), [*((kind, {}) for kind in KINDS), ("hybrid", OPTIONS)], ids=[*KINDS, "options"]
+)
+def test_gradients_and_statistics_are_those_without_to_the_bit(kind: str, options: dict[str, Any], bf16: bool) -> None:
+    want, counts = forward_backward(built(kind, "none", **options), bf16)
     for mode in MODES:
-        got, again = forward_backward(built(kind, mode), bf16)
+        got, again = forward_backward(built(kind, mode, **options), bf16)
         assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(counts, again, strict=True))
 

@@ -86,10 +86,13 @@ def test_balance_losses_are_their_formulas() -> None:
     for name in ("balance", "seq_balance", "z_loss"):
         made = router(**{name: 0.3})
         made.fraction_E.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+        made.bias_E.copy_(torch.tensor([0.3, 0.0, -0.3, 0.0]))
         routed = made(x)
         logits = x @ made.weight.T
         p = logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
-        own = torch.stack([(routed.expert_BSA == expert).sum((1, 2)) for expert in range(4)], 1) / (2 * S)
+        best = logits.topk(2).indices  # not what the bias made of it
+        own = torch.stack([(best == expert).sum((1, 2)) for expert in range(4)], 1) / (2 * S)
+        assert not torch.equal(routed.expert_BSA.sort(-1).values, best.sort(-1).values)
         want = {
             "balance": 4 * (made.fraction_E * p.mean(1)).sum(),
             "seq_balance": 4 * (own * p.mean(1)).sum(),
@@ -159,6 +162,23 @@ def test_spare_experts_are_never_chosen_and_change_nothing() -> None:
         torch.testing.assert_close(without, with_spare)  # sums have more terms, which are zero
 
 
+def test_a_slot_that_is_switched_on_is_an_expert_like_the_others() -> None:
+    """The same as a router that had so many experts from the start."""
+    options = {"score": "softmax", "balance": 0.3, "seq_balance": 0.2, "capacity": 0.75}
+    five, grown = router(**{**options, "experts": 5}), router(**options, spare=2)
+    with torch.no_grad():
+        grown.weight[:5] = five.weight
+    grown.active_E[4] = True
+    grown.fraction_E[:5] = five.fraction_E
+    x = tokens()
+    want, got = five(x, noise()), grown(x, noise())
+    assert torch.equal(want.expert_BSA, got.expert_BSA)
+    torch.testing.assert_close(want.gate_BSA, got.gate_BSA)
+    torch.testing.assert_close(want.stats.sums_X, got.stats.sums_X)
+    torch.testing.assert_close(want.stats.loss, got.stats.loss)
+    assert torch.equal(want.stats.load_E, got.stats.load_E[:5])
+
+
 def test_the_first_blocks_can_be_dense_and_as_large_as_what_is_active() -> None:
     config = model_config("moe", **{"moe.dense_layers": 2, "moe.shared": 1})
     model = Transformer(config)
@@ -177,3 +197,6 @@ def test_the_bias_follows_the_load_and_stays_where_a_step_was_skipped() -> None:
     made.follow(load, 0.1, torch.tensor(True))
     torch.testing.assert_close(made.bias_E, torch.tensor([-0.1, 0.1, 0.1, -0.1, 0.0]))
     torch.testing.assert_close(made.fraction_E, load / 24)
+    soft = router(score="softmax")  # its scores are about 1 / E
+    soft.follow(load[:4], 0.1, torch.tensor(True))
+    torch.testing.assert_close(soft.bias_E, made.bias_E[:4] / 4)

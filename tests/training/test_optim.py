@@ -50,6 +50,24 @@ def test_stacked_experts_and_fused_parts_are_separate_matrices() -> None:
     torch.testing.assert_close(together.detach(), expected.detach(), rtol=0, atol=1e-4)
 
 
+def test_an_expert_without_tokens_stays_as_it_is_to_the_bit() -> None:
+    weight = nn.Parameter(torch.randn(3, 16, 8, generator=torch.Generator().manual_seed(1)))
+    alone = nn.Parameter(weight.detach()[:1].clone())
+    muon, single = Muon({"w": weight}, {"w": (12, 4)}), Muon({"w": alone}, {"w": (12, 4)})
+    for step, gradient in enumerate(gradients((3, 16, 8), 6)):
+        weight.grad, alone.grad = gradient.clone(), gradient[:1].clone()
+        if step >= 2:
+            weight.grad[1] = 0.0
+            if step == 2:
+                before, momentum = weight.detach().clone(), muon.momentum["w"].clone()
+        muon.step(1e-2, 0.1, LIVE)
+        single.step(1e-2, 0.1, LIVE)
+    assert torch.equal(weight[1], before[1])
+    assert torch.equal(muon.momentum["w"][1], momentum[1])
+    assert (weight[0] - before[0]).abs().max() > 1e-3
+    torch.testing.assert_close(weight[0], alone[0], rtol=0, atol=1e-4)  # the others do not notice
+
+
 def test_portions_hold_every_matrix_once_and_move_it_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {"a": (16, 8), "b": (8, 8), "c": (16, 8), "d": (2, 16, 8), "e": (16, 8)}
     generator = torch.Generator().manual_seed(1)
@@ -145,7 +163,7 @@ def test_only_matrices_and_a_head_of_its_own_decay(name: str) -> None:
     optimizer = Optimizer(model, resolve("tiny", {"train.optimizer": name, "train.weight_decay": 1}).config.train)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.full_like(p, float(p.ndim == 3))  # an expert without a gradient stays as it is under Muon
     optimizer.step(0.1, LIVE)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     leaves = ("w_qkv", "w_out", "w_gate_up", "w_down", "head.weight")

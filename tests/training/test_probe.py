@@ -38,6 +38,21 @@ def test_churn_is_the_share_of_tokens_that_have_other_experts() -> None:
     assert not model.moes[0].router._forward_hooks  # nothing is left behind
 
 
+def test_churn_is_of_the_tokens_that_a_routed_block_computes() -> None:
+    model = Transformer(model_config("hybrid"))
+    routed = next(i for i, block in enumerate(model.units) if block.router is not None)
+    router = model.routers[0]
+    probe = Probe(model, text(), Precision("fp32", "fp32", "cpu"))
+    router.quantile.fill_(-100.0)  # takes all
+    probe()
+    model.moes[routed].router.bias_E[0] = 10.0
+    churn = probe()["churn"]
+    assert churn[routed] > 0.2
+    model.moes[routed].router.bias_E[0] = 0.0
+    router.quantile.fill_(100.0)  # takes none: what its experts would have done is nobody's
+    assert probe()["churn"][routed] == 0.0
+
+
 def test_a_model_without_experts_has_a_loss_and_no_churn() -> None:
     probe = Probe(Transformer(model_config("dense")), text(), Precision("fp32", "fp32", "cpu"))
     assert probe()["churn"] is None

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from lumina.config.resolve import resolve
 from lumina.data.loader import Batch
+from lumina.model.mod import SUMS
 from lumina.model.transformer import Transformer
 from lumina.training.optim import Optimizer
 from lumina.training.precision import LossScale, Precision
@@ -47,7 +48,8 @@ def take_step(
     optimizer = Optimizer(model, resolve("tiny").config.train)
     plan = Step(micro_batches, clip=1e9, z_loss=1e-3, bias_rate=0.01)
     metrics = train_step(model, optimizer, data, 1e-3, plan, FP32, freeze_bias=frozen)
-    return model, optimizer, dict(zip(METRICS, metrics.tolist(), strict=False))
+    rows = {f"row {i}": value for i, value in enumerate(metrics.tolist()[len(METRICS) :])}
+    return model, optimizer, dict(zip(METRICS, metrics.tolist(), strict=False)) | rows
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,18 @@ def test_one_batch_of_eight_equals_eight_of_one(kind: str, options: dict[str, ob
         assert q.grad is not None
         difference = (p.grad - q.grad).norm() / p.grad.norm().clamp_min(1e-12)
         assert difference < 1e-5, name
-    assert a == pytest.approx(b, rel=1e-5)
+    assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
+    values, tokens = list(a.values()), 8.0 * 64
+    if whole.routers:  # the last rows are of depth: every token once, and the thresholds as the step left them
+        width = len(SUMS) + 2
+        for router, end in zip(reversed(whole.routers), range(len(values), 0, -width), strict=False):
+            row = dict(zip(SUMS, values[end - width : end - 2], strict=True))
+            assert row["tokens"] == tokens
+            assert row["chosen"] == tokens / 4
+            assert values[end - 2 : end] == [router.quantile.item(), router.threshold.item()]
+    if whole.moes:  # the first are of experts: every assignment once
+        slots = len(whole.moes[0].router.active_E)
+        assert sum(values[len(METRICS) : len(METRICS) + slots]) == 2 * tokens
     for x, y in zip(whole.buffers(), split.buffers(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
@@ -176,5 +189,5 @@ def test_a_step_never_waits_for_the_device(optimizer: str, mode: str, monkeypatc
             if kernel == "grouped":
                 assert len(step(Precision(mode, mode, "cpu"), freeze_bias=False)) > len(METRICS)
                 continue
-            with pytest.raises(DataDependentOutputException):  # once a layer, as it says
+            with pytest.raises(DataDependentOutputException):  # as it says
                 step(Precision(mode, mode, "cpu"), freeze_bias=False)
