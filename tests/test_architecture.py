@@ -28,7 +28,7 @@ ALLOWED = {
     "inference": LEAVES | {"model", "data", "checkpoint", "run"},
     "training": LEAVES | {"model", "data", "checkpoint", "parallel", "run", "lumina"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
-    "bench": LEAVES | {"data", "model", "parallel", "telemetry", "training"},
+    "bench": LEAVES | {"data", "inference", "model", "parallel", "run", "telemetry", "training"},
     "cli": LEAVES | {"api", "bench", "inference", "model", "run", "telemetry", "training", "lumina"},
 }
 TORCHLESS = [

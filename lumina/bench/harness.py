@@ -1,10 +1,10 @@
 """Honest timing: arms take turns in one process, and are compared only inside a turn.
 
 A machine's speed moves by half within minutes, and everything on it moves together. So every round runs each arm
-once, in an order that rotates, the machine's own limits (a square matmul, a copy) among them, and a ratio is the
-median over the rounds of the ratio inside a round. Its interval is of order statistics: it assumes nothing of how
-the ratios are distributed. Memory is measured for each arm in a process of its own, for what one arm has taken the
-next one would find.
+once, in an order drawn anew (what ran before leaves its mark on caches), the machine's own limits (a square matmul, a
+copy) among them, and a ratio is the median over the rounds of the ratio inside a round. Its interval is of order
+statistics: it assumes nothing of how the ratios are distributed. Memory is measured for each arm in a process of its
+own, for what one arm has taken the next one would find.
 
 A *suite* is a function at the top of a module that returns arms: so a fresh process finds an arm by name.
 """
@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -76,6 +77,8 @@ class Watch:
     def _wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+        elif self.device == "mps":
+            torch.mps.synchronize()
 
 
 @dataclass(frozen=True)
@@ -136,11 +139,12 @@ def measure(
     arms = [*arms, *ceilings(device, dtype)]
     runs = [(arm.name, arm.build()) for arm in arms]
     seconds: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in arms}
+    order = random.Random(0)
     gc.collect()
     gc.disable()  # a collection falls on whichever arm is running
     try:
         for turn in tracked(range(-warm, rounds), "measuring", warm + rounds, progress):
-            for name, run in (*runs[turn % len(runs) :], *runs[: turn % len(runs)]):
+            for name, run in order.sample(runs, len(runs)):
                 parts = run()
                 for part, value in parts.items():
                     if turn >= 0:

@@ -21,23 +21,24 @@ CONVENTION = (
 def rows(measured: Measurement, base: str, parts: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Header and one row an arm: time, parts, rate, rate relative to `base`, MFU, memory."""
     header = ["arm", "ms", *(f"{part}, ms" for part in parts), "rate", f"x {base}", "MFU", "memory"]
-    table = []
+    unit = next(arm.unit for arm in measured.arms if arm.name == base)
+    cells = []
     for arm in measured.arms:
         if arm.name in (MATMUL, COPY):
             continue
         seconds = measured.seconds[arm.name]
-        table.append(
+        cells.append(
             [
                 arm.name,
                 f"{1e3 * measured.median(arm.name):.1f}",
                 *(f"{1e3 * measured.median(arm.name, part):.1f}" if part in seconds else "-" for part in parts),
                 f"{count(measured.rate(arm.name))}{arm.unit}/s",
-                speed(measured, arm.name, base),
+                speed(measured, arm.name, base) if arm.unit == unit else "-",
                 between(measured.utilisation(arm.name), 100, "%") if arm.flops else "-",
                 size(measured.memory[arm.name]) if arm.name in measured.memory else "-",
             ]
         )
-    return header, table
+    return header, cells
 
 
 def speed(measured: Measurement, arm: str, base: str) -> str:
@@ -72,9 +73,15 @@ def markdown(title: str, sections: Mapping[str, tuple[Measurement, str, Sequence
     """A page with one table a measurement: `{heading: (measured, base, parts)}`."""
     lines = [f"# {title}", "", CONVENTION]
     for heading, (measured, base, parts) in sections.items():
-        header, table = rows(measured, base, parts)
-        lines += ["", f"## {heading}", "", f"{circumstances(measured.about)}; {ceilings(measured)}.", ""]
-        lines += [_row(header), _row(["---"] + ["---:"] * (len(header) - 1)), *map(_row, table)]
+        said = f"{circumstances(measured.about)}; {ceilings(measured)}."
+        lines.append(table(heading, *rows(measured, base, parts), said).rstrip("\n"))
+    return "\n".join(lines) + "\n"
+
+
+def table(heading: str, header: Sequence[str], cells: Sequence[Sequence[str]], said: str = "") -> str:
+    """A section of a page: one table under a heading, and what is `said` of it first."""
+    lines = ["", f"## {heading}", "", *([said, ""] if said else [])]
+    lines += [_row(header), _row(["---"] + ["---:"] * (len(header) - 1)), *map(_row, cells)]
     return "\n".join(lines) + "\n"
 
 

@@ -32,7 +32,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "reference": config.reference,
     },
     "doctor": doctor.doctor,
-    "bench": {"speed": bench.speed},
+    "bench": {"speed": bench.speed, "sparse": bench.sparse, "gap": bench.gap},
 }
 
 GROUP_HELP = {

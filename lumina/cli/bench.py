@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lumina.cli.output import Json, print_json, print_table
 
+if TYPE_CHECKING:
+    from lumina.config.schema.config import Config
+
 Settings = Annotated[list[str] | None, typer.Argument(help="Any training key: precision.mode=fp32 train.compile=on …")]
+SeqLen = Annotated[int, typer.Option(min=2, help="Tokens in a sequence; a step has eight.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Turns that every arm takes.")]
+Memory = Annotated[bool, typer.Option(help="Measure memory too, each arm in its own process.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for a dated report: Markdown and JSON.")]
 
 
 def speed(
     settings: Settings = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence; a step has eight.")] = 512,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns that every kind takes.")] = 10,
-    memory: Annotated[bool, typer.Option(help="Measure memory too, each kind in its own process.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Folder for a dated report: Markdown and JSON.")] = None,
+    seq_len: SeqLen = 512,
+    rounds: Rounds = 10,
+    memory: Memory = True,
+    out: Out = None,
     json: Json = False,
 ) -> None:
     """Training speed of dense, MoE, MoD and hybrid at benchmark shape P, side by side on this machine.
@@ -27,35 +34,106 @@ def speed(
     """
     from lumina.bench import harness, report
     from lumina.bench import speed as shape
-    from lumina.config.resolve import resolve
     from lumina.telemetry.console import Console
     from lumina.training.precision import DTYPES
 
-    keys = {key: value for key, value in resolve("debug", settings or []).request.items() if key != "preset"}
+    keys = _training_keys(settings)
     config = shape.configure("dense", seq_len, keys)
     arms = shape.suite(seq_len=seq_len, keys=keys)
+    names = [arm.name for arm in arms]
     console = Console(1, quiet=json)
     with console:
-        taken = (
-            harness.memory_of(
-                shape.suite, [arm.name for arm in arms], progress=console.progress, seq_len=seq_len, keys=keys
-            )
+        used = (
+            harness.memory_of(shape.suite, names, progress=console.progress, seq_len=seq_len, keys=keys)
             if memory
             else {}
         )
         measured = harness.measure(
-            arms, rounds, device=config.parallel.device, dtype=DTYPES[config.precision.mode], memory=taken,
+            arms, rounds, device=config.parallel.device, dtype=DTYPES[config.precision.mode], memory=used,
             progress=console.progress, settings=keys, seq_len=seq_len,
         )  # fmt: skip
+    parts = (shape.FORWARD_BACKWARD, shape.OPTIMIZER)
     if out:
         heading = f"Shape P, {seq_len} tokens a sequence"
-        parts = (shape.FORWARD_BACKWARD, shape.OPTIMIZER)
         page = report.markdown("Training speed of four kinds", {heading: (measured, "dense", parts)})
-        path = report.write(out, time.strftime("%Y-%m-%d"), page, {heading: measured})
+        path = report.write(out, _name(time.strftime("%Y-%m-%d"), config), page, {heading: measured})
     if json:
         print_json(measured.as_json())
         return
-    print_table(*report.rows(measured, "dense", (shape.FORWARD_BACKWARD, shape.OPTIMIZER)))
+    print_table(*report.rows(measured, "dense", parts))
     typer.echo(f"\n{report.circumstances(measured.about)}; {report.ceilings(measured)}")
     if out:
         typer.echo(f"wrote  {path} and .json")
+
+
+def sparse(
+    settings: Settings = None,
+    seq_len: SeqLen = 512,
+    rounds: Rounds = 10,
+    memory: Memory = True,
+    muon: Annotated[bool, typer.Option(help="Dense and MoE under Muon, too.")] = True,
+    parts: Annotated[bool, typer.Option(help="One layer of each sort, too: where a step's time goes.")] = True,
+    depths: Annotated[bool, typer.Option(help="MoD at capacities 1, 0.5 and 0.25, too.")] = False,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """What sparse layers keep of dense speed at shape P: bars, ideals, and the floor of each part of a step."""
+    from lumina.bench import harness, report
+    from lumina.bench import sparse as suite
+    from lumina.bench import speed as shape
+    from lumina.telemetry.console import Console
+    from lumina.training.precision import DTYPES
+
+    keys = _training_keys(settings)
+    config = shape.configure("moe", seq_len, {**keys, "train.optimizer": "adamw"})
+    chosen: dict[str, Any] = {"seq_len": seq_len, "keys": keys, "muon": muon, "parts": parts, "depths": depths}
+    arms = suite.suite(**chosen)
+    steps = [arm.name for arm in arms if arm.unit == "tok"]
+    console = Console(1, quiet=json)
+    with console:
+        used = harness.memory_of(suite.suite, steps, progress=console.progress, **chosen) if memory else {}
+        measured = harness.measure(
+            arms, rounds, device=config.parallel.device, dtype=DTYPES[config.precision.mode], memory=used,
+            progress=console.progress, settings=keys, seq_len=seq_len,
+        )  # fmt: skip
+    title = f"Sparse layers at shape P: {_name('', config).strip('-').replace('-', ', ')} tokens a sequence"
+    page = suite.page(title, measured, config)
+    if out:
+        path = report.write(out, _name(time.strftime("%Y-%m-%d"), config), page, {title: measured})
+    if json:
+        print_json(measured.as_json())
+        return
+    typer.echo(page)
+    if out:
+        typer.echo(f"wrote  {path} and .json")
+
+
+def gap(
+    run: Annotated[str, typer.Argument(help="A run of kind mod or hybrid: its folder, or its name below --root.")],
+    root: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    json: Json = False,
+) -> None:
+    """Held-out loss under training's choice of tokens, which looks ahead, and under both causal rules."""
+    from lumina.bench import gap as looking_ahead
+    from lumina.run import index
+
+    found = index.find(root, run)
+    step, losses = looking_ahead.measure(found)
+    if json:
+        print_json({"run": str(found.path), "step": step} | {rule: one._asdict() for rule, one in losses.items()})
+        return
+    typer.echo(f"step {step} of {found.path}, in fp32")
+    print_table(looking_ahead.HEADER, looking_ahead.rows(losses))
+
+
+def _training_keys(settings: list[str] | None) -> dict[str, object]:
+    """The settings by key, checked; shape P sets the others."""
+    from lumina.config.resolve import resolve
+
+    return {key: value for key, value in resolve("debug", settings or []).request.items() if key != "preset"}
+
+
+def _name(first: str, config: Config) -> str:
+    """`<first>-<precision>-<eager|compiled>-<tokens a sequence>`"""
+    mode = "compiled" if config.train.compile == "on" else "eager"
+    return f"{first}-{config.precision.mode}-{mode}-{config.model.seq_len}"

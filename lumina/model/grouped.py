@@ -105,7 +105,7 @@ _grouped_mm.register_autograd(_backward, setup_context=_save_inputs)
 
 
 def _loop(x_RI: Tensor, w_EOI: Tensor, offs_E: Tensor) -> Tensor:
-    """One product per expert; one host sync to learn where the experts' rows lie."""
+    """One product per expert; the host waits to learn where the experts' rows lie."""
     ends = offs_E.tolist()
     starts = [0, *ends[:-1]]
     return torch.cat(

@@ -64,6 +64,21 @@ def test_a_routed_layer_stores_only_what_it_took() -> None:
     assert all(0 < entries < 192 for entries in cache.entries[1::2])
 
 
+def test_a_routed_layer_has_room_for_its_share_and_makes_more_when_it_takes_more() -> None:
+    model = spread_model("mod")
+    cache = Cache(model.config, 1, model.embed.weight)
+    assert [layer.k_BNGK.shape[1] for layer in cache.layers] == [64, 24, 64, 24]  # 1.5 quarters
+    for router in model.routers:
+        router.quantile.fill_(-100.0)  # takes all
+    ids = torch.randint(0, 260, (1, 64), generator=torch.Generator().manual_seed(0))
+    parallel = model.logits(ids)
+    for start in range(64):
+        logits = model.next_logits(ids[:, start : start + 1], cache.layers, cache.position)
+        cache.advance(1)
+        torch.testing.assert_close(logits, parallel[:, start], rtol=0, atol=1e-4)
+    assert [layer.v_BNGK.shape[1] for layer in cache.layers] == [64, 96, 64, 96]
+
+
 def test_greedy_is_the_argmax_and_limits_limit() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
     generator = torch.Generator().manual_seed(0)
