@@ -18,12 +18,17 @@ HEADER = ("tokens are chosen by", "nats a token", "gap", "realised capacity, mea
 def measure(run: Run) -> tuple[int, dict[str, Realised]]:
     """The step of the newest checkpoint, and its loss under each choice, in fp32 over all held-out tokens.
 
-    Raises `UserError` if the run's model is not routed by depth.
+    Raises `UserError` if the run's model does not learn to choose tokens.
     """
     config = read(run.config).config
     if config.model.mod is None:
         raise UserError(
             f"{run.path}: a {config.model.kind} model chooses no tokens", fix="take a run of kind mod or hybrid"
+        )
+    if config.model.mod.routing != "learned":
+        raise UserError(
+            f"{run.path}: with model.mod.routing={config.model.mod.routing} nothing looks ahead",
+            fix="take a run of model.mod.routing=learned",
         )
     model = load(run)
     corpus = setup.load_data(config, tokenizer=str(run.tokenizer))

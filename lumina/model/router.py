@@ -140,7 +140,8 @@ class Router(nn.Module):
     def _within_capacity(self, expert_BSA: Tensor, gate_BSA: Tensor) -> Tensor:
         """Which assignments (bool) are among the largest gates of their expert in their sequence; ties by position."""
         _, S, A = expert_BSA.shape
-        limit = (self.config.capacity * S * A / self.active_E.sum() - 1e-4).ceil()
+        E, share = self.active_E.sum(), math.ceil(self.config.capacity * S * A - 1e-9)
+        limit = (share + E - 1) // E  # in whole numbers, which E on the device asks for
         order_BR = gate_BSA.flatten(1).argsort(dim=1, descending=True, stable=True)
         expert_BR = expert_BSA.flatten(1).gather(1, order_BR)
         rank_BRE = F.one_hot(expert_BR, len(self.active_E)).cumsum(1)

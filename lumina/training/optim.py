@@ -144,10 +144,10 @@ class Muon:
                 continue
             # Once the gradient is clean, factors of exactly 0 and 1 keep a skipped step exact to the bit.
             gradient = torch.where(live.bool(), local(weight.grad), 0.0)
-            alive = live.to(gradient.dtype)
+            alive = live
             if weight.ndim == 3:
-                alive = fed[name] = alive * gradient.ne(0).any((-2, -1)).to(gradient.dtype).view(-1, 1, 1)
-            momentum = self.momentum[name].lerp_(gradient, (1 - MOMENTUM) * alive)
+                alive = fed[name] = live * gradient.ne(0).any((-2, -1)).view(-1, 1, 1)
+            momentum = self.momentum[name].lerp_(gradient, (1 - MOMENTUM) * alive.to(gradient.dtype))
             directions[name] = gradient.lerp_(momentum, MOMENTUM)
         return directions, fed
 

@@ -129,7 +129,16 @@ def test_where_all_tokens_are_taken_there_is_no_gap(tmp_path: Path) -> None:
     assert len(set(taken_by_all)) == 1
 
 
-def test_a_run_without_depth_has_no_gap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Trainer("tiny", root=tmp_path / "runs", **settings(tmp_path, "moe")).fit()
+@pytest.mark.parametrize(
+    ("kind", "keys", "said"),
+    [
+        ("moe", {}, "a moe model chooses no tokens"),
+        ("mod", {"model.mod.routing": "random"}, "with model.mod.routing=random nothing looks ahead"),
+    ],
+)
+def test_a_run_that_does_not_look_ahead_has_no_gap(
+    kind: str, keys: dict[str, str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Trainer("tiny", root=tmp_path / "runs", **(settings(tmp_path, kind) | keys)).fit()
     assert main(["bench", "gap", str(run.path)]) == 2
-    assert "a moe model chooses no tokens" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
