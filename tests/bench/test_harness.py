@@ -109,6 +109,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 def test_the_kinds_are_measured_and_every_number_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "speed", "--seq-len", "32", "--rounds", "3", "--no-memory", "precision.mode=fp32"]
+    command.append("parallel.threads=1")
     assert main([*command, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert all(f"\n{kind}  " in said for kind in ("dense", "moe", "mod", "hybrid"))

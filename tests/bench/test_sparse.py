@@ -88,6 +88,7 @@ def test_the_report_has_every_arm_and_every_number(
     monkeypatch.setattr(harness, "MATMUL_SIZE", {"cpu": 64})
     monkeypatch.setattr(harness, "COPY_BYTES", 1 << 16)
     command = ["bench", "sparse", "--seq-len", "32", "--rounds", "2", "--no-memory", "--depths", "precision.mode=bf16"]
+    command.append("parallel.threads=1")
     assert main([*command, "--out", str(tmp_path)]) == 0
     (page,) = tmp_path.glob("*-bf16-eager-32.md")
     text = page.read_text()
