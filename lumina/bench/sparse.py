@@ -180,10 +180,10 @@ def bars(measured: Measurement, config: Config) -> list[list[str]]:
 
 
 def floors(measured: Measurement, config: Config) -> list[list[str]]:
-    """For each arm its floor, what it took, and the gap; layers as often as a step has them."""
+    """For each arm under AdamW its floor, what it took, and the gap; layers as often as a step has them."""
     table = []
     for arm in measured.arms:
-        if arm.name in (MATMUL, COPY):
+        if arm.name in (MATMUL, COPY) or arm.name.endswith(MUON):  # whose products are not counted
             continue
         single = arm.unit == "row"
         calls = 1 if not single else _calls(config) // (config.model.layers if arm.name == HEAD else 1)
