@@ -49,7 +49,7 @@ def depth_map(run: lumina.Run, text: str) -> str:
         x = model.transformer.embed(ids)
         for number, block in enumerate(model.transformer.units):
             positions = torch.arange(ids.shape[1]).unsqueeze(0)
-            keep = block.router.decode(x, positions)[0][0] if block.router else torch.ones(ids.shape[1])
+            keep = block.router(x, positions)[0][0] if block.router else torch.ones(ids.shape[1])
             taken[number] = keep.float().tolist()
             rope = model.transformer._rope(positions)
             mask = (positions.unsqueeze(2) >= positions.unsqueeze(1)).unsqueeze(1)

@@ -12,7 +12,7 @@ from lumina.training.evaluate import Realised, routing_gap
 from lumina.training.precision import Precision
 
 SEQUENCES = 8
-HEADER = ("tokens are chosen by", "nats a token", "gap", "realised capacity, mean", "p99")
+HEADER = ("tokens are chosen by", "nats a token", "gap", "realised capacity, mean", "p99", "agrees with the top C")
 
 
 def measure(run: Run) -> tuple[int, dict[str, Realised]]:
@@ -40,6 +40,6 @@ def rows(found: dict[str, Realised]) -> list[list[str]]:
     """One row a choice, for `HEADER`."""
     top = found["top"].loss
     return [
-        [rule, f"{one.loss:.4f}", f"{one.loss / top - 1:+.2%}", f"{one.mean:.4f}", f"{one.p99:.4f}"]
+        [rule, f"{one.loss:.4f}", f"{one.loss / top - 1:+.2%}", f"{one.mean:.4f}", f"{one.p99:.4f}", f"{one.agree:.1%}"]
         for rule, one in found.items()
     ]

@@ -3,9 +3,10 @@
     keeps            dense step time / MoE step time: equal active FLOPs, the same optimizer
     ideal            dense forward + backward x ratio of counted FLOPs + the kind's own optimizer
     router share     layers x (an expert layer - the same products on rows that are sorted already) / MoE step
-    floor            counted FLOPs at the matmul rate, optimizer bytes at the copy rate, of the same rounds
+    floor            counted FLOPs at the matmul rate, optimizer bytes at the copy rate
 
-All are medians over the rounds of what was found inside a round. A bar is met where the whole interval is on its side.
+Ratios are medians over the rounds of what was found inside a round; floors are of median rates and times. A bar is met
+where the whole interval is on its side.
 
 Shapes: B sequences, S tokens, D width, R rows (token, expert).
 """
@@ -35,17 +36,16 @@ LAYER, EXPERTS = "expert layer", "experts alone"
 ATTENTION, NETWORK, HEAD = "attention", "dense network", "head and loss"
 DEPTHS = (1.0, 0.5, 0.25)  # besides 0.125, which is shape P's
 MOE_BAR, MOD_BAR, HYBRID_BAR, ROUTER_BAR = 0.85, 0.9, 0.85, 0.08
-ADAMW_PASSES = (
-    7  # over memory as large as the parameters: reads weights, gradients, two moments; writes all but gradients
-)
-BYTES = 4
+# AdamW's passes over memory as large as the parameters: it reads weights, gradients and two moments, and writes all but
+# the gradients.
+ADAMW_PASSES = 7
 # A layer, what is done with its input, and the input's shape.
 Made = tuple[nn.Module, Callable[[Tensor], Tensor], tuple[int, ...]]
 
 
-def suite(seq_len: int, keys: Mapping[str, Any], muon: bool = False, parts: bool = False, depths: bool = False) -> list[
-    Arm
-]:  # fmt: skip
+def suite(
+    seq_len: int, keys: Mapping[str, Any], muon: bool = False, parts: bool = False, depths: bool = False
+) -> list[Arm]:
     """The four kinds under AdamW; dense and MoE under Muon; one layer of each sort; MoD at other capacities."""
     adamw = {**keys, "train.optimizer": "adamw"}
     arms = speed.suite(KINDS, seq_len, adamw)
@@ -53,7 +53,7 @@ def suite(seq_len: int, keys: Mapping[str, Any], muon: bool = False, parts: bool
         arms += speed.suite(("dense", "moe"), seq_len, {**keys, "train.optimizer": "muon"}, MUON)
     if depths:
         arms += [speed.arm(depth(c), "mod", seq_len, {**adamw, "model.mod.capacity": c}) for c in DEPTHS]
-    if parts:
+    if parts and adamw.get("train.compile") != "on":  # a layer by itself is not what a compiled block fuses
         arms += layers(speed.configure("moe", seq_len, adamw))
     return arms
 
@@ -76,13 +76,16 @@ def layers(config: Config) -> list[Arm]:
         layer.to(device)
         with torch.no_grad():
             for parameter in layer.parameters():
+                parameter.data = parameter.data.to(precision.weights)
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
         return layer
 
-    def arm(name: str, make: Callable[[], Made], work: float) -> Arm:
+    def arm(name: str, make: Callable[[], Made], work: float, dtype: torch.dtype = precision.weights) -> Arm:
+        """`dtype` is that of the input: the residual stream's, or that of products."""
+
         def build() -> Run:
             layer, forward, shape = make()
-            x = torch.randn(shape, generator=generator).to(device, precision.dtype).requires_grad_()
+            x = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
             def run() -> None:
                 layer.zero_grad()
@@ -135,7 +138,7 @@ def layers(config: Config) -> list[Arm]:
         arm(ATTENTION, attention, B * S * (projections + model.heads * model.head_dim * S)),
         arm(NETWORK, network, B * S * products),
         arm(LAYER, experts, B * S * (products + D * moe.experts)),
-        arm(EXPERTS, alone, B * S * products),
+        arm(EXPERTS, alone, B * S * products, precision.dtype),
         arm(HEAD, head, B * S * D * model.vocab),
     ]
 
@@ -181,7 +184,7 @@ def bars(measured: Measurement, config: Config) -> list[list[str]]:
 
 def floors(measured: Measurement, config: Config) -> list[list[str]]:
     """For each arm under AdamW its floor, what it took, and the gap; layers as often as a step has them."""
-    table = []
+    table, size = [], Precision.of(config.precision, config.parallel.device).weights.itemsize
     for arm in measured.arms:
         if arm.name in (MATMUL, COPY) or arm.name.endswith(MUON):  # whose products are not counted
             continue
@@ -189,7 +192,7 @@ def floors(measured: Measurement, config: Config) -> list[list[str]]:
         calls = 1 if not single else _calls(config) // (config.model.layers if arm.name == HEAD else 1)
         matmul, copy = measured.rate(MATMUL), measured.rate(COPY)
         products = calls * arm.flops / matmul
-        memory = 0.0 if single else ADAMW_PASSES * BYTES * arm.facts["total"] / copy
+        memory = 0.0 if single else ADAMW_PASSES * size * arm.facts["total"] / copy
         took = calls * measured.median(arm.name)
         name = f"{calls} x {arm.name}" if single else arm.name
         cells = (products, memory, took, took - products - memory)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lumina.cli.output import Json, print_json, print_table
+from lumina.errors import UserError
 
 if TYPE_CHECKING:
     from lumina.config.schema.config import Config
@@ -56,7 +57,7 @@ def speed(
     if out:
         heading = f"Shape P, {seq_len} tokens a sequence"
         page = report.markdown("Training speed of four kinds", {heading: (measured, "dense", parts)})
-        path = report.write(out, _name(time.strftime("%Y-%m-%d"), config), page, {heading: measured})
+        path = report.write(out, _name(time.strftime("%Y-%m-%d-speed"), config), page, {heading: measured})
     if json:
         print_json(measured.as_json())
         return
@@ -85,6 +86,8 @@ def sparse(
     from lumina.training.precision import DTYPES
 
     keys = _training_keys(settings)
+    if "train.optimizer" in keys:
+        raise UserError("train.optimizer: the bars are for AdamW", fix="leave it out; --muon shows Muon beside it")
     config = shape.configure("moe", seq_len, {**keys, "train.optimizer": "adamw"})
     chosen: dict[str, Any] = {"seq_len": seq_len, "keys": keys, "muon": muon, "parts": parts, "depths": depths}
     arms = suite.suite(**chosen)
@@ -101,7 +104,9 @@ def sparse(
     if out:
         path = report.write(out, _name(time.strftime("%Y-%m-%d"), config), page, {title: measured})
     if json:
-        print_json(measured.as_json())
+        print_json(
+            measured.as_json() | {"bars": suite.bars(measured, config), "floors": suite.floors(measured, config)}
+        )
         return
     typer.echo(page)
     if out:

@@ -20,9 +20,10 @@ SPARE_ROOM = 1.5  # times the share that a routed layer was trained to take: the
 
 
 class LayerCache:
-    """One layer's keys, values and positions, with `room` for so many tokens of each of `batch` sequences at first."""
+    """One layer's keys, values and positions, with `room` for so many of the `most` tokens of `batch` sequences."""
 
-    def __init__(self, batch: int, room: int, kv_heads: int, head_dim: int, like: Tensor) -> None:
+    def __init__(self, batch: int, room: int, most: int, kv_heads: int, head_dim: int, like: Tensor) -> None:
+        self.most = most
         self.k_BNGK = like.new_zeros(batch, room, kv_heads, head_dim)
         self.v_BNGK = torch.zeros_like(self.k_BNGK)
         self.position_BN = torch.zeros(batch, room, dtype=torch.int64, device=like.device)
@@ -56,8 +57,9 @@ class LayerCache:
         return self.k_BNGK[:, :N].to(k_BSGK.dtype), self.v_BNGK[:, :N].to(k_BSGK.dtype), mask_BSN
 
     def _make_room(self, least: int) -> None:
-        """Twice as much as before, or what is needed now."""
-        more = max(least, 2 * self.position_BN.shape[1]) - self.position_BN.shape[1]
+        """Twice as much as before, or what is needed now, and never more than the context."""
+        room = self.position_BN.shape[1]
+        more = max(least, min(self.most, 2 * room)) - room
         self.k_BNGK, self.v_BNGK = (F.pad(t, (0, 0, 0, 0, 0, more)) for t in (self.k_BNGK, self.v_BNGK))
         self.position_BN = F.pad(self.position_BN, (0, more))
 
@@ -69,7 +71,7 @@ class Cache:
         S = config.seq_len
         routed = min(S, chosen(SPARE_ROOM * config.mod.capacity, S)) if config.mod else S
         rooms = [routed if is_routed(config, layer) else S for layer in range(config.layers)]
-        self.layers = [LayerCache(batch, room, config.kv_heads, config.head_dim, like) for room in rooms]
+        self.layers = [LayerCache(batch, room, S, config.kv_heads, config.head_dim, like) for room in rooms]
         self.capacity = config.seq_len
         self.position = 0
 

@@ -134,13 +134,17 @@ class DepthRouter(nn.Module):
     def _rule(self, position_BS: Tensor, logit_BS: Tensor, r_BS: Tensor) -> Tensor:
         """The causal choice (bool), made from a token and its position alone; `top` is training's, for comparison."""
         if self.rule == "top":
-            rank_BS = r_BS.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            return rank_BS < chosen(self.capacity, r_BS.shape[1])
+            return self.top(r_BS)
         if self.routing == "random":
             return uniform(fold(fold(position_BS, 0), self.layer)) < self.capacity
         if self.routing == "static":
             return _spaced(position_BS, chosen(self.capacity, self.sequence), self.sequence)
         return r_BS > self.threshold if self.rule == "threshold" else logit_BS > self.quantile
+
+    def top(self, r_BS: Tensor) -> Tensor:
+        """Which tokens (bool) are the C of a sequence with the largest r, ties by position: as in training."""
+        rank_BS = r_BS.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return rank_BS < chosen(self.capacity, r_BS.shape[1])
 
     @torch.no_grad()
     def follow(self, quantile: Tensor, threshold: Tensor, live: Tensor) -> None:

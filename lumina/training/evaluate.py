@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from lumina.data.loader import Batch, Heldout
+from lumina.model.mod import DepthRouter
 from lumina.model.transformer import Transformer
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
@@ -19,11 +21,13 @@ LARGEST_LOSS = 709.0  # nats; of a larger one the perplexity is no float64
 
 
 class Realised(NamedTuple):
-    """Loss in nats a token under one way to choose, and the shares of each sequence that routed blocks computed."""
+    """One way to choose: loss in nats a token, the shares of each sequence that routed blocks computed, and on how many
+    tokens it agrees with the top C of the same input (a share)."""
 
     loss: float
     mean: float
     p99: float
+    agree: float
 
 
 @dataclass(frozen=True)
@@ -92,25 +96,37 @@ def routing_gap(model: Transformer, batches: Heldout | Sequence[Batch], precisio
 
     What training does and writing cannot, and what that is worth: `top` is no loss of a model that writes.
     """
-    if not model.routers:
-        raise ValueError("a model that is not routed by depth has no gap")
+    if not model.routers or model.routers[0].routing != "learned":
+        raise ValueError("a model that does not learn to choose tokens has no gap")
     device, found = model.embed.weight.device, {}
     usual = model.routers[0].rule
-    for rule in ("top", "predictor", "threshold"):
-        nats = tokens = 0.0
-        shares: list[float] = []
+    agreed: list[float] = []
+
+    def compare(router: nn.Module, inputs: tuple[Tensor, Tensor], choice: tuple[Tensor, Tensor]) -> None:
+        assert isinstance(router, DepthRouter)
+        agreed.append((choice[0] == router.top(choice[1])).float().mean().item())
+
+    hooks = [router.register_forward_hook(compare) for router in model.routers]
+    try:
+        for rule in ("top", "predictor", "threshold"):
+            for router in model.routers:
+                router.rule = rule
+            nats = tokens = 0.0
+            agreed.clear()
+            shares: list[float] = []
+            for i in range(len(batches)):
+                for sequence in batches[i].split(len(batches[i].ids_BS)):
+                    one = sequence.to(device)
+                    with precision.evaluating():
+                        loss, taken_L = model.evaluate(one.ids_BS, one.segments_BS, one.targets_BS)
+                    shares += (taken_L / one.ids_BS.numel()).tolist()
+                    nats, tokens = nats + loss.nats.item(), tokens + loss.tokens.item()
+            shares.sort()
+            p99 = shares[min(len(shares) - 1, math.ceil(0.99 * len(shares)) - 1)]
+            found[rule] = Realised(nats / tokens, sum(shares) / len(shares), p99, sum(agreed) / len(agreed))
+    finally:  # `top` looks ahead
+        for hook in hooks:
+            hook.remove()
         for router in model.routers:
-            router.rule = rule
-        for i in range(len(batches)):
-            for sequence in batches[i].split(len(batches[i].ids_BS)):
-                one = sequence.to(device)
-                with precision.evaluating():
-                    loss, taken_L = model.evaluate(one.ids_BS, one.segments_BS, one.targets_BS)
-                shares += (taken_L / one.ids_BS.numel()).tolist()
-                nats, tokens = nats + loss.nats.item(), tokens + loss.tokens.item()
-        shares.sort()
-        p99 = shares[min(len(shares) - 1, math.ceil(0.99 * len(shares)) - 1)]
-        found[rule] = Realised(nats / tokens, sum(shares) / len(shares), p99)
-    for router in model.routers:
-        router.rule = usual
+            router.rule = usual
     return found

@@ -1,7 +1,7 @@
 """What a step did, told as events: once its metrics, one step later, are on the host.
 
-Every step has a `step` event; what its routers did is added up, and told as often as the console speaks (`moe`, `mod`);
-a step that the guard did not take is a `decision`.
+Every step has a `step` event; what its routers did is added up, and told every `telemetry.log_every` steps and at the
+end (`moe`, `mod`); a step that the guard did not take is a `decision`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Observer:
             self._skipped(progress.step, metrics)
         else:
             self._count(progress, values[len(METRICS) :])
-        if progress.step % config.telemetry.log_every == 0:
+        if progress.step % config.telemetry.log_every == 0 or progress.step == self.parts.steps:
             self._tell(progress)
 
     def _flops(self, step: int) -> float:

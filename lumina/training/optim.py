@@ -6,8 +6,8 @@ learning rate serves both (Liu et al. 2025, 2502.16982). Fused weights are split
 query, key and value projections are different maps. Experts are a batch of matrices. Parts of one shape, over
 all layers, go through the iterations as one batch, or as a few where that would take too much memory.
 
-A matrix whose gradient is exactly zero, that of an expert without tokens, stays as it is: its old momentum would be
-blown up to a full step in one and the same direction, again and again.
+In a stack a matrix whose gradient is exactly zero, that of an expert without tokens, stays as it is: its old momentum
+would be blown up to a full step in one and the same direction, again and again.
 
 A step takes `skip`, a float32 scalar that is exactly 0 or 1 and lives on the device: with 1 nothing moves, neither
 weights nor moments nor the bias-correction step, and no host synchronisation is needed to decide it.

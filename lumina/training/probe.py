@@ -64,17 +64,17 @@ class Probe:
                 loss, _ = self.model.evaluate(self.batch.ids_BS, self.batch.segments_BS, self.batch.targets_BS)
         return {"loss": (loss.nats / loss.tokens).item(), "churn": self._churn(seen)}
 
-    def _churn(self, seen: list[Tensor]) -> list[float] | None:
-        """One share a layer; None at the first look, and without experts."""
+    def _churn(self, seen: list[Tensor]) -> list[float | None] | None:
+        """One share a layer, None where no token was computed twice; None at the first look, and without experts."""
         if not seen:
             return None
         now_LTA = torch.stack(seen).int().cpu()
         first = bool((self.chosen_LTA == UNSEEN).all())
         both_LT = (now_LTA >= 0).all(-1) & (self.chosen_LTA >= 0).all(-1)
         moved_LT = (now_LTA != self.chosen_LTA).any(-1) & both_LT
-        moved_L = moved_LT.sum(1) / both_LT.sum(1).clamp_min(1)
         self.chosen_LTA.copy_(now_LTA)
-        return None if first else [round(share, 5) for share in moved_L.tolist()]
+        counted = zip(moved_LT.sum(1).tolist(), both_LT.sum(1).tolist(), strict=True)
+        return None if first else [round(moved / both, 5) if both else None for moved, both in counted]
 
     def tensors(self) -> dict[str, Tensor]:
         """What it remembers, for the checkpoint; loading writes into it in place."""

@@ -43,7 +43,7 @@ def depth_stages(mod: MoDConfig, steps: int) -> list[tuple[float, int]]:
     With `mod.anneal` the capacity begins at 1, the dense model, and is halved in stages of equal length. Few sizes, not
     many: each is a graph to compile, and on a CPU kernels to generate.
     """
-    length = span(mod.anneal, steps)
+    length = min(steps, span(mod.anneal, steps))
     halvings = math.ceil(-math.log2(mod.capacity) - 1e-9)
     ends = [length * (k + 1) // halvings for k in range(halvings)] if length else []
     stages = [(2.0**-k, end - start) for k, (start, end) in enumerate(pairwise([0, *ends]))]

@@ -104,6 +104,22 @@ def test_the_report_has_every_arm_and_every_number(
     assert all(len(one["seconds"][TOTAL]) == 2 for one in content["arms"].values())
 
 
+def test_what_the_bars_are_for_is_no_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "sparse", "train.optimizer=muon"]) == 2
+    assert "the bars are for AdamW" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "bf16_pure"])
+def test_layers_run_in_every_format_and_not_beside_compiled_ones(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "SHAPE", {**speed.SHAPE, "model.width": 32, "model.layers": 2, "model.vocab": 320})
+    keys = {"precision.mode": mode, "parallel.threads": 1}
+    for one in sparse.suite(32, keys, parts=True):
+        if one.unit == "row":
+            assert one.build()()[TOTAL] > 0
+    compiled = sparse.suite(32, {**keys, "train.compile": "on"}, parts=True)
+    assert [one.name for one in compiled] == ["dense", "moe", "mod", "hybrid"]
+
+
 def test_the_gap_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = settings(tmp_path, "hybrid") | {"model.moe.dropout": 0.5}
     run = Trainer("tiny", root=tmp_path / "runs", **keys).fit()
@@ -112,6 +128,7 @@ def test_the_gap_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert list(found) == ["top", "predictor", "threshold"]
     assert found["top"].mean == found["top"].p99 == 0.25  # exactly, in every sequence
     assert found["predictor"].mean != 0.25
+    assert found["top"].agree == 1 > found["predictor"].agree > 0.3
     assert len({one.loss for one in found.values()}) == 3
     assert main(["bench", "gap", str(run.path)]) == 0
     said = capsys.readouterr().out

@@ -76,7 +76,7 @@ def test_a_routed_layer_has_room_for_its_share_and_makes_more_when_it_takes_more
         logits = model.next_logits(ids[:, start : start + 1], cache.layers, cache.position)
         cache.advance(1)
         torch.testing.assert_close(logits, parallel[:, start], rtol=0, atol=1e-4)
-    assert [layer.v_BNGK.shape[1] for layer in cache.layers] == [64, 96, 64, 96]
+    assert [layer.v_BNGK.shape[1] for layer in cache.layers] == [64, 64, 64, 64]
 
 
 def test_greedy_is_the_argmax_and_limits_limit() -> None:

@@ -69,6 +69,7 @@ def test_layers_share_their_graphs_and_many_capacities_have_room(monkeypatch: py
         {"model.layers": 10, "model.moe.dropout": 0.2, "model.mod.routing": "random", "train.compile": "on",
          "model.mod.capacity": 0.002, "model.moe.kernel": "grouped"},
     ).config  # fmt: skip
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # put back after the test
     torch._dynamo.utils.counters.clear()
     model = setup.build_model(config, Precision("fp32", "fp32", "cpu"), ALONE)
     stages = [capacity for capacity, _ in depth_stages(MoDConfig(capacity=0.002, anneal=0.5), 100)]

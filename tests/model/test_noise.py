@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lumina.model.noise import fold, keys, uniform
@@ -35,3 +36,10 @@ def test_a_part_of_a_batch_has_the_numbers_it_has_in_the_whole() -> None:
     assert torch.equal(whole, torch.cat([keys(0, 3, part) for part in ids.split(1)]))
     assert not torch.equal(whole, keys(0, 4, ids))
     assert not torch.equal(whole, keys(1, 3, ids))
+
+
+def test_keys_are_made_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.tensor` on a GPU copies from the host and waits for the copy."""
+    want, samples = keys(3, 4, torch.arange(2)), torch.arange(2)
+    monkeypatch.delattr(torch, "tensor")
+    assert torch.equal(keys(3, 4, samples), want)

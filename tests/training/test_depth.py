@@ -37,7 +37,7 @@ def events(folder: Path, *types: str, **keys: Any) -> list[dict[str, Any]]:
 
 def test_a_run_tells_of_its_depth_in_any_split(tmp_path: Path) -> None:
     whole, split = (events(tmp_path, "mod", **{"train.micro_batch": n}) for n in (8, 2))
-    assert [event["step"] for event in whole] == [4, 8]
+    assert [event["step"] for event in whole] == [4, 8, 9]
     for a, b in zip(whole, split, strict=True):
         assert a["capacity"] == b["capacity"] == [0.25, 0.25]
         assert all(0 <= share <= 1 for name in ("taken", "agree", "position") for share in a[name])
@@ -93,6 +93,7 @@ def test_the_whole_run_costs_the_mean_of_its_stages() -> None:
     ("keys", "said"),
     [
         (["model.mod.anneal=20"], "the run has 20 steps"),
+        (["model.mod.anneal=0.99"], "the run has 20 steps"),
         (["model.mod.anneal=5", "model.mod.capacity=1"], "nowhere to fall"),
     ],
 )

@@ -81,5 +81,7 @@ def test_the_gap_compares_three_ways_to_choose_on_the_same_text() -> None:
     assert len({round(one.loss, 6) for one in found.values()}) == 3
     assert found["predictor"].loss == pytest.approx(evaluate(model, text, 100, FP32, None).loss, rel=1e-6)
     assert {router.rule for router in model.routers} == {"predictor"}
-    with pytest.raises(ValueError, match="not routed by depth"):
+    assert found["top"].agree == 1.0
+    assert (found["predictor"].agree, found["threshold"].agree) == pytest.approx((0.25, 0.75), abs=0.02)
+    with pytest.raises(ValueError, match="does not learn to choose"):
         routing_gap(Transformer(model_config("moe")), text, FP32)

@@ -80,7 +80,8 @@ class Config(Section):
 def length_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
     """The depth of a model has settled before its training ends."""
     steps = train.steps or (train.tokens or 0) / train.batch_tokens
-    if model.mod and steps and model.mod.anneal >= steps:
+    anneal = model.mod.anneal if model.mod else 0
+    if steps and (round(anneal * steps) if anneal < 1 else anneal) >= steps:
         keys = ("model.mod.anneal", "train.tokens" if train.steps is None else "train.steps")
         return [Problem(keys, f"the capacity would not have fallen when training ends; the run has {steps:.0f} steps")]
     return []
