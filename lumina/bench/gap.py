@@ -11,7 +11,6 @@ from lumina.training import setup
 from lumina.training.evaluate import Realised, routing_gap
 from lumina.training.precision import Precision
 
-SEQUENCES = 8
 HEADER = ("tokens are chosen by", "nats a token", "gap", "realised capacity, mean", "p99", "agrees with the top C")
 
 
@@ -32,7 +31,7 @@ def measure(run: Run) -> tuple[int, dict[str, Realised]]:
         )
     model = load(run)
     corpus = setup.load_data(config, tokenizer=str(run.tokenizer))
-    text = Heldout(corpus.heldout, config.model.seq_len, SEQUENCES, corpus.tokenizer.end_id)
+    text = Heldout(corpus.heldout, config.model.seq_len, 1, corpus.tokenizer.end_id)
     return model.step, routing_gap(model.transformer, text, Precision("fp32", "fp32", "cpu"))
 
 

@@ -12,6 +12,7 @@ from lumina.cli.output import Json, print_json, print_table
 from lumina.errors import UserError
 
 if TYPE_CHECKING:
+    from lumina.bench.harness import Measurement, Suite
     from lumina.config.schema.config import Config
 
 Settings = Annotated[list[str] | None, typer.Argument(help="Any training key: precision.mode=fp32 train.compile=on …")]
@@ -33,26 +34,12 @@ def speed(
 
     The kinds take turns, and their ratios are of the same turns: other work on the machine slows all of them.
     """
-    from lumina.bench import harness, report
+    from lumina.bench import report
     from lumina.bench import speed as shape
-    from lumina.telemetry.console import Console
-    from lumina.training.precision import DTYPES
 
     keys = _training_keys(settings)
     config = shape.configure("dense", seq_len, keys)
-    arms = shape.suite(seq_len=seq_len, keys=keys)
-    names = [arm.name for arm in arms]
-    console = Console(1, quiet=json)
-    with console:
-        used = (
-            harness.memory_of(shape.suite, names, progress=console.progress, seq_len=seq_len, keys=keys)
-            if memory
-            else {}
-        )
-        measured = harness.measure(
-            arms, rounds, device=config.parallel.device, dtype=DTYPES[config.precision.mode], memory=used,
-            progress=console.progress, settings=keys, seq_len=seq_len,
-        )  # fmt: skip
+    measured = _measured(shape.suite, config, rounds, memory, json, {"seq_len": seq_len, "keys": keys})
     parts = (shape.FORWARD_BACKWARD, shape.OPTIMIZER)
     if out:
         heading = f"Shape P, {seq_len} tokens a sequence"
@@ -79,27 +66,17 @@ def sparse(
     json: Json = False,
 ) -> None:
     """What sparse layers keep of dense speed at shape P: bars, ideals, and the floor of each part of a step."""
-    from lumina.bench import harness, report
+    from lumina.bench import report
     from lumina.bench import sparse as suite
     from lumina.bench import speed as shape
-    from lumina.telemetry.console import Console
-    from lumina.training.precision import DTYPES
 
     keys = _training_keys(settings)
     if "train.optimizer" in keys:
         raise UserError("train.optimizer: the bars are for AdamW", fix="leave it out; --muon shows Muon beside it")
     config = shape.configure("moe", seq_len, {**keys, "train.optimizer": "adamw"})
-    chosen: dict[str, Any] = {"seq_len": seq_len, "keys": keys, "muon": muon, "parts": parts, "depths": depths}
-    arms = suite.suite(**chosen)
-    steps = [arm.name for arm in arms if arm.unit == "tok"]
-    console = Console(1, quiet=json)
-    with console:
-        used = harness.memory_of(suite.suite, steps, progress=console.progress, **chosen) if memory else {}
-        measured = harness.measure(
-            arms, rounds, device=config.parallel.device, dtype=DTYPES[config.precision.mode], memory=used,
-            progress=console.progress, settings=keys, seq_len=seq_len,
-        )  # fmt: skip
-    title = f"Sparse layers at shape P: {_name('', config).strip('-').replace('-', ', ')} tokens a sequence"
+    chosen = {"seq_len": seq_len, "keys": keys, "muon": muon, "parts": parts, "depths": depths}
+    measured = _measured(suite.suite, config, rounds, memory, json, chosen)
+    title = f"Sparse layers at shape P: {', '.join(_setting(config))} tokens a sequence"
     page = suite.page(title, measured, config)
     if out:
         path = report.write(out, _name(time.strftime("%Y-%m-%d"), config), page, {title: measured})
@@ -138,7 +115,31 @@ def _training_keys(settings: list[str] | None) -> dict[str, object]:
     return {key: value for key, value in resolve("debug", settings or []).request.items() if key != "preset"}
 
 
+def _measured(
+    suite: Suite, config: Config, rounds: int, memory: bool, quiet: bool, chosen: dict[str, Any]
+) -> Measurement:
+    """The arms of `suite(**chosen)` in turns; the memory of those that train, if asked for."""
+    from lumina.bench import harness
+    from lumina.telemetry.console import Console
+    from lumina.training.precision import DTYPES
+
+    arms, used = suite(**chosen), dict[str, int]()
+    with Console(1, quiet=quiet) as console:
+        if memory:
+            names = [arm.name for arm in arms if arm.unit == "tok"]
+            used = harness.memory_of(suite, names, progress=console.progress, **chosen)
+        return harness.measure(
+            arms, rounds, device=config.parallel.device, dtype=DTYPES[config.precision.mode], memory=used,
+            progress=console.progress, settings=chosen["keys"], seq_len=chosen["seq_len"],
+        )  # fmt: skip
+
+
+def _setting(config: Config) -> tuple[str, str, str]:
+    """Precision, eager or compiled, tokens a sequence."""
+    mode = "compiled" if config.train.compile == "on" else "eager"
+    return config.precision.mode, mode, str(config.model.seq_len)
+
+
 def _name(first: str, config: Config) -> str:
     """`<first>-<precision>-<eager|compiled>-<tokens a sequence>`"""
-    mode = "compiled" if config.train.compile == "on" else "eager"
-    return f"{first}-{config.precision.mode}-{mode}-{config.model.seq_len}"
+    return "-".join([first, *_setting(config)])

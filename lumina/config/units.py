@@ -62,6 +62,11 @@ def parse_span(value: Any) -> float | int:
     return _whole(value, _DECIMAL, need)
 
 
+def span(value: float, steps: int) -> int:
+    """What `parse_span` reads, in steps of a run of so many."""
+    return round(value * steps) if value < 1 else int(value)
+
+
 def parse_seconds(value: Any) -> float:
     """`90`, `90s`, `10m`, `2h`, `1h30m`, `1.5d` -> seconds."""
     need = "a duration is needed, such as 90s, 2h, 1h30m or 1.5d"

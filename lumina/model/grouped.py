@@ -64,7 +64,7 @@ def native_rows(x_RI: Tensor, w_EIO: Tensor, offs_E: Tensor) -> Tensor:
 
 
 def native_weights(g_RO: Tensor, x_RI: Tensor, offs_E: Tensor) -> Tensor:
-    """`g.T @ x` of each expert's rows, in one kernel; of no rows some GPUs leave what was in memory."""
+    """`g.T @ x` of each expert's rows, in one kernel; of no rows some GPUs leave garbage (pytorch#172439)."""
     rows_E = offs_E.diff(prepend=offs_E.new_zeros(1))
     return torch.where(rows_E.view(-1, 1, 1) > 0, F.grouped_mm(g_RO.t(), x_RI, offs=offs_E), 0.0)
 

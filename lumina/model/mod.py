@@ -120,8 +120,8 @@ class DepthRouter(nn.Module):
             keep_BS = self._rule(position_BS, logit_BS, r_BS)
             agreement = (keep_BS == target_BS.bool()).sum()
             position = index_BC.sum() / max(1, S - 1)
-            tokens, taken = (r_BS.new_full((), float(t.numel())) for t in (r_BS, index_BC))
-            sums_X = torch.stack([tokens, taken, agreement, keep_BS.sum(), loss, r_BS.square().sum(), position])
+            tokens, selected = (r_BS.new_full((), float(t.numel())) for t in (r_BS, index_BC))
+            sums_X = torch.stack([tokens, selected, agreement, keep_BS.sum(), loss, r_BS.square().sum(), position])
             quantile_B, threshold_B = (_quantile(values_BS, C) for values_BS in (logit_BS, r_BS))
         return Selection(index_BC, r_BS.gather(1, index_BC), loss, sums_X, quantile_B.sum(), threshold_B.sum())
 

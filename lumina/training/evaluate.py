@@ -35,7 +35,7 @@ class Evaluation:
     """`loss` in nats per token; `bpb` = nats over all held-out tokens / (ln 2 · bytes of held-out text).
 
     `mod_capacity` is the share of tokens that each routed block really took, in order of depth; the evaluation is
-    `comparable` if each lies within [c/2, 2c] of the trained capacity c.
+    `comparable` if each lies within [c/2, 2c] of the trained capacity c, and that does not still fall (`mod.anneal`).
     """
 
     loss: float

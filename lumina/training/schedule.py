@@ -7,11 +7,7 @@ from itertools import pairwise
 
 from lumina.config.schema.model import MoDConfig
 from lumina.config.schema.train import TrainConfig
-
-
-def span(value: float, steps: int) -> int:
-    """A length given as a share of the run (below 1) or in steps (1 and above), in steps."""
-    return round(value * steps) if value < 1 else int(value)
+from lumina.config.units import span
 
 
 def decay_start(train: TrainConfig, steps: int) -> int:

@@ -229,8 +229,9 @@ class Session:
         """The next step, then what is due after it."""
         parts, progress, train = self.parts, self.progress, self.config.train
         step = progress.step + 1
+        capacity = self._capacity(step)
         for router in parts.model.routers:
-            router.capacity = self._capacity(step)
+            router.capacity = capacity
         metrics = train_step(
             parts.model,
             parts.optimizer,

@@ -174,7 +174,7 @@ def test_scaled_losses_give_the_gradients_of_unscaled_ones() -> None:
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
-def test_a_step_never_waits_for_the_device(optimizer: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_no_value_from_the_device(optimizer: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors without values cannot be asked for one: what reads a value, outside our own operators, raises here."""
     monkeypatch.setattr(Batch, "targets", 512)  # read on the host, before the batch moves
     options = {**EVERYTHING, "mod.routing": "learned"}

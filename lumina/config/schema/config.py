@@ -10,6 +10,7 @@ from lumina.config.schema.base import AutoCount, Count, Problem, Section, neares
 from lumina.config.schema.data import DataConfig
 from lumina.config.schema.model import ModelConfig
 from lumina.config.schema.train import TrainConfig
+from lumina.config.units import span
 
 MOST_THREADS = 1024  # each takes memory before it works
 
@@ -79,12 +80,11 @@ class Config(Section):
 
 def length_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
     """The depth of a model has settled before its training ends."""
-    steps = train.steps or (train.tokens or 0) / train.batch_tokens
-    anneal = model.mod.anneal if model.mod else 0
-    if steps and (round(anneal * steps) if anneal < 1 else anneal) >= steps:
-        keys = ("model.mod.anneal", "train.tokens" if train.steps is None else "train.steps")
-        return [Problem(keys, f"the capacity would not have fallen when training ends; the run has {steps:.0f} steps")]
-    return []
+    steps = train.steps or round((train.tokens or 0) / train.batch_tokens)  # 0: not known yet
+    if not model.mod or not steps or span(model.mod.anneal, steps) < steps:
+        return []
+    keys = ("model.mod.anneal", "train.tokens" if train.steps is None else "train.steps")
+    return [Problem(keys, f"the capacity would not have fallen when training ends; the run has {steps} steps")]
 
 
 def batch_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:

@@ -1,0 +1,75 @@
+"""What is told of routers: the steps that were taken, all of them, and none that the guard skipped."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import settings
+
+from lumina.config.resolve import resolve
+from lumina.model.mod import SUMS
+from lumina.training import setup
+from lumina.training.observer import Observer
+from lumina.training.state import Progress
+from lumina.training.step import METRICS
+
+
+class Told:
+    """An observer of a tiny hybrid of nine steps that tells every fourth, fed by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        request = settings(folder) | {"train.steps": 9, "telemetry.log_every": 4}
+        resolved = resolve("tiny", request)
+        corpus = setup.load_data(resolved.config)
+        parts = setup.build(setup.settle_all(resolved, corpus)[0].config, corpus)
+        self.events: list[dict[str, Any]] = []
+        self.observer = Observer(parts, 1e9, lambda type, **fields: self.events.append({"t": type, **fields}))
+        self.moes, self.routers = len(parts.model.moes), len(parts.model.routers)
+        self.progress = Progress(step_seconds=1.0)
+
+    def step(self, load: float, tokens: float, skipped: bool = False) -> None:
+        metrics = dict.fromkeys(METRICS, 1.0) | {"skipped": float(skipped)}
+        experts = [load, 100.0, 100.0, 100.0, *[50.0] * 5, *[1.0] * 4, 0.25]
+        depth = [*(tokens if name == "tokens" else 10.0 for name in SUMS), 0.5, -0.5]
+        rows = experts * self.moes + depth * self.routers
+        if skipped:
+            rows = [math.nan] * len(rows)
+        self.progress.step += 1
+        self.observer(self.progress, [*metrics.values(), *rows])
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["t"] == kind]
+
+
+def test_windows_hold_every_step_that_was_taken_and_the_last_is_not_lost(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    for load in (300.0, 0.0, 0.0, 100.0, 100.0, 100.0, 100.0, 100.0, 500.0):
+        told.step(load, tokens=100.0)
+    assert [event["step"] for event in told.of("moe")] == [event["step"] for event in told.of("mod")] == [4, 8, 9]
+    # 400 of 1,600, the mean; the mean again; 500 of 800.
+    assert [event["load"][0][0] for event in told.of("moe")] == [1.0, 1.0, 2.5]
+    assert [len(event["load"]) for event in told.of("moe")] == [told.moes] * 3
+    assert [event["capacity"] for event in told.of("mod")] == [[0.1] * told.routers] * 3
+
+
+@pytest.mark.parametrize("skipped", [2, 4])
+def test_a_skipped_step_is_a_decision_and_in_no_window(skipped: int, tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    for step in range(1, 5):
+        told.step(100.0, tokens=50.0 * step, skipped=step == skipped)
+    (moe,), (mod,), (decision,) = told.of("moe"), told.of("mod"), told.of("decision")
+    assert moe["load"][0] == [1.0] * 4
+    assert mod["capacity"][0] == pytest.approx(30 / (500 - 50 * skipped), abs=1e-5)
+    assert (mod["quantile"][0], mod["threshold"][0]) == (0.5, -0.5)
+    assert (decision["step"], decision["rule"], decision["action"]) == (skipped, "non_finite", "skip_step")
+
+
+def test_a_window_of_skipped_steps_alone_says_nothing(tmp_path: Path) -> None:
+    told = Told(tmp_path)
+    for _ in range(4):
+        told.step(100.0, tokens=100.0, skipped=True)
+    assert told.of("moe") == told.of("mod") == []
+    assert len(told.of("decision")) == 4
