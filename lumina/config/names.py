@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import types
 import typing
 from collections.abc import Iterator
 from functools import cache
@@ -61,7 +62,8 @@ def sections(section: type[Section] = Config) -> dict[str, type[Section]]:
     """The sections directly inside a section, by name."""
     found = {}
     for name, field in section.model_fields.items():
-        for candidate in (field.annotation, *typing.get_args(field.annotation)):  # also `MoEConfig | None`
+        optional = isinstance(field.annotation, types.UnionType)  # `MoEConfig | None`; a list of sections is a value
+        for candidate in typing.get_args(field.annotation) if optional else (field.annotation,):
             if isinstance(candidate, type) and issubclass(candidate, Section):
                 found[name] = candidate
     return found

@@ -30,6 +30,7 @@ from lumina.config.layers import (
 )
 from lumina.config.migrations import current
 from lumina.config.names import kinds_of, known_keys, known_sections
+from lumina.config.schema.base import Section
 from lumina.config.schema.config import Config
 from lumina.config.schema.train import LENGTHS
 
@@ -93,7 +94,9 @@ def flatten(config: Config) -> dict[str, Any]:
     """The configuration as dotted keys and plain values, without those its kind has no use for."""
 
     def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value
+        if isinstance(value, Section):
+            return value.model_dump(exclude_none=True)
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
 
     keys = [key for key in known_keys() if config.model.kind in kinds_of(key)]
     return {key: plain(functools.reduce(getattr, key.split("."), config)) for key in keys}

@@ -27,6 +27,11 @@ def parse_context(value: Any) -> int:
     return _whole(value, _BINARY, "a whole number is needed, such as 512 or 4k (4096)")
 
 
+def parse_bytes(value: Any) -> int:
+    """`64M`, `1G`: bytes, in powers of two."""
+    return _whole(value, _BINARY | {"G": 2**30}, "a number of bytes is needed, such as 64M or 1G")
+
+
 def parse_auto_count(value: Any) -> int | str:
     """`auto`, or a whole number of at least 1."""
     need = "auto or a whole number of at least 1 is needed"
@@ -88,6 +93,16 @@ def parse_path(value: Any) -> str:
     if not isinstance(value, str | os.PathLike) or not str(value):
         raise ValueError("a path is needed; quote a name that looks like a number")
     return str(value)
+
+
+def parse_text(value: Any) -> str:
+    """A path, or nothing."""
+    return "" if value in (None, "") else parse_path(value)
+
+
+def parse_list(value: Any) -> Any:
+    """A list as a tuple; anything else is for the schema to refuse."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def parse_paths(value: Any) -> tuple[str, ...]:

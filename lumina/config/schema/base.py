@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from lumina.config.units import (
     parse_auto_count,
     parse_betas,
+    parse_bytes,
     parse_context,
     parse_count,
     parse_number,
@@ -16,6 +17,7 @@ from lumina.config.units import (
     parse_paths,
     parse_seconds,
     parse_span,
+    parse_text,
 )
 
 Count = Annotated[int, BeforeValidator(parse_count)]
@@ -26,6 +28,8 @@ Span = Annotated[int | float, BeforeValidator(parse_span)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 Betas = Annotated[tuple[float, float], BeforeValidator(parse_betas)]
 Name = Annotated[str, BeforeValidator(parse_path)]
+Text = Annotated[str, BeforeValidator(parse_text)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 Paths = Annotated[tuple[str, ...], BeforeValidator(parse_paths)]
 
 

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from lumina.config.schema.base import AutoCount, Betas, Count, Number, Problem, Seconds, Section, Span
+from lumina.config.schema.base import AutoCount, Betas, Count, Number, Problem, Seconds, Section, Span, Text
+from lumina.config.units import parse_list
 
+Phases = Annotated[tuple["Phase", ...], BeforeValidator(parse_list)]
 LENGTHS = ("train.steps", "train.tokens", "train.time")
+
+
+class LoraConfig(Section):
+    """`train.lora`: low-rank adapters; everything else rests."""
+
+    rank: Count = Field(0, ge=0, le=2**12, description="of the adapters; 0: train the whole model")
+    alpha: Number = Field(32.0, gt=0, description="adapters are scaled by alpha / rank")
+
+
+class Phase(Section):
+    """One entry of `train.phases`."""
+
+    at: Span = Field(0, ge=0, description="share of the run or step at which it begins")
+    data: Literal["text", "chat", "both"] = Field("both", description="what it reads")
+    lr: Number | None = Field(None, gt=0, description="its peak learning rate; none: `train.lr`")
+    warmup: Span | None = Field(None, ge=0, description="share of the phase or steps; none: `train.warmup`")
 
 
 class TrainConfig(Section):
@@ -35,6 +53,9 @@ class TrainConfig(Section):
         "none", description="activations computed again in the backward pass: memory for time"
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: if the run is long enough")
+    init_from: Text = Field("", description="a run, or one of its checkpoints, whose weights and tokenizer to begin with")
+    phases: Phases = Field((), description="parts of the run with their own data, peak and warm-up; first `at` 0")
+    lora: LoraConfig = Field(LoraConfig(), description="low-rank adapters")
     deterministic: bool = Field(False, description="refuse non-deterministic kernels (matters on GPUs)")
 
     def problems(self) -> list[Problem]:
