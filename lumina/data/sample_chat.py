@@ -78,7 +78,7 @@ def _parse(text: str) -> ast.Module | None:
         warnings.simplefilter("ignore")  # invalid escapes in old sources
         try:
             return ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two from deep nesting
             return None
 
 
@@ -162,9 +162,9 @@ class _Arguments:
             for argument, value in valued
             if value is not None and not argument.arg.startswith("_")
         ]
-        open_ends = ["any further positional arguments"] if spec.vararg else []
+        open_ends = ["any number of positional arguments"] if spec.vararg else []
         if spec.kwarg:
-            open_ends.append("any further keyword arguments")
+            open_ends.append("any keyword arguments")
         return _Arguments(required, optional, open_ends)
 
     def told(self) -> str:
@@ -193,18 +193,23 @@ def _listed(items: list[str]) -> str:
 # Lines that end the prose: a doctest, a directive, a field, a list, a heading's rule, a table.
 NOT_PROSE = re.compile(r">>>|\.\. |:\w[^:`]*:(\s|$)|[-*+o•] |\d+[.)] |[-=~^*_#+|]{3,}|@\w|\$ ")
 SECTION = re.compile(r"(args?|arguments?|parameters?|params|returns?|raises|examples?|notes?|usage|keywords?):", re.I)
-# `copy(x) -> y` or `copy(x) -- ` at the start of a docstring repeats the signature.
-SIGNATURE = re.compile(r"^[\w.]+\([^()]*\)\s*(->|--|-|:|=>)\s*|^[\w.]+\([^()]*\)\s*$")
+# At the start of a docstring: `copy(x) -- ` or `tell() -> int. ` repeats the signature, `(pid, fd) ` tells the result.
+SIGNATURE = re.compile(r"^[\w.]+\([^()]*\)\s*(((->|=>)\s*([a-z]\w*[.,]\s+)?|--|-|:)\s*|$)|^\([^()]*\)\s+|^\+\s+")
 # Says nothing about what the thing does.
-EMPTY = re.compile(r"(internal|undocumented|deprecated|see |see:|xxx|todo|override|ditto|same as above)", re.I)
+EMPTY = re.compile(
+    r"internal|undocumented|deprecated|provisional|see[ :]|xxx|todo|override|ditto|same as above|'forward'|\(", re.I
+)
+# A call's form or a debugger command (`b(reak) [line]`), not prose.
+CODE = re.compile(r"->|\[,|\w=\w+,|<instance>|\w\(\w+\) = |^\w+\([a-z]|\w = \w+\(")
 SENTENCE = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<! vs\.)\s+(?=[A-Z\"'(])")
 # An early line end before a capital is a sentence without its full stop; a wrapped line is longer.
 WRAPPED = 55
 MARKUP = (
     (re.compile(r":[\w:+-]+:`[~!]?([^`<]+?)(\s*<[^`]*>)?`"), r"\1"),  # :class:`~name`, :ref:`text <label>`
     (re.compile(r"`([^`<]+?)\s*<[^`]*>`__?"), r"\1"),  # `text <address>`_
-    (re.compile(r"``?([^`]+)``?"), r"\1"),
-    (re.compile(r"`([^'`]+)'"), r"\1"),  # `old quotes'
+    (re.compile(r"``([^`]+)``"), r"\1"),
+    (re.compile(r"`([^'`\s]+)'"), r"\1"),  # `old quotes'
+    (re.compile(r"`([^`]+)`"), r"\1"),
     (re.compile(r"(?<![\w*])\*\*?([A-Za-z][\w ]*)\*\*?(?![\w*])"), r"\1"),  # *emphasis*
     (re.compile(r"\|(\w+)\|"), r"\1"),
 )
@@ -219,9 +224,18 @@ def _summary(docstring: str) -> str | None:
         if SECTION.match(paragraph.strip()) or NOT_PROSE.match(paragraph.strip()):
             return None  # what follows explains details
         answer = _shortened(_plain(_prose(paragraph)))
-        if len(answer) >= SHORTEST and " " in answer and not EMPTY.match(answer) and _mostly_letters(answer):
+        if _says_something(answer):
             return answer
+        if not answer and paragraph.endswith(":"):
+            return None  # what follows is its list
     return None
+
+
+def _says_something(answer: str) -> bool:
+    """Neither too short, nor a phrase that fits everything, nor a formula, table or call."""
+    letters = sum(character.isalpha() or character == " " for character in answer)
+    told = len(answer) >= SHORTEST and " " in answer and letters >= 0.8 * len(answer)
+    return told and not EMPTY.match(answer) and not CODE.search(answer)
 
 
 def _prose(paragraph: str) -> str:
@@ -268,8 +282,3 @@ def _closed(text: str) -> str:
     if text.endswith((".)", '."', ".'")):
         inner = f"{text[:-2]}{text[-1]}"
     return f"{inner}." if inner else ""
-
-
-def _mostly_letters(text: str) -> bool:
-    """Formulas and tables are not."""
-    return sum(character.isalpha() or character == " " for character in text) >= 0.8 * len(text)
