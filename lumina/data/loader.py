@@ -1,23 +1,30 @@
-"""Token streams to batches. Batch i is f(seed, data, i): no state, no history, no workers, O(1) for any i.
+"""Shards to batches. Batch i is f(seed, data, i): no state, no history, no workers, O(1) for any i.
 
-Legend: B sequences of a batch, S tokens of a sequence. Sample j is tokens[j·S : j·S + S + 1], inputs and
-targets in one; the last, incomplete sample is left out of training.
+    phase of step i -> its draw (`mixture`) -> windows (`windows`) -> one batch
+
+Legend: B sequences of a batch, S tokens of a sequence.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lumina.data.shards import Shard
+from lumina.config.schema.data import CurriculumConfig, DataConfig
+from lumina.config.units import span
+from lumina.data.mixture import Blend, Draw, Paced, Pool
+from lumina.data.shards import Corpus, Shard
+from lumina.data.windows import NOT_COUNTED, ChatWindows, Rows, TextWindows, windows_of
+from lumina.errors import UserError
 
-NOT_COUNTED = -1
-ROUNDS = 6  # of the Feistel network; 4 already pass for random, more hide its structure in tiny domains
 THROUGHPUT_BATCHES = 20
 
 
@@ -52,34 +59,50 @@ class Batch:
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
+@dataclass(frozen=True)
+class DataPhase:
+    """From step `begin` on (counted from 0) batches hold `data`: text, chat or both."""
+
+    begin: int
+    data: str
+
+
 class Loader:
-    """Batches of `sequences` samples; each epoch takes every sample once, in its own order.
+    """Batches of `sequences` windows of the training side, as `data.mode`, the weights and the phases say."""
 
-    A batch may hold the end of one epoch and the start of the next.
-    """
-
-    def __init__(self, shard: Shard, seq_len: int, sequences: int, seed: int, end_id: int) -> None:
-        """Raises `ValueError` if the shard is shorter than one sample."""
-        self.samples = (len(shard.tokens) - 1) // seq_len
-        if self.samples < 1:
-            raise ValueError(f"{len(shard.tokens)} tokens hold no sample of {seq_len} inputs and their targets")
-        self.tokens, self.seq_len, self.sequences = shard.tokens, seq_len, sequences
-        self.seed, self.end_id = seed, end_id
+    def __init__(
+        self, corpus: Corpus, data: DataConfig, phases: Sequence[DataPhase], seq_len: int, sequences: int, seed: int,
+        steps: int,
+    ) -> None:  # fmt: skip
+        """Raises `UserError` if a phase has no data, or a curriculum no difficulty."""
+        end_id = corpus.tokenizer.end_id
+        self.shards = corpus.train
+        self.windows = [windows_of(shard, seq_len, end_id, data.train_on) for shard in self.shards]
+        self.sequences, self.seq_len = sequences, seq_len
+        self.offsets = np.cumsum([0, *map(len, self.windows)])
+        self.begins = [phase.begin for phase in phases]
+        self.draws = [
+            self._draw(data, phase.data, (seed, number) if number else (seed,), steps)
+            for number, phase in enumerate(phases)
+        ]
 
     def ids(self, i: int) -> NDArray[np.int64]:
         """Global sample ids (B,) of batch `i`, the same for any number of processes."""
-        epochs, positions = np.divmod(i * self.sequences + np.arange(self.sequences), self.samples)
-        ids = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            ids[here] = permute(positions[here], self.samples, (self.seed, epoch))
-        return ids
+        phase = bisect_right(self.begins, i) - 1
+        n = (i - self.begins[phase]) * self.sequences + np.arange(self.sequences)
+        shards, windows = self.draws[phase](n)
+        return self.offsets[shards] + windows
 
     def fetch(self, ids: NDArray[np.int64]) -> Batch:
         """The batch of these samples."""
-        where = ids[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        windows = self.tokens[where].astype(np.int64)
-        return _batch(windows[:, :-1], windows[:, 1:], ids, self.end_id)
+        shards = np.searchsorted(self.offsets, ids, side="right") - 1
+        rows: list[Rows | None] = [None] * len(ids)
+        for shard in np.unique(shards).tolist():
+            mine = np.flatnonzero(shards == shard)
+            fetched = self.windows[shard].fetch(ids[mine] - self.offsets[shard])
+            for i, *row in zip(mine.tolist(), *fetched, strict=True):
+                rows[i] = Rows(*row)
+        return batch_of([row for row in rows if row is not None], ids)
 
     def batch(self, i: int) -> Batch:
         return self.fetch(self.ids(i))
@@ -92,62 +115,103 @@ class Loader:
             self.batch(i)
         return THROUGHPUT_BATCHES * self.sequences * self.seq_len / (time.perf_counter() - start)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a reader should know of how the data fills windows."""
+        sizes = [len(windows) for windows in self.windows]
+        padded = sum(size * windows.padding for size, windows in zip(sizes, self.windows, strict=True))
+        facts: dict[str, Any] = {"windows": sum(sizes), "padding": round(padded / max(1, sum(sizes)), 4)}
+        chats = [windows for windows in self.windows if isinstance(windows, ChatWindows)]
+        if chats:
+            streams = [shard.stream for shard in self.shards if shard.kind == "chat"]
+            tokens = max(1, sum(stream.tokens for stream in streams))
+            facts["answers"] = round(sum(stream.counted for stream in streams) / tokens, 4)
+            for name in ("overlong", "pieces", "lost_tokens"):
+                facts[name] = sum(getattr(windows.cuts, name) for windows in chats)
+        return facts
+
+    def _draw(self, data: DataConfig, wanted: str, key: tuple[int, ...], steps: int) -> Draw:
+        """How a phase that wants text, chat or both goes through the shards."""
+        kinds = ("text", "chat") if wanted == "both" else (wanted,)
+        draws = {kind: self._draw_kind(kind, data.curriculum, key, steps) for kind in kinds}
+        have = {kind: draw for kind, draw in draws.items() if draw is not None}
+        if wanted == "both" and len(have) == 2 and data.mode == "hybrid_interleaved":
+            return Blend([have["text"], have["chat"]], [data.base_ratio, 1 - data.base_ratio], (*key, 2))
+        (only,) = have.values()
+        return only
+
+    def _draw_kind(self, kind: str, curriculum: CurriculumConfig, key: tuple[int, ...], steps: int) -> Draw | None:
+        mine = [i for i, shard in enumerate(self.shards) if shard.kind == kind and len(self.windows[i])]
+        if not mine:
+            return None
+        until = self.sequences * span(curriculum.until, steps)
+        if self.shards[mine[0]].weight is None:
+            return self._pool(mine, key, curriculum, until)
+        weights = [self.shards[i].weight or 0.0 for i in mine]
+        if len(mine) == 1:
+            return self._pool(mine, key, curriculum, until)
+        shares = [weight / sum(weights) for weight in weights]
+        pools = [
+            self._pool([i], (*key, 3, i), curriculum, round(until * s)) for i, s in zip(mine, shares, strict=True)
+        ]
+        return Blend(pools, weights, (*key, 4))
+
+    def _pool(self, shards: list[int], key: tuple[int, ...], curriculum: CurriculumConfig, until: int) -> Draw:
+        pool = _Scattered(shards, Pool([len(self.windows[i]) for i in shards], 0, key))
+        if not until:
+            return pool
+        difficulty = np.concatenate([_difficulty(self.shards[i], self.windows[i]) for i in shards])
+        return _Scattered(shards, Paced(pool.draw, difficulty, until, curriculum.start))  # type: ignore[arg-type]
+
+
+class _Scattered:
+    """A pool whose shards are not numbered one after the other."""
+
+    def __init__(self, shards: Sequence[int], draw: Draw) -> None:
+        self.shards, self.draw = np.array(shards), draw
+
+    def __call__(self, n: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        shards, windows = self.draw(n)
+        return self.shards[shards], windows
+
+
+def _difficulty(shard: Shard, windows: TextWindows | ChatWindows) -> NDArray[np.floating]:
+    if shard.difficulty is None:
+        raise UserError(
+            f"data.curriculum: {shard.name} has no difficulty",
+            fix="prepare it and write one: lumina data prepare … --out DIR, lumina data difficulty DIR, data.train=DIR",
+        )
+    return np.asarray(shard.difficulty)[windows.places()]
+
 
 class Heldout:
-    """Batches in which every token of the stream but the first is a counted target exactly once, in order.
+    """Batches in which every counted target of the held-out shards of one kind comes exactly once, in order.
 
-    The last window is filled up with end tokens whose targets are not counted; the last batch may be smaller.
+    The last batch may be smaller. `text_bytes` are the bytes of what is counted.
     """
 
-    def __init__(self, shard: Shard, seq_len: int, sequences: int, end_id: int) -> None:
-        self.tokens, self.seq_len, self.sequences, self.end_id = shard.tokens, seq_len, sequences, end_id
-        self.windows = -(-(len(shard.tokens) - 1) // seq_len)
+    def __init__(
+        self, shards: Sequence[Shard], seq_len: int, sequences: int, end_id: int, train_on: str = "assistant"
+    ) -> None:
+        self.windows = [windows_of(shard, seq_len, end_id, train_on) for shard in shards]
+        self.offsets = np.cumsum([0, *map(len, self.windows)])
+        self.sequences = sequences
+        answers = train_on == "assistant"
+        self.text_bytes = sum(
+            s.stream.answer_bytes if answers and s.kind == "chat" else s.stream.text_bytes for s in shards
+        )
 
     def __len__(self) -> int:
-        return -(-self.windows // self.sequences)
+        return -(-int(self.offsets[-1]) // self.sequences)
 
     def __getitem__(self, i: int) -> Batch:
-        first = range(0, self.windows, self.sequences)[i]
-        count, seq_len = min(self.sequences, self.windows - first), self.seq_len
-        tokens = self.tokens[first * seq_len : (first + count) * seq_len + 1].astype(np.int64)
-        missing = count * seq_len + 1 - len(tokens)
-        ids = np.pad(tokens, (0, missing), constant_values=self.end_id)[:-1]
-        targets = np.pad(tokens, (0, missing), constant_values=NOT_COUNTED)[1:]
-        shape = (count, seq_len)
-        return _batch(ids.reshape(shape), targets.reshape(shape), np.arange(first, first + count), self.end_id)
+        first = range(0, int(self.offsets[-1]), self.sequences)[i]
+        ids = np.arange(first, min(first + self.sequences, int(self.offsets[-1])))
+        shards = np.searchsorted(self.offsets, ids, side="right") - 1
+        rows = [self.windows[s].fetch(np.array([w - self.offsets[s]])) for w, s in zip(ids, shards, strict=True)]
+        return batch_of([Rows(*(column[0] for column in row)) for row in rows], ids)
 
 
-def _batch(ids: NDArray[np.int64], targets: NDArray[np.int64], samples: NDArray[np.int64], end_id: int) -> Batch:
-    opened = np.cumsum(ids == end_id, axis=1, dtype=np.int32)
-    segments = opened - opened[:, :1]
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, segments, samples)))
-
-
-def permute(positions: NDArray[np.int64], size: int, key: tuple[int, ...]) -> NDArray[np.int64]:
-    """Where a random permutation of range(`size`), chosen by `key`, sends `positions`, without making it
-    whole.
-
-    A Feistel network (Luby and Rackoff, 1988) permutes the next power of four; values that fall outside are
-    sent on until they fall inside (cycle walking; Black and Rogaway, 2002), at most four times on average.
-    """
-    half = max(1, -(-(size - 1).bit_length() // 2))
-    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64).astype(np.uint64)
-    values = _feistel(positions.astype(np.uint64), half, keys)
-    while len(outside := np.flatnonzero(values >= size)):
-        values[outside] = _feistel(values[outside], half, keys)
-    return values.astype(np.int64)
-
-
-def _feistel(values: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = values >> shift, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << shift) | right
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele et al., 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+def batch_of(rows: Sequence[Rows], samples: NDArray[np.int64]) -> Batch:
+    columns = [np.stack(column) for column in zip(*rows, strict=True)]
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (*columns, samples)))

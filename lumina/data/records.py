@@ -29,6 +29,7 @@ class Record:
 
     `where` is "a.txt" or "b.jsonl:17". A large text comes in parts, of which only the last one is `last`. Documents of
     one `family` share their text and are held out together; it is the hash of the content, if nothing else is known.
+    `format` is how it was written: text, messages, alpaca, …
     """
 
     where: str
@@ -36,6 +37,7 @@ class Record:
     messages: tuple[Message, ...] = ()
     family: str = ""
     last: bool = True
+    format: str = "text"
 
     @property
     def kind(self) -> Kind:

@@ -1,12 +1,8 @@
-"""Documents to two token streams on disk, training and held-out, cached by content.
+"""Files to shards: streams of token ids on disk with the tokenizer that made them, cached by content.
 
-A stream is `<end> tokens <end> tokens <end> …`: an end token is the target that closes a document and the
-input that opens the next one. Documents come in the order of their hash, which is random and the same on
-every machine.
-
-A cache entry is built under a lock and renamed into place, so a killed process leaves nothing that looks
-whole, and a second process waits for the first and uses its work. Every entry is checked against its hashes
-when it is opened.
+A folder of shards is built under a lock, in steps that a killed process does not have to repeat, and renamed into place:
+whatever looks whole is whole, and a second process waits for the first and uses its work. Every folder is checked
+against its hashes when it is opened.
 """
 
 from __future__ import annotations
@@ -19,149 +15,364 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lumina.config.schema.data import DataConfig
+from lumina.config.weights import split_weight
 from lumina.data import split
-from lumina.data.documents import DataFile, Document, digest, find_files, raise_problems, read_files
-from lumina.data.tokenizer import Tokenizer, pieces, train_bpe
+from lumina.data.files import DataFile, find_files
+from lumina.data.records import KINDS, Kind, Problems, Record, digest
+from lumina.data.scan import Check, Scan, Source, documents, file_size, reopen, scan
+from lumina.data.streams import Stream, training_pieces, write_streams
+from lumina.data.template import DEFAULT
+from lumina.data.tokenizer import BPE_CHARACTERS, Tokenizer, train_bpe
 from lumina.errors import UserError
 from lumina.progress import Tell, silent, tracked, whole
 
-FORMAT = f"v1.{split.RULE}"  # of a cache entry
+FORMAT = f"v2.{split.RULE}"  # of a folder of shards
 BPE = "bpe"
-SIDES = ("train", "heldout")
 META = "meta.json"
-ENCODE_CHARACTERS = 1 << 22  # encoded at once
+UNFINISHED = (KeyboardInterrupt, SystemExit)  # what leaves work behind that is gone on with
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One side of the corpus: `tokens` (uint16 or uint32) of `documents` with `text_bytes` bytes of UTF-8."""
+    """One side of one source: `tokens` (uint16 or uint32), of conversations with `marks`, and where documents begin.
 
-    tokens: NDArray[Any]
-    text_bytes: int
-    documents: int
+    `text_bytes` are bytes of UTF-8, `answer_bytes` those of the assistant's turns, whose `counted` tokens are marked.
+    `difficulty` of each document is there if `lumina data difficulty` wrote it.
+    """
+
+    folder: Path
+    name: str  # of the source
+    stream: Stream
+    dtype: str
+    formats: dict[str, int]  # documents of the source by how they were written
+    weight: float | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return self.stream.kind
+
+    @cached_property
+    def tokens(self) -> NDArray[Any]:
+        return np.memmap(self._file("tokens"), mode="r", dtype=self.dtype)
+
+    @cached_property
+    def marks(self) -> NDArray[np.uint8]:
+        return np.memmap(self._file("marks"), mode="r", dtype=np.uint8)
+
+    @cached_property
+    def starts(self) -> NDArray[Any]:
+        return np.memmap(self._file("starts"), mode="r", dtype="<u8")
+
+    @cached_property
+    def difficulty(self) -> NDArray[Any] | None:
+        file = self._file("difficulty")
+        return np.memmap(file, mode="r", dtype="<f4") if file.exists() else None
+
+    def _file(self, what: str) -> Path:
+        return self.folder / f"{self.stream.name}.{what}"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """`fingerprint` names both streams and the tokenizer; `facts` are plain values for a reader."""
+    """Both sides of all sources; `fingerprint` names the streams and the tokenizer; `facts` are for a reader."""
 
-    train: Shard
-    heldout: Shard
+    train: tuple[Shard, ...]
+    heldout: tuple[Shard, ...]
     tokenizer: Tokenizer
     fingerprint: str
     facts: dict[str, Any]
 
+    def of(self, side: str, kind: Kind) -> tuple[Shard, ...]:
+        return tuple(shard for shard in (self.train if side == "train" else self.heldout) if shard.kind == kind)
+
 
 @dataclass(frozen=True)
-class _Sources:
-    """The files of both sides; `fingerprint` names their contents."""
+class _Request:
+    """What is to be prepared, and where what was prepared lies."""
 
-    train: list[DataFile]
-    eval: list[DataFile]
-
-    def fingerprint(self, progress: Tell) -> str:
-        sides = [[file for file in side if file.kind != "ignored"] for side in (self.train, self.eval)]
-        files = [file for side in sides for file in side]
-        sizes = {file.path: _size(file.path) for file in files}
-        hashing = tracked(files, "hashing the data", sum(sizes.values()), progress, lambda file: sizes[file.path])
-        digests = [_file_digest(file) for file in hashing]
-        border = len(sides[0])
-        return digest(json.dumps([sorted(digests[:border]), sorted(digests[border:])]))[:16]
+    sources: tuple[Source, ...]
+    folders: tuple[tuple[str, Path, float | None], ...]  # name, shards, weight
+    ignored: int
 
 
 def prepare(
+    data: DataConfig,
     *,
-    train: Sequence[str],
-    eval: Sequence[str] = (),
-    tokenizer: str = BPE,
     vocab: int,
-    seq_len: int,
+    tokenizer: str = "",
     cache: Path | None = None,
     progress: Tell = silent,
 ) -> Corpus:
-    """Token streams of `train`, with `eval` held out, or a part of `train` if there is none.
+    """The shards of `data.train`, with `data.eval` held out, or a part of `data.train` if there is none.
 
-    `tokenizer` is "bpe", trained here on the training side with at most `vocab` ids, or the path of a
-    tokenizer.json, which brings its own ids. `cache` is $LUMINA_CACHE or ~/.cache/lumina. Raises `UserError`
-    for data that cannot be read, and for a side shorter than one sequence of `seq_len` tokens.
+    The tokenizer is `tokenizer`, or `data.tokenizer`: "bpe", trained here on the training side with at most `vocab`
+    ids, or the path of a tokenizer.json, which brings its own ids. Prepared folders are taken as they are, with their
+    tokenizer. `cache` is $LUMINA_CACHE or ~/.cache/lumina. Raises `UserError` for data that cannot be read.
     """
     start = time.perf_counter()
-    sources = _find(train, eval)
-    foreign = None if tokenizer == BPE else Tokenizer.load(tokenizer)
-    folder = cache or Path(os.environ.get("LUMINA_CACHE") or "~/.cache/lumina").expanduser()
-    name = f"{FORMAT}-{sources.fingerprint(progress)}"
-    entry = folder / f"{name}-{foreign.fingerprint if foreign else f'{BPE}{vocab}'}"
-
-    built, damage = False, _damage(entry)
-    if damage is not None:
-        with _locked(folder, name):
-            damage = _damage(entry)  # another process may have built it meanwhile
-            if damage is not None:
-                built = True
-                _build(folder / name, entry, sources, foreign, vocab, progress)
-    corpus = _open(entry)
-    corpus.facts["ignored_files"] = sum(file.kind == "ignored" for file in sources.train + sources.eval)
-    corpus.facts["cached"] = not built
-    if damage:
-        corpus.facts["rebuilt"] = damage
+    request = _find(data)
+    named = tokenizer or data.tokenizer
+    corpora = [_open_prepared(*folder, progress) for folder in request.folders]
+    own = _tokenizer(named, corpora)
+    if request.sources:
+        folder = cache or Path(os.environ.get("LUMINA_CACHE") or "~/.cache/lumina").expanduser()
+        corpora.append(_cached(request, data, own, vocab, folder, progress))
+    corpus = _together(corpora, request, data)
     corpus.facts["seconds"] = round(time.perf_counter() - start, 3)
-    _check_length(corpus, seq_len)
     return corpus
 
 
-def data_fingerprint(train: Sequence[str], eval: Sequence[str] = (), progress: Tell = silent) -> str:
-    """Names the contents of both sides' files, whatever the files' names and order.
+def prepare_folder(
+    data: DataConfig, out: Path, *, vocab: int, tokenizer: str = "", progress: Tell = silent
+) -> tuple[Corpus, bool]:
+    """Prepares `data` into the folder `out`; also says whether that was there already, made of the same.
 
-    Raises `UserError` with all problems if a file is missing.
+    Shards of other or changed data are replaced as a whole. Raises `UserError` if `out` is something else.
     """
-    return _find(train, eval).fingerprint(progress)
+    request = _find(data)
+    if request.folders:
+        raise UserError(f"{request.folders[0][0]}: prepared already", fix="give the files it was made of, or train on it")
+    if out.exists() and not is_prepared(out) and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: there is something else", fix="give a new folder with --out")
+    own = _tokenizer(tokenizer or data.tokenizer, [])
+    name = _key(request, data, own, vocab, progress)
+    if is_prepared(out) and _damage(out) is None and _meta(out)["key"] == name:
+        return _together([_open(out)], request, data), True
+    with _locked(out.parent, f".{out.name}", f"the folder {out.parent}"):
+        building = out.parent / f".{out.name}.building"
+        _build(building, request, data, own, vocab, name, progress)
+        shutil.rmtree(out, ignore_errors=True)
+        building.rename(out)
+    return _together([_open(out)], request, data), False
 
 
-def _find(train: Sequence[str], eval: Sequence[str]) -> _Sources:
-    if not train:
+def is_prepared(path: Path) -> bool:
+    return (path / META).is_file() and (path / "tokenizer.json").is_file()
+
+
+def data_fingerprint(data: DataConfig, progress: Tell = silent) -> str:
+    """Names the contents of the files of both sides, whatever their names. Raises `UserError` if one is missing."""
+    request = _find(data)
+    prepared = [[digest(json.dumps(_meta(folder)["files"])), weight] for _, folder, weight in request.folders]
+    return digest(json.dumps([prepared, _contents(request.sources, progress)]))[:16]
+
+
+# -- what is asked for --------------------------------------------------------------------------------------
+
+
+def _find(data: DataConfig) -> _Request:
+    """All files of both sides, each side's in the order of their content. Raises `UserError` with all problems."""
+    problems, seen = Problems(data.skip_bad), dict[str, str]()
+    sources: list[Source] = []
+    folders: list[tuple[str, Path, float | None]] = []
+    ignored = 0
+    for side, specs in (("train", data.train), ("heldout", data.eval)):
+        for spec in specs:
+            name, weight = split_weight(spec)
+            path = Path(os.path.expanduser(name))
+            if is_prepared(path):
+                if side == "heldout":
+                    problems.file(f"{name}: prepared shards bring their own held-out side; give files to data.eval")
+                folders.append((name, path, weight))
+                continue
+            files = find_files([name], problems, seen)
+            ignored += sum(file.container == "ignored" for file in files)
+            sources.append(Source(name, side, tuple(f for f in files if f.container != "ignored"), weight))
+    if problems.fatal and sources:  # say what is wrong inside the other files too
+        for _ in documents(sources, problems, silent, ""):
+            pass
+    problems.raise_any()
+    if not any(source.side == "train" for source in sources) and not folders:
         raise UserError("data.train is empty", fix="give files, folders or globs, or sample")
-    problems: list[str] = []
-    seen: dict[str, str] = {}
-    sources = _Sources(find_files(train, problems, seen), find_files(eval, problems, seen))
-    if problems:
-        _read(sources, problems)  # raises, with what is wrong inside the other files too
-    return sources
+    return _Request(tuple(sources), tuple(folders), ignored)
 
 
-def _read(sources: _Sources, problems: list[str], progress: Tell = silent) -> tuple[list[Document], list[Document]]:
-    read = [
-        list(read_files(tracked(side, "reading the data", len(side), progress), problems))
-        for side in (sources.train, sources.eval)
-    ]
-    raise_problems(problems)
-    return read[0], read[1]
+def _tokenizer(name: str, corpora: Sequence[Corpus]) -> Tokenizer | None:
+    """The tokenizer that is not trained here: a file's, or that of prepared shards. Raises `UserError` if they differ."""
+    own = None if name == BPE else Tokenizer.load(name)
+    for corpus in corpora:
+        if own is not None and own.fingerprint != corpus.tokenizer.fingerprint:
+            wanted = "the other shards" if name == BPE else name
+            raise UserError(
+                f"{corpus.facts['sources'][0]['name']}: prepared with another tokenizer than {wanted}",
+                fix="prepare it again with --tokenizer, or leave data.tokenizer out",
+            )
+        own = corpus.tokenizer
+    return own
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def _contents(sources: Sequence[Source], progress: Tell) -> list[Any]:
+    """The hashes of all files, by side and source."""
+    total = sum(file_size(file) for source in sources for file in source.files)
+    files = [file for source in sources for file in source.files]
+    hashing = tracked(files, "hashing the data", total, progress, file_size)
+    digests = {id(file): file_digest(file) for file in hashing}
+    return [[source.side, source.weight, sorted(digests[id(file)] for file in source.files)] for source in sources]
 
 
-def _file_digest(file: DataFile) -> str:
+def file_digest(file: DataFile) -> str:
+    """What names a file's content and how it is read."""
+    if file.container == "hub":
+        return f"hub {file.name}"
     try:
-        return f"{file.kind} {_sha256(file.path)}"
+        return f"{file.container} {file.compression} {_sha256(file.path)}"
     except OSError as error:
         raise UserError(f"{file.name}: {error.strerror}", fix="make the file readable") from None
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _key(request: _Request, data: DataConfig, own: Tokenizer | None, vocab: int, progress: Tell) -> str:
+    """Names what the shards of a request hold."""
+    contents = [[side, files] for side, _, files in _contents(request.sources, progress)]
+    quality = data.quality.model_dump() if data.quality.active else None
+    text = json.dumps([contents, quality, data.skip_bad])
+    return f"{FORMAT}-{digest(text)[:16]}-{own.fingerprint if own else f'{BPE}{vocab}'}"
+
+
+# -- building -----------------------------------------------------------------------------------------------
+
+
+def _cached(
+    request: _Request, data: DataConfig, own: Tokenizer | None, vocab: int, folder: Path, progress: Tell
+) -> Corpus:
+    """The shards of the cache, made if they are not there."""
+    name = _key(request, data, own, vocab, progress)
+    entry, built, damage = folder / name, False, _damage(folder / name)
+    if damage is not None:
+        stem = name.rpartition("-")[0]
+        with _locked(folder, stem, f"the token cache {folder}"):
+            damage = _damage(entry)  # another process may have built it meanwhile
+            if damage is not None:
+                built = True
+                building = folder / f"{stem}.building"
+                made = _build(building, request, data, own, vocab, name, progress)
+                # Named after the tokenizer, so that a run which brings its own BPE back finds it; "bpe" is a link.
+                final = folder / f"{stem}-{made.fingerprint}"
+                shutil.rmtree(final, ignore_errors=True)  # if it was damaged
+                building.rename(final)
+                if entry != final:
+                    entry.unlink(missing_ok=True)
+                    entry.symlink_to(final.name)
+    corpus = _open(entry)
+    corpus.facts["cached"] = not built
+    if damage:
+        corpus.facts["rebuilt"] = damage
+    return corpus
+
+
+def _build(
+    building: Path, request: _Request, data: DataConfig, own: Tokenizer | None, vocab: int, name: str, progress: Tell
+) -> Tokenizer:
+    """Writes the shards of a request into `building`, going on with what a killed process left there of the same."""
+    began = building / "request"
+    if not (began.is_file() and began.read_text(encoding="utf-8") == name):
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        began.write_text(name, encoding="utf-8")
+    sources = [replace(s, files=tuple(sorted(s.files, key=file_digest))) for s in request.sources]
+    check = _template_check(own)
+    try:
+        scanned = reopen(building)
+    except (OSError, ValueError):
+        scanned = scan(sources, building, data.quality, Problems(data.skip_bad), progress, check)
+    _require_text(scanned, sources)
+    try:
+        tokenizer = Tokenizer.load(building)
+    except UserError:
+        tokenizer = own or _train(sources, scanned, vocab, progress)
+        tokenizer.save(building)
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    try:
+        streams = write_streams(sources, scanned, tokenizer, dtype, building, data.buffer, progress, check)
+    except ValueError:  # a disk that lost power: nothing there can be relied on
+        shutil.rmtree(building)
+        return _build(building, request, data, own, vocab, name, progress)
+    _seal(building, sources, scanned, streams, dtype, name)
+    return tokenizer
+
+
+def _template_check(own: Tokenizer | None) -> Check | None:
+    """A template of somebody else may refuse a conversation; ours takes all."""
+    if own is None or own.chat_template == DEFAULT:
+        return None
+
+    def check(record: Record) -> None:
+        if record.messages:
+            own.chat.parts(record.messages)
+
+    return check
+
+
+def _require_text(scanned: Scan, sources: Sequence[Source]) -> None:
+    for side, key in (("train", "data.train"), ("heldout", "data.eval")):
+        numbers = [number for number, source in enumerate(sources) if source.side == side]
+        mine = np.isin(scanned.rows["source"], numbers)
+        if numbers and not mine.any():
+            raise UserError(f"{key}: no document has any text", fix="give files with text")
+        if numbers and scanned.rows["removed"][mine].all():
+            raise UserError(f"{key}: data.quality removes every document", fix="set its limits less strictly")
+
+
+def _train(sources: Sequence[Source], scanned: Scan, vocab: int, progress: Tell) -> Tokenizer:
+    """BPE of the training side's texts; each source gives as much of `BPE_CHARACTERS` as it has of the corpus."""
+    with whole("training the tokenizer", progress):
+        return train_bpe(_training_texts(sources, scanned), vocab)
+
+
+def _training_texts(sources: Sequence[Source], scanned: Scan) -> Iterator[str]:
+    sizes = np.bincount(scanned.rows["source"], scanned.rows["bytes"], len(sources))
+    room = {i: BPE_CHARACTERS * size / max(1.0, sizes.sum()) for i, size in enumerate(sizes.tolist())}
+    for number, record in training_pieces(sources, scanned, None):
+        if room[number] > 0:
+            room[number] -= len(record.content)
+            yield record.content
+        elif all(left <= 0 for left in room.values()):
+            return
+
+
+def _seal(
+    building: Path, sources: Sequence[Source], scanned: Scan, streams: Sequence[Stream], dtype: str, name: str
+) -> None:
+    """Writes `meta.json`, which vouches for every other file."""
+    for leftover in ("request", "scan.json", "documents.bin"):
+        (building / leftover).unlink()
+    facts = {key: scanned.facts[key] for key in ("empty", "skipped", "removed") if key in scanned.facts}
+    given = scanned.facts["train_documents"] < len(scanned.rows)
+    facts["split"] = "given" if given else scanned.split.rule
+    if given:
+        keys = scanned.rows["key"]
+        border = scanned.facts["train_documents"]
+        facts["eval_in_train"] = int(np.isin(keys[border:], keys[:border]).sum())
+    meta = {
+        "key": name,
+        "dtype": dtype,
+        "facts": facts,
+        "sources": [
+            {"name": s.name, "formats": formats, "files": [_identity(file) for file in s.files]}
+            for s, formats in zip(sources, scanned.facts["formats"], strict=True)
+        ],
+        "streams": [asdict(stream) for stream in streams],
+        "files": {path.name: _sha256(path) for path in sorted(building.iterdir())},
+    }
+    (building / META).write_text(json.dumps({"sha256": digest(json.dumps(meta)), "meta": meta}), encoding="utf-8")
+
+
+def _identity(file: DataFile) -> dict[str, Any]:
+    """A source file as it was: a later look tells whether it changed."""
+    path = str(file.path.resolve()) if file.container != "hub" else file.name
+    return {"path": path, "digest": file_digest(file), "container": file.container, "compression": file.compression}
 
 
 @contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
+def _locked(folder: Path, name: str, what: str) -> Iterator[None]:
     """Holds a lock, which the system frees when the process ends, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -169,101 +380,27 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 yield
-            except BaseException:  # half an entry would only fill the disk
+            except UNFINISHED:
+                raise
+            except BaseException:  # half of it would only fill the disk
                 shutil.rmtree(folder / f"{name}.building", ignore_errors=True)
                 raise
     except OSError as error:
         raise UserError(
-            f"the token cache {folder} cannot be written: {error}",
+            f"{what} cannot be written: {error}",
             fix="set LUMINA_CACHE to a folder you can write, with room for it",
         ) from None
 
 
-def _build(name: Path, entry: Path, sources: _Sources, foreign: Tokenizer | None, vocab: int, progress: Tell) -> None:
-    """Writes the entry of these sources and their tokenizer; the caller holds the lock of `name`.
-
-    Entries are named after their tokenizer, so that a run which brings its own BPE back finds it; "bpe" is a
-    link.
-    """
-    building = Path(f"{name}.building")
-    shutil.rmtree(building, ignore_errors=True)  # of a killed process
-    sides, facts = _sides(sources, progress)
-    tokenizer = foreign or _train(sides[0], vocab, progress)
-    tokenizer.save(building)
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    meta: dict[str, Any] = {"dtype": dtype, "facts": facts}
-    for side, documents in zip(SIDES, sides, strict=True):
-        _write_stream(building / f"{side}.bin", documents, tokenizer, dtype, progress)
-        text_bytes = sum(len(document.text.encode()) for document in documents)
-        meta[side] = {"text_bytes": text_bytes, "documents": len(documents)}
-    meta["files"] = {path.name: _sha256(path) for path in sorted(building.iterdir())}
-    (building / META).write_text(json.dumps({"sha256": digest(json.dumps(meta)), "meta": meta}))
-
-    final = Path(f"{name}-{tokenizer.fingerprint}")
-    shutil.rmtree(final, ignore_errors=True)  # if it was damaged
-    building.rename(final)
-    if entry != final:
-        entry.unlink(missing_ok=True)
-        entry.symlink_to(final.name)
-
-
-def _train(documents: Sequence[Document], vocab: int, progress: Tell) -> Tokenizer:
-    with whole("training the tokenizer", progress):
-        return train_bpe((document.text for document in documents), vocab)
-
-
-def _sides(sources: _Sources, progress: Tell) -> tuple[tuple[list[Document], list[Document]], dict[str, Any]]:
-    """Both sides in their final order, and what a reader should know of them."""
-    read = _read(sources, [], progress)
-    train, heldout = ([document for document in side if document.text] for side in read)
-    facts: dict[str, Any] = {"empty": sum(map(len, read)) - len(train) - len(heldout)}
-    for key, files, documents in (("train", sources.train, train), ("eval", sources.eval, heldout)):
-        if files and not documents:
-            raise UserError(f"data.{key}: no document has any text", fix="give files with text")
-    if sources.eval:
-        families = {document.family for document in train}
-        facts |= {"split": "given", "eval_in_train": sum(document.family in families for document in heldout)}
-    else:
-        train, heldout, facts["split"] = split.split(train)
-    for side in (train, heldout):
-        side.sort(key=lambda document: digest(document.text))
-    return (train, heldout), facts
-
-
-def _write_stream(path: Path, documents: Sequence[Document], tokenizer: Tokenizer, dtype: str, progress: Tell) -> None:
-    end = np.array([tokenizer.end_id], dtype).tobytes()
-    characters = sum(len(document.text) for document in documents)
-    batches = _batches(documents)
-    with path.open("wb") as stream:
-        stream.write(end)
-        for texts, closing in tracked(batches, "encoding", characters, progress, lambda b: sum(map(len, b[0]))):
-            for ids, closes in zip(tokenizer.encode_batch(texts), closing, strict=True):
-                stream.write(np.array(ids, dtype).tobytes() + (end if closes else b""))
-
-
-def _batches(documents: Sequence[Document]) -> Iterator[tuple[list[str], list[bool]]]:
-    """Pieces of about `ENCODE_CHARACTERS` together, and whether each closes its document."""
-    texts: list[str] = []
-    closing: list[bool] = []
-    size = 0
-    for document in documents:
-        *others, last = pieces(document.text)
-        for text, closes in (*((other, False) for other in others), (last, True)):
-            texts.append(text)
-            closing.append(closes)
-            size += len(text)
-            if size >= ENCODE_CHARACTERS:
-                yield texts, closing
-                texts, closing, size = [], [], 0
-    yield texts, closing
+# -- opening ------------------------------------------------------------------------------------------------
 
 
 def _damage(entry: Path) -> str | None:
-    """What is wrong with an entry: None if it is whole, "" if there is none."""
+    """What is wrong with a folder of shards: None if it is whole, "" if there is none."""
     if not os.path.exists(entry):  # False, too, where we may not look: `_locked` will say so
         return ""
     try:
-        stored = json.loads((entry / META).read_text())
+        stored = json.loads((entry / META).read_text(encoding="utf-8"))
         if digest(json.dumps(stored["meta"])) != stored["sha256"]:
             return f"{META} does not match its hash"
         for name, expected in stored["meta"]["files"].items():
@@ -274,36 +411,101 @@ def _damage(entry: Path) -> str | None:
     return None
 
 
+def _meta(entry: Path) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads((entry / META).read_text(encoding="utf-8"))["meta"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fix = "prepare it again: lumina data prepare … --out"
+        raise UserError(f"{entry / META}: cannot be read ({type(error).__name__}: {error})", fix) from None
+    return meta
+
+
 def _open(entry: Path) -> Corpus:
-    """Opens a whole entry. Its streams stay on disk until they are read."""
-    meta = json.loads((entry / META).read_text())["meta"]
-    train, heldout = (
-        Shard(np.memmap(entry / f"{side}.bin", mode="r", dtype=meta["dtype"]), **meta[side]) for side in SIDES
-    )
+    """Opens whole shards. Their streams stay on disk until they are read."""
+    meta = _meta(entry)
+    shards = [
+        Shard(entry, source["name"], Stream(**values), meta["dtype"], source["formats"])
+        for values in meta["streams"]
+        for source in [meta["sources"][values["source"]]]
+    ]
     tokenizer = Tokenizer.load(entry)
-    names = [*(meta["files"][f"{side}.bin"] for side in SIDES), tokenizer.fingerprint]
-    facts = {
-        "documents": {"train": train.documents, "heldout": heldout.documents},
-        "bytes": {"train": train.text_bytes, "heldout": heldout.text_bytes},
-        "tokens": {"train": len(train.tokens), "heldout": len(heldout.tokens)},
-        "bytes_per_token": round(train.text_bytes / len(train.tokens), 3),
+    names = [*meta["files"].values(), tokenizer.fingerprint]
+    train, heldout = (tuple(s for s in shards if s.stream.side == side) for side in ("train", "heldout"))
+    return Corpus(train, heldout, tokenizer, digest(" ".join(names))[:16], {**meta["facts"], "sources": meta["sources"]})
+
+
+def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell) -> Corpus:
+    """A prepared folder as one source. Raises `UserError` if it is damaged; a changed source is a fact."""
+    with whole(f"verifying {name}", progress):
+        damage = _damage(folder)
+    if damage:
+        raise UserError(f"{folder}: damaged shards: {damage}", fix="prepare them again: lumina data prepare … --out")
+    corpus = _open(folder)
+    changed = [f["path"] for source in corpus.facts["sources"] for f in source["files"] if _has_changed(f)]
+    facts = {**corpus.facts, "changed": changed, "sources": [{**s, "name": name} for s in corpus.facts["sources"]]}
+    named = (tuple(replace(s, name=name, weight=weight) for s in side) for side in (corpus.train, corpus.heldout))
+    return Corpus(*named, corpus.tokenizer, corpus.fingerprint, facts)
+
+
+def _has_changed(identity: dict[str, Any]) -> bool:
+    """Whether a file that shards were made of is another one now; one that is gone is not."""
+    path = Path(identity["path"])
+    if not path.is_file():
+        return False
+    file = DataFile(path, path.name, identity["container"], identity["compression"])
+    return file_digest(file) != identity["digest"]
+
+
+def _together(corpora: Sequence[Corpus], request: _Request, data: DataConfig) -> Corpus:
+    """All corpora as one, with what a reader should know of it."""
+    weights = [source.weight for source in request.sources]
+    names = [source.name for source in request.sources]
+    sides: dict[str, list[Shard]] = {"train": [], "heldout": []}
+    facts: dict[str, Any] = {"empty": 0, "skipped": [], "changed": [], "ignored_files": request.ignored}
+    for corpus in corpora:
+        prepared = "changed" in corpus.facts
+        for side, shards in (("train", corpus.train), ("heldout", corpus.heldout)):
+            if prepared:
+                sides[side] += shards
+            else:  # a cache entry may have been made of files of other names
+                sides[side] += [
+                    replace(s, name=names[s.stream.source], weight=weights[s.stream.source]) for s in shards
+                ]
+        facts["empty"] += corpus.facts["empty"]
+        facts["skipped"] += corpus.facts["skipped"]
+        facts["changed"] += corpus.facts.get("changed", [])
+        others = ("split", "eval_in_train", "removed", "cached", "rebuilt")
+        facts |= {key: corpus.facts[key] for key in others if key in corpus.facts}
+    total = {side: _sum(shards) for side, shards in sides.items()}
+    tokenizer = corpora[0].tokenizer
+    facts |= {
+        "documents": {side: sums.documents for side, sums in total.items()},
+        "bytes": {side: sums.text_bytes for side, sums in total.items()},
+        "tokens": {side: sums.tokens for side, sums in total.items()},
+        "bytes_per_token": round(total["train"].text_bytes / max(1, total["train"].tokens), 3),
         "vocab": tokenizer.vocab_size,
-        **meta["facts"],
+        "sources": [_told(shard) for shard in sides["train"]],
     }
-    return Corpus(train, heldout, tokenizer, digest(" ".join(names))[:16], facts)
+    print_ = digest(" ".join(corpus.fingerprint for corpus in corpora))[:16]
+    return Corpus(tuple(sides["train"]), tuple(sides["heldout"]), tokenizer, print_, facts)
 
 
-def _check_length(corpus: Corpus, seq_len: int) -> None:
-    """A sequence is `seq_len` inputs and their targets: one token more."""
-    tokens = {"training": len(corpus.train.tokens), "held-out": len(corpus.heldout.tokens)}
-    short = [f"the {side} side has {count} tokens" for side, count in tokens.items() if count <= seq_len]
-    if short:
-        given = corpus.facts["split"] == "given"
-        longest = min(tokens.values()) - 1
-        raise UserError(
-            f"corpus shorter than one sequence: {' and '.join(short)}; "
-            f"one sequence of model.seq_len={seq_len} needs {seq_len + 1}",
-            fix="give more text"
-            + ("" if given else ", or hold out a file of your own with data.eval=FILE")
-            + (f", or set model.seq_len to at most {longest}" if longest else ""),
-        )
+def _sum(shards: Sequence[Shard]) -> Stream:
+    total = Stream(0, "text", "")
+    for shard in shards:
+        total.documents += shard.stream.documents
+        total.text_bytes += shard.stream.text_bytes
+        total.tokens += shard.stream.tokens
+    return total
+
+
+def _told(shard: Shard) -> dict[str, Any]:
+    stream = shard.stream
+    told = {"name": shard.name, "kind": shard.kind, "documents": stream.documents, "tokens": stream.tokens}
+    told["formats"] = [name for name in shard.formats if (name == "text") == (shard.kind == "text")]
+    return told | ({"weight": shard.weight} if shard.weight is not None else {})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,61 +1,100 @@
-"""Which text is held out: whole families, chosen by hash, or the ends of the documents if those are few."""
+"""Which documents are held out: whole families, chosen by hash, or the ends of what there is if those are few.
+
+Decided from one number a document and 65,536 sums, whatever the size of the corpus. Files may move, be renamed or come
+in another order: the same documents are always split the same way.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from lumina.data.documents import Document
+import numpy as np
+from numpy.typing import NDArray
 
-RULE = 1  # raise it when the split of some corpus changes
+from lumina.data.records import KINDS, Kind, Record
+
+RULE = 2  # raise it when the split of some corpus changes
 SHARE = 0.03  # of the bytes that families hold out
-MOST = 0.05  # no family may bring the share above this
-TAIL = 0.05  # of each document, if no families make up at least half of SHARE
+MOST = 0.05  # no group of families may bring the share above this
+TAIL = 0.05  # of each text, or of the conversations, if no families make up at least half of SHARE
+BUCKETS = 1 << 16  # groups of families, by the first bits of their hash
+CHUNK = 1 << 20  # rows looked at once
 
 Rule = Literal["families", "tails"]
 
 
-def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document], Rule]:
-    """Training side, held-out side and the rule that fitted. Under "families" no family is on both sides.
+@dataclass(frozen=True)
+class Split:
+    """`heldout` says of each bucket whether it is held out; `tails`, of which kinds the ends are instead.
 
-    Files may move, be renamed or come in another order: the same texts are always split the same way.
+    Of conversations those from number `border` on are held out.
     """
-    families: dict[str, list[Document]] = defaultdict(list)
-    for document in documents:
-        families[document.family].append(document)
-    sizes = {family: sum(_bytes(member) for member in members) for family, members in families.items()}
-    total, held = sum(sizes.values()), 0
-    chosen: set[str] = set()
-    for family in sorted(families):
+
+    heldout: NDArray[np.bool_]
+    tails: frozenset[Kind]
+    border: int
+
+    @property
+    def rule(self) -> Rule:
+        return "tails" if self.tails else "families"
+
+    def parts(self, record: Record, key: int, before: int, chars: int, number: int) -> tuple[Record | None, Record | None]:
+        """What of a record is trained on and what is held out.
+
+        `before` characters of its document came earlier, of `chars` in all; `number` counts the conversations.
+        """
+        if record.kind not in self.tails:
+            return (None, record) if self.heldout[key >> 48] else (record, None)
+        if record.kind == "chat":
+            return (record, None) if number < self.border else (None, record)
+        cut = _cut(record.text, chars, before)
+        head, tail = record.text[:cut], record.text[cut:]
+        return (
+            Record(record.where, head, last=bool(tail) or record.last) if head else None,
+            Record(record.where, tail, last=record.last) if tail else None,
+        )
+
+
+def decide(rows: NDArray[Any]) -> Split:
+    """The split of documents with the columns `key`, `bytes`, `kind` (of `KINDS`)."""
+    sizes = {kind: _sizes(rows, number) for number, kind in enumerate(KINDS)}
+    chosen = _choose(sum(sizes.values(), np.zeros(BUCKETS)))
+    tails: set[Kind] = {kind for kind in KINDS if sizes[kind][chosen].sum() < SHARE / 2 * sizes[kind].sum()}
+    conversations = int((rows["kind"] == KINDS.index("chat")).sum())
+    border = min(conversations - 1, int(conversations * (1 - TAIL)))
+    return Split(chosen, frozenset(tails), border)
+
+
+def _sizes(rows: NDArray[Any], kind: int) -> NDArray[np.float64]:
+    """Bytes in each bucket."""
+    total = np.zeros(BUCKETS)
+    for start in range(0, len(rows), CHUNK):
+        some = rows[start : start + CHUNK]
+        some = some[some["kind"] == kind]
+        total += np.bincount((some["key"] >> np.uint64(48)).astype(np.int64), some["bytes"], BUCKETS)
+    return total
+
+
+def _choose(sizes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    total, held = sizes.sum(), 0.0
+    chosen = np.zeros(BUCKETS, dtype=np.bool_)
+    for bucket in np.flatnonzero(sizes).tolist():
         if held >= SHARE * total:
             break
-        if held + sizes[family] <= MOST * total:
-            chosen.add(family)
-            held += sizes[family]
-    if held < SHARE / 2 * total:
-        return *_tails(documents), "tails"
-    train = [document for document in documents if document.family not in chosen]
-    return train, [document for document in documents if document.family in chosen], "families"
+        if held + sizes[bucket] <= MOST * total:
+            chosen[bucket] = True
+            held += sizes[bucket]
+    return chosen
 
 
-def _tails(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    cuts = [_cut(document.text) for document in documents]
-    heads = [replace(d, text=d.text[:cut]) for d, cut in zip(documents, cuts, strict=True)]
-    tails = [replace(d, text=d.text[cut:]) for d, cut in zip(documents, cuts, strict=True)]
-    return [head for head in heads if head.text], [tail for tail in tails if tail.text]
-
-
-def _cut(text: str) -> int:
-    """Where the tail begins: after a line if one ends nearby, else after a word, else anywhere."""
-    nearby, cut = int(len(text) * (1 - 2 * TAIL)), int(len(text) * (1 - TAIL))
+def _cut(text: str, chars: int, before: int) -> int:
+    """Where in `text` the document's tail begins: after a line if one ends nearby, else after a word, else anywhere."""
+    nearby, cut = int(chars * (1 - 2 * TAIL)) - before, int(chars * (1 - TAIL)) - before
+    if cut >= len(text) or cut <= 0:
+        return max(0, min(cut, len(text)))
     for mark in "\n ":
-        border = text.rfind(mark, nearby, cut) + 1
+        border = text.rfind(mark, max(0, nearby), cut) + 1
         if border:
             return border
     return cut
-
-
-def _bytes(document: Document) -> int:
-    return len(document.text.encode())

@@ -10,17 +10,24 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from lumina.data import template
+from lumina.data.template import ChatTemplate
 from lumina.errors import UserError
 
 # "true" is the default, encode in threads; but unless it is set, a process that forks later prints a warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 FILE_NAME = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
 END = "<|end|>"
 SPECIALS = (END, "<|system|>", "<|user|>", "<|assistant|>")  # ids 0 to 3
 BYTES = 256
@@ -39,12 +46,22 @@ _PIECE_BORDER = re.compile(r"\S\r?\n(?=\S)")
 class Tokenizer:
     """Ids are below `vocab_size`; `end_id` stands before and after each document; `fingerprint` names all."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, name: str = "this tokenizer") -> None:
-        """Raises `UserError` about `name` if there is no usable token for the end of a document."""
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        name: str = "this tokenizer",
+        chat_template: str = "",
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        """`settings` are those of a tokenizer_config.json. Raises `UserError` about `name` if there is no usable token
+        for the end of a document."""
         inner.encode_special_tokens = True
         inner.no_truncation()  # published files often cut at 512 tokens, or pad
         inner.no_padding()
-        self._inner = inner
+        self._inner, self._name, self._settings = inner, name, settings or {}
+        self.specials: dict[str, int] = {
+            token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special
+        }
         ids = {token: inner.token_to_id(token) for token in FOREIGN_ENDS}
         end, end_id = next(((token, i) for token, i in ids.items() if i is not None), (None, None))
         if end is None or end_id is None:
@@ -53,7 +70,9 @@ class Tokenizer:
                 fix="add one of these to its added_tokens, as special",
             )
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-        self.end_id: int = end_id
+        self.end, self.end_id = end, end_id
+        own = self.specials.keys() >= set(SPECIALS)
+        self.chat_template = chat_template or (template.DEFAULT if own else "")
         try:
             ends_itself = self.end_id in self.encode(end)
         except Exception as error:  # the library raises nothing narrower
@@ -65,7 +84,19 @@ class Tokenizer:
                 fix=f'mark {end!r} in its added_tokens as "special": true',
             )
         canonical = json.dumps(json.loads(inner.to_str()), sort_keys=True)
-        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256((canonical + self.chat_template).encode()).hexdigest()[:16]
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """How it writes conversations. Raises `UserError` if it has no template for them."""
+        if not self.chat_template:
+            raise UserError(
+                f"{self._name} has no chat template: conversations cannot be written in its tokens",
+                fix=f"put {template.FILE_NAME} beside {FILE_NAME}, as transformers does",
+            )
+        bos, eos = (self._settings.get(key) or self.end for key in ("bos_token", "eos_token"))
+        names = (token["content"] if isinstance(token, dict) else str(token) for token in (bos, eos))
+        return ChatTemplate(self.chat_template, self, *names)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -81,12 +112,19 @@ class Tokenizer:
                 f"{file}: not a readable {FILE_NAME} ({error})",
                 fix="give a file that Hugging Face tokenizers wrote",
             ) from None
-        return cls(inner, str(file))
+        return cls(inner, str(file), *_beside(file.parent))
 
     def save(self, folder: str | Path) -> None:
-        """Writes `folder/tokenizer.json`."""
+        """Writes tokenizer.json, tokenizer_config.json and, if there is one, chat_template.jinja, as transformers
+        reads them."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._inner.save(str(Path(folder, FILE_NAME)))
+        ends = {"bos_token": self.end, "eos_token": self.end}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **ends, **self._settings}
+        settings.pop("chat_template", None)
+        Path(folder, SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if self.chat_template:
+            Path(folder, template.FILE_NAME).write_text(self.chat_template, encoding="utf-8", newline="")
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -100,12 +138,45 @@ class Tokenizer:
             ids[i] += encoding.ids
         return ids
 
+    def encode_arrays(self, texts: Sequence[str], dtype: str) -> list[NDArray[Any]]:
+        """The ids of each text as an array, in parallel."""
+        cut = [(i, piece) for i, text in enumerate(texts) for piece in pieces(text)]
+        encoded = self._inner.encode_batch_fast([piece for _, piece in cut], add_special_tokens=False)
+        ids: list[list[NDArray[Any]]] = [[] for _ in texts]
+        for (i, _), encoding in zip(cut, encoded, strict=True):
+            ids[i].append(np.array(encoding.ids, dtype))
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text, and at which of its characters each begins."""
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def stream(self) -> TextStream:
         return TextStream(self)
+
+
+def _beside(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The chat template and the settings that lie beside a tokenizer.json, as transformers finds them."""
+    settings: dict[str, Any] = {}
+    try:
+        if (folder / SETTINGS).is_file():
+            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError("no object")
+        file = folder / template.FILE_NAME
+        source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template") or ""
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: the settings of its tokenizer cannot be read: {error}", f"mend {SETTINGS}") from None
+    if not isinstance(source, str):
+        raise UserError(
+            f"{folder / SETTINGS}: several chat templates", f"put the one to use into {template.FILE_NAME}"
+        )
+    return source, settings
 
 
 class TextStream:
