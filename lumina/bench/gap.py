@@ -31,7 +31,7 @@ def measure(run: Run) -> tuple[int, dict[str, Realised]]:
         )
     model = load(run)
     corpus = setup.load_data(config, tokenizer=str(run.tokenizer))
-    text = Heldout(corpus.heldout, config.model.seq_len, 1, corpus.tokenizer.end_id)
+    text = Heldout(corpus.of("heldout", "text"), config.model.seq_len, 1, corpus.tokenizer.end_id)
     return model.step, routing_gap(model.transformer, text, Precision("fp32", "fp32", "cpu"))
 
 

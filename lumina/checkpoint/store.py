@@ -206,6 +206,11 @@ def _publish(aside: Path, final: Path) -> None:
 # -- finding and verifying ----------------------------------------------------------------------------------
 
 
+def fingerprint(path: Path) -> str:
+    """Names the content of a complete checkpoint."""
+    return hashlib.sha256((path / COMPLETE).read_bytes()).hexdigest()
+
+
 def verify(path: Path, progress: Tell = silent) -> list[str]:
     """What is wrong with a checkpoint: one sentence for each thing that is not as COMPLETE says."""
     try:

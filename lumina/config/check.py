@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from lumina.config import yaml12
 from lumina.config.names import sections
 from lumina.config.schema.base import Problem
-from lumina.config.schema.config import Config, batch_problems, length_problems
+from lumina.config.schema.config import Config, batch_problems, length_problems, phase_problems
 from lumina.errors import UserError
 
 # pydantic's messages in our words, by error type.
@@ -27,6 +27,10 @@ _MESSAGES = {
     "finite_number": "must be finite",
     "too_short": "must not be empty",
     "value_error": "{error}",
+    "extra_forbidden": "unknown",
+    "model_type": "settings are needed, such as {{at: 0.7, data: chat}}",
+    "model_attributes_type": "settings are needed, such as {{at: 0.7, data: chat}}",
+    "tuple_type": "a list is needed",
 }
 
 
@@ -46,6 +50,8 @@ def build(values: Mapping[str, Any], origins: Mapping[str, str], problems: Seque
             found += [_translate(name, detail) for detail in error.errors()]
     if "model" in built and "train" in built:
         found += batch_problems(built["model"], built["train"]) + length_problems(built["model"], built["train"])
+    if "data" in built and "train" in built:
+        found += phase_problems(built["data"], built["train"])
     lines = [*problems, *(_describe(problem, values, origins) for problem in found)]
     if lines:
         count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"

@@ -34,7 +34,7 @@ from lumina.config.schema.base import Section
 from lumina.config.schema.config import Config
 from lumina.config.schema.train import LENGTHS
 
-__all__ = ["Resolved", "flatten", "presets", "read", "request_hash", "resolve", "settle", "write"]
+__all__ = ["Resolved", "adopt", "flatten", "presets", "read", "request_hash", "resolve", "settle", "write"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,21 @@ def settle(resolved: Resolved, choices: Mapping[str, tuple[Any, str]]) -> Resolv
     values |= {key: value for key, (value, _) in choices.items()}
     origins = {key: origin for key, origin in origins.items() if key in values}
     origins |= {key: f"resolved: {why}" for key, (_, why) in choices.items()}
+    config = build(values, origins)
+    return replace(resolved, config=config, origins=_complete(origins, flatten(config)))
+
+
+def adopt(resolved: Resolved, other: Config, name: str) -> Resolved:
+    """The model of another configuration, which is called `name`, in place of what the user left to the preset.
+
+    Raises `UserError` if the two do not go together.
+    """
+    mine, theirs = flatten(resolved.config), flatten(other)
+    chosen = {key for key, origin in resolved.origins.items() if not origin.startswith(("preset", "default"))}
+    taken = {key: value for key, value in theirs.items() if key.startswith("model.") and key not in chosen}
+    values = {key: value for key, value in mine.items() if not key.startswith("model.") or key in chosen} | taken
+    origins = {key: origin for key, origin in resolved.origins.items() if key in values}
+    origins |= dict.fromkeys(taken, f"resolved: that of {name}")
     config = build(values, origins)
     return replace(resolved, config=config, origins=_complete(origins, flatten(config)))
 

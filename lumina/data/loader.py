@@ -157,22 +157,11 @@ class Loader:
         return Blend(pools, weights, (*key, 4))
 
     def _pool(self, shards: list[int], key: tuple[int, ...], curriculum: CurriculumConfig, until: int) -> Draw:
-        pool = _Scattered(shards, Pool([len(self.windows[i]) for i in shards], 0, key))
+        pool = Pool(shards, [len(self.windows[i]) for i in shards], key)
         if not until:
             return pool
         difficulty = np.concatenate([_difficulty(self.shards[i], self.windows[i]) for i in shards])
-        return _Scattered(shards, Paced(pool.draw, difficulty, until, curriculum.start))  # type: ignore[arg-type]
-
-
-class _Scattered:
-    """A pool whose shards are not numbered one after the other."""
-
-    def __init__(self, shards: Sequence[int], draw: Draw) -> None:
-        self.shards, self.draw = np.array(shards), draw
-
-    def __call__(self, n: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        shards, windows = self.draw(n)
-        return self.shards[shards], windows
+        return Paced(pool, difficulty, until, curriculum.start)
 
 
 def _difficulty(shard: Shard, windows: TextWindows | ChatWindows) -> NDArray[np.floating]:

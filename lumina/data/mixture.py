@@ -26,11 +26,11 @@ class Draw(Protocol):
 
 
 class Pool:
-    """Windows of several shards as one, each once an epoch. `first` is the number of its first shard."""
+    """Windows of the shards with these numbers as one, each once an epoch."""
 
-    def __init__(self, sizes: Sequence[int], first: int, key: tuple[int, ...]) -> None:
-        self.borders = np.cumsum([0, *sizes])
-        self.first, self.key, self.size = first, key, int(sum(sizes))
+    def __init__(self, shards: Sequence[int], sizes: Sequence[int], key: tuple[int, ...]) -> None:
+        self.shards, self.borders = np.array(shards), np.cumsum([0, *sizes])
+        self.key, self.size = key, int(sum(sizes))
 
     def __call__(self, n: Ids) -> tuple[Ids, Ids]:
         epochs, positions = np.divmod(n, self.size)
@@ -42,7 +42,7 @@ class Pool:
 
     def located(self, ids: Ids) -> tuple[Ids, Ids]:
         shard = np.searchsorted(self.borders, ids, side="right") - 1
-        return shard + self.first, ids - self.borders[shard]
+        return self.shards[shard], ids - self.borders[shard]
 
 
 class Paced:

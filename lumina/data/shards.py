@@ -108,6 +108,7 @@ def prepare(
     data: DataConfig,
     *,
     vocab: int,
+    seq_len: int,
     tokenizer: str = "",
     cache: Path | None = None,
     progress: Tell = silent,
@@ -116,7 +117,8 @@ def prepare(
 
     The tokenizer is `tokenizer`, or `data.tokenizer`: "bpe", trained here on the training side with at most `vocab`
     ids, or the path of a tokenizer.json, which brings its own ids. Prepared folders are taken as they are, with their
-    tokenizer. `cache` is $LUMINA_CACHE or ~/.cache/lumina. Raises `UserError` for data that cannot be read.
+    tokenizer. `cache` is $LUMINA_CACHE or ~/.cache/lumina. Raises `UserError` for data that cannot be read, that
+    `data.mode` has no use for, or that is shorter than one sequence of `seq_len` tokens.
     """
     start = time.perf_counter()
     request = _find(data)
@@ -127,6 +129,8 @@ def prepare(
         folder = cache or Path(os.environ.get("LUMINA_CACHE") or "~/.cache/lumina").expanduser()
         corpora.append(_cached(request, data, own, vocab, folder, progress))
     corpus = _together(corpora, request, data)
+    _check_kinds(data.mode, [(s.name, s.kind, next(iter(s.formats), s.kind)) for s in corpus.train])
+    _check_length(corpus, seq_len)
     corpus.facts["seconds"] = round(time.perf_counter() - start, 3)
     return corpus
 
@@ -253,7 +257,7 @@ def _cached(
             if damage is not None:
                 built = True
                 building = folder / f"{stem}.building"
-                made = _build(building, request, data, own, vocab, name, progress)
+                made = _build(building, request, data, own, vocab, name, progress, data.mode)
                 # Named after the tokenizer, so that a run which brings its own BPE back finds it; "bpe" is a link.
                 final = folder / f"{stem}-{made.fingerprint}"
                 shutil.rmtree(final, ignore_errors=True)  # if it was damaged
@@ -269,7 +273,8 @@ def _cached(
 
 
 def _build(
-    building: Path, request: _Request, data: DataConfig, own: Tokenizer | None, vocab: int, name: str, progress: Tell
+    building: Path, request: _Request, data: DataConfig, own: Tokenizer | None, vocab: int, name: str, progress: Tell,
+    mode: str = "",
 ) -> Tokenizer:
     """Writes the shards of a request into `building`, going on with what a killed process left there of the same."""
     began = building / "request"
@@ -284,6 +289,8 @@ def _build(
     except (OSError, ValueError):
         scanned = scan(sources, building, data.quality, Problems(data.skip_bad), progress, check)
     _require_text(scanned, sources)
+    if mode:
+        _check_kinds(mode, _kinds(scanned, sources))
     try:
         tokenizer = Tokenizer.load(building)
     except UserError:
@@ -294,7 +301,7 @@ def _build(
         streams = write_streams(sources, scanned, tokenizer, dtype, building, data.buffer, progress, check)
     except ValueError:  # a disk that lost power: nothing there can be relied on
         shutil.rmtree(building)
-        return _build(building, request, data, own, vocab, name, progress)
+        return _build(building, request, data, own, vocab, name, progress, mode)
     _seal(building, sources, scanned, streams, dtype, name)
     return tokenizer
 
@@ -319,6 +326,32 @@ def _require_text(scanned: Scan, sources: Sequence[Source]) -> None:
             raise UserError(f"{key}: no document has any text", fix="give files with text")
         if numbers and scanned.rows["removed"][mine].all():
             raise UserError(f"{key}: data.quality removes every document", fix="set its limits less strictly")
+
+
+def _kinds(scanned: Scan, sources: Sequence[Source]) -> list[tuple[str, Kind, str]]:
+    """The name, kind and format of what each source of the training side holds."""
+    found: list[tuple[str, Kind, str]] = []
+    for source, formats in zip(sources, scanned.facts["formats"], strict=True):
+        if source.side == "train":
+            found += [(source.name, "text" if name == "text" else "chat", name) for name in formats]
+    return found
+
+
+def _check_kinds(mode: str, found: Sequence[tuple[str, Kind, str]]) -> None:
+    """Raises `UserError` if there is what `data.mode` has no use for, or not what it needs."""
+    wanted = {"base": {"text"}, "finetune": {"chat"}}.get(mode, {"text", "chat"})
+    words = {"text": "texts", "chat": "conversations"}
+    problems = [
+        f"{name} holds {words[kind]}" + (f" ({format})" if kind == "chat" else "")
+        for name, kind, format in found
+        if kind not in wanted
+    ]
+    problems += [f"there are no {words[kind]}" for kind in sorted(wanted - {kind for _, kind, _ in found})]
+    if problems:
+        has = {kind for _, kind, _ in found}
+        modes = "hybrid_interleaved or hybrid_sequential" if len(has) > 1 else "base" if has == {"text"} else "finetune"
+        fix = f"set data.mode={modes}, or leave it out of data.train"
+        raise UserError.collect(problems, f"data.mode={mode} reads {' and '.join(words[k] for k in sorted(wanted))}", fix)
 
 
 def _train(sources: Sequence[Source], scanned: Scan, vocab: int, progress: Tell) -> Tokenizer:
@@ -509,3 +542,22 @@ def _told(shard: Shard) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_length(corpus: Corpus, seq_len: int) -> None:
+    """Of texts both sides fill at least one sequence: `seq_len` inputs and their targets, one token more."""
+    sides = {"training": corpus.of("train", "text"), "held-out": corpus.of("heldout", "text")}
+    tokens = {side: sum(len(shard.tokens) for shard in shards) for side, shards in sides.items() if shards}
+    if not corpus.heldout:
+        raise UserError("nothing can be held out of so little", fix="give more, or hold out a file with data.eval=FILE")
+    short = [f"the {side} side has {count} tokens" for side, count in tokens.items() if count <= seq_len]
+    if short:
+        given = corpus.facts.get("split") == "given"
+        longest = min(tokens.values()) - 1
+        raise UserError(
+            f"corpus shorter than one sequence: {' and '.join(short)}; "
+            f"one sequence of model.seq_len={seq_len} needs {seq_len + 1}",
+            fix="give more text"
+            + ("" if given else ", or hold out a file of your own with data.eval=FILE")
+            + (f", or set model.seq_len to at most {longest}" if longest else ""),
+        )

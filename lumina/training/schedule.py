@@ -1,36 +1,71 @@
-"""Learning rate and depth capacity as pure functions of the step: resuming and skipping steps need no state."""
+"""Phases, learning rate and depth capacity as pure functions of the step: resuming and skipping steps need no state."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
+from lumina.config.schema.data import DataConfig
 from lumina.config.schema.model import MoDConfig
-from lumina.config.schema.train import TrainConfig
+from lumina.config.schema.train import Phase, TrainConfig
 from lumina.config.units import span
 
 
-def decay_start(train: TrainConfig, steps: int) -> int:
-    """The last step before the final decay; router biases are frozen after it."""
-    return steps - span(train.decay, steps)
+DATA = {"base": "text", "finetune": "chat", "hybrid_sequential": "both", "hybrid_interleaved": "both"}  # of a mode
 
 
-def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
-    """The rate of step `step`, counted from 1, of a run of `steps`.
+@dataclass(frozen=True)
+class Part:
+    """A phase of the run: steps `begin` + 1 to `end`, on `data` (text, chat or both), with a schedule of its own."""
 
-    `wsd`: linear warm-up, constant, linear decay towards 0 (Hägele et al. 2024, 2405.18392). `cosine`: linear
-    warm-up, then half a cosine towards 0.
+    begin: int
+    end: int
+    data: str
+    lr: float
+    warmup: int  # steps
+    decay: int  # steps
+
+    def rate(self, step: int, schedule: str) -> float:
+        """The learning rate of step `step` of the run, counted from 1.
+
+        `wsd`: linear warm-up, constant, linear decay towards 0 (Hägele et al. 2024, 2405.18392). `cosine`: linear
+        warm-up, then half a cosine towards 0.
+        """
+        step, steps = step - self.begin, self.end - self.begin
+        if step <= self.warmup:
+            return self.lr * step / self.warmup
+        if schedule == "cosine":
+            progress = (step - 1 - self.warmup) / max(1, steps - self.warmup)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        start = steps - self.decay
+        return self.lr if step <= start else self.lr * (steps - step + 1) / (self.decay + 1)
+
+
+def parts(train: TrainConfig, data: DataConfig, steps: int) -> list[Part]:
+    """The phases of a run of `steps`: those of `train.phases`, or one; `hybrid_sequential` has two by itself.
+
+    Each warms up, and decays at its end, for its own share of its own steps.
     """
-    warmup = span(train.warmup, steps)
-    if step <= warmup:
-        return train.lr * step / warmup
-    if train.schedule == "cosine":
-        progress = (step - 1 - warmup) / max(1, steps - warmup)
-        return train.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    start = decay_start(train, steps)
-    if step <= start:
-        return train.lr
-    return train.lr * (steps - step + 1) / (steps - start + 1)
+    mode, ratio = data.mode, data.base_ratio
+    phases = train.phases or (Phase(),)  # type: ignore[call-arg]  # pydantic gives the defaults
+    if mode == "hybrid_sequential" and not train.phases:
+        phases = Phase(data="text"), Phase(at=ratio, data="chat")  # type: ignore[call-arg]
+    begins = [span(phase.at, steps) for phase in phases]
+    made = []
+    for phase, begin, end in zip(phases, begins, [*begins[1:], steps], strict=True):
+        length = end - begin
+        warmup = span(train.warmup if phase.warmup is None else phase.warmup, length)
+        decay = max(0, min(span(train.decay, length), length - warmup))
+        wanted = DATA[mode] if phase.data == "both" else phase.data
+        made.append(Part(begin, end, wanted, train.lr if phase.lr is None else phase.lr, warmup, decay))
+    return made
+
+
+def rate(phases: Sequence[Part], schedule: str, step: int) -> float:
+    """The learning rate of step `step`, counted from 1."""
+    return next(phase for phase in reversed(phases) if step > phase.begin).rate(step, schedule)
 
 
 def depth_stages(mod: MoDConfig, steps: int) -> list[tuple[float, int]]:

@@ -8,27 +8,32 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lumina.config.resolve import Resolved, settle
+from lumina.checkpoint import store
+from lumina.config.resolve import Resolved, adopt, read, settle
 from lumina.config.schema.config import Config
-from lumina.data.loader import Loader
+from lumina.data.loader import DataPhase, Heldout, Loader
+from lumina.data.records import KINDS, Kind
 from lumina.data.shards import Corpus, prepare
-from lumina.data.tokenizer import BYTES, SPECIALS
+from lumina.data.tokenizer import BYTES, SPECIALS, Tokenizer
 from lumina.errors import UserError
 from lumina.model import cost
 from lumina.model.transformer import Transformer
 from lumina.parallel import sharding
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
+from lumina.run.folder import Run
 from lumina.training import machine
 from lumina.training.optim import Optimizer
 from lumina.training.precision import DTYPES, LossScale, Precision
-from lumina.training.schedule import depth_stages
+from lumina.training.schedule import Part, depth_stages
+from lumina.training.schedule import parts as parts_of_run
 from lumina.training.step import Step, train_step
 
 VOCAB_MULTIPLE = 64  # rows of the embedding: matmuls like round numbers
@@ -46,10 +51,23 @@ class Parts:
     model: Transformer
     optimizer: Optimizer
     loader: Loader
+    phases: list[Part]
     precision: Precision
     plan: Step
     cost: cost.Cost
     world: World
+
+    @property
+    def main_kind(self) -> Kind:
+        """What decides which evaluation is the best: what the run ends on, texts where it ends on both."""
+        kind: Kind = "chat" if self.config.data.mode in ("finetune", "hybrid_sequential") else "text"
+        return kind if self.corpus.of("heldout", kind) else next(k for k in KINDS if self.corpus.of("heldout", k))
+
+    def heldout(self, kind: Kind, tokens: int) -> Heldout:
+        """The held-out side of a kind, in batches of about so many tokens."""
+        seq_len, end_id = self.config.model.seq_len, self.corpus.tokenizer.end_id
+        sequences = max(1, tokens // seq_len)
+        return Heldout(self.corpus.of("heldout", kind), seq_len, sequences, end_id, self.config.data.train_on)
 
     @property
     def steps(self) -> int:
@@ -63,16 +81,57 @@ def load_data(config: Config, tokenizer: str | None = None, world: World = ALONE
     The main process prepares it, the others find it in the cache, which several machines have to share.
     """
     load = partial(
-        prepare,
-        train=config.data.train,
-        eval=config.data.eval,
-        tokenizer=tokenizer or config.data.tokenizer,
-        vocab=config.model.vocab,
-        seq_len=config.model.seq_len,
+        prepare, config.data, tokenizer=tokenizer or "", vocab=config.model.vocab, seq_len=config.model.seq_len
     )
     loaded: list[Corpus] = []
     world.decide(lambda: loaded.append(load(progress=progress)))
     return world.each(lambda: loaded[0] if loaded else load())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What `train.init_from` names: a run, and the checkpoint whose weights are taken."""
+
+    run: Run
+    checkpoint: store.Checkpoint
+
+
+def origin(config: Config) -> Origin | None:
+    """Finds `train.init_from`. Raises `UserError` if it is no run with a complete checkpoint of a whole model."""
+    if not config.train.init_from:
+        return None
+    path = Path(config.train.init_from).expanduser()
+    is_checkpoint = store.STEP.fullmatch(path.resolve().name) is not None
+    run = Run.open(path.resolve().parent.parent if is_checkpoint else path)
+    found = store.read(path) if is_checkpoint else store.newest(run.checkpoints)[0]
+    if found is None:
+        raise UserError(f"train.init_from: {run.path}: no complete checkpoint", fix="let it train until it saves one")
+    if read(run.config).config.train.lora.rank:
+        fix = f"merge it, and begin with the result: lumina lora merge {run.path}"
+        raise UserError(f"train.init_from: {run.path} holds adapters beside its weights", fix)
+    return Origin(run, found)
+
+
+def begin_with(resolved: Resolved, start: Origin | None) -> Resolved:
+    """The request with the model of its `origin`, and the exact checkpoint in place of the run's name."""
+    if start is None:
+        return resolved
+    own = resolved.config.data.tokenizer
+    if own != "bpe" and Tokenizer.load(own).fingerprint != Tokenizer.load(start.run.tokenizer).fingerprint:
+        raise UserError(
+            f"data.tokenizer={own}: another tokenizer than that of train.init_from={start.run.path}",
+            fix="leave data.tokenizer out: the run's own is used",
+        )
+    adopted = adopt(resolved, read(start.run.config).config, str(start.run.path))
+    why = f"newest complete checkpoint of {resolved.config.train.init_from}"
+    return settle(adopted, {"train.init_from": (str(start.checkpoint.path), why)})
+
+
+def load_origin(parts: Parts) -> None:
+    """The weights of `train.init_from`; whatever else a model has keeps its initial values."""
+    start = parts.world.each(lambda: origin(parts.config))
+    if start is not None:
+        store.load(start.checkpoint, parts.model.tensors(), world=parts.world)
 
 
 def settle_all(
@@ -157,7 +216,8 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
     torch.use_deterministic_algorithms(config.train.deterministic)
     precision = Precision.of(config.precision, config.parallel.device)
     model = build_model(config, precision, world)
-    sequences = config.train.batch_tokens // config.model.seq_len
+    sequences, steps = config.train.batch_tokens // config.model.seq_len, config.train.steps or 0
+    phases = parts_of_run(config.train, config.data, steps)
     return Parts(
         config=config,
         corpus=corpus,
@@ -165,7 +225,16 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
         optimizer=Optimizer(
             model, config.train, world, LossScale(config.parallel.device) if config.precision.mode == "fp16" else None
         ),
-        loader=Loader(corpus.train, config.model.seq_len, sequences, config.train.seed, corpus.tokenizer.end_id),
+        loader=Loader(
+            corpus,
+            config.data,
+            [DataPhase(phase.begin, phase.data) for phase in phases],
+            config.model.seq_len,
+            sequences,
+            config.train.seed,
+            steps,
+        ),
+        phases=phases,
         precision=precision,
         plan=Step(
             micro_batches=sequences // world.size // int(config.train.micro_batch),
@@ -251,5 +320,9 @@ def description(parts: Parts) -> dict[str, Any]:
         "compile": config.train.compile,
         "processes": parts.world.size,
         "vocab": config.model.vocab,
-        "data": corpus.facts,
+        "data": corpus.facts | parts.loader.facts,
+        "mode": config.data.mode,
+        "phases": [asdict(phase) for phase in parts.phases],
+        "lora": config.train.lora.rank,
+        "init_from": config.train.init_from,
     }

@@ -55,7 +55,7 @@ def train_step(
     device, scale = model.embed.weight.device, optimizer.loss_scale
     sums = torch.zeros(3, device=device)
     stats: list[RoutingStats] = []
-    tokens = batch.targets
+    tokens = max(1, batch.targets)  # of conversations, a small batch may count none
     for micro in batch.split(plan.world.size)[plan.world.rank].split(plan.micro_batches):
         micro = micro.to(device)
         with precision.training():

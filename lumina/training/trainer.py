@@ -21,7 +21,7 @@ from typing import Any
 
 from lumina.checkpoint import retention, store
 from lumina.config.resolve import Resolved, read, request_hash, resolve, write
-from lumina.data.loader import Heldout
+from lumina.data.records import KINDS
 from lumina.data.shards import Corpus, data_fingerprint
 from lumina.data.tokenizer import Tokenizer
 from lumina.errors import UserError
@@ -37,7 +37,7 @@ from lumina.training.evaluate import Evaluation, evaluate
 from lumina.training.observer import Observer
 from lumina.training.probe import TOKENS as PROBE_TOKENS
 from lumina.training.probe import Probe
-from lumina.training.schedule import decay_start, depth_capacity, learning_rate
+from lumina.training.schedule import depth_capacity, rate
 from lumina.training.state import Lagged, Progress, pack, unpack
 from lumina.training.step import train_step
 
@@ -81,14 +81,18 @@ class Trainer:
         Started by torchrun, all its processes call this; listeners hear of it in the main process only.
         """
         world = join()
+        start = world.each(lambda: setup.origin(self.resolved.config))
+        asked, self.resolved = self.resolved, setup.begin_with(self.resolved, start)
         world.decide(lambda: memory.require(self.resolved, world.size, world.local_size))
-        request, known, self.already_finished = world.decide(self._look_up)
+        request, known, self.already_finished = world.decide(lambda: self._look_up(asked, start))
         if known is not None:
             return resume(known, self.listeners, self.progress)
-        corpus = setup.load_data(self.resolved.config, world=world, progress=self.progress)
+        own = str(start.run.tokenizer) if start else None
+        corpus = setup.load_data(self.resolved.config, tokenizer=own, world=world, progress=self.progress)
         settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress)
         with whole("building the model", self.progress):
             parts = setup.build(settled.config, corpus, world)
+            setup.load_origin(parts)
         meta = {
             "request": request,
             "data": corpus.fingerprint,
@@ -102,13 +106,15 @@ class Trainer:
             Session(run, settled, parts, rate, self.listeners, self.progress).train()
         return run
 
-    def _look_up(self) -> tuple[str, Run | None, bool]:
-        """The hash of this request, the run that answers it if there is one, and whether that is finished."""
-        data = self.resolved.config.data
-        content = data_fingerprint(data.train, data.eval, self.progress)
+    def _look_up(self, asked: Resolved, start: setup.Origin | None) -> tuple[str, Run | None, bool]:
+        """The hash of what was asked, the run that answers it if there is one, and whether that is finished."""
+        data = asked.config.data
+        content = data_fingerprint(data, self.progress)
         if data.tokenizer != "bpe":
             content += Tokenizer.load(data.tokenizer).fingerprint
-        request = request_hash(self.resolved, content)
+        if start:
+            content += store.fingerprint(start.checkpoint.path)
+        request = request_hash(asked, content)
         known, status = (None, "none") if self.fresh else index.newest(self.root, request)
         return request, known, status == "finished"
 
@@ -144,6 +150,8 @@ def resume(run: Run, listeners: Sequence[Listener] = (), progress: Tell = silent
         config = setup.adapt(resolved, meta["processes"], world)
         with whole("building the model", progress):
             parts = setup.build(config, corpus, world)
+            if not store.checkpoints(run.checkpoints):
+                setup.load_origin(parts)
         Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress).train()
     return run
 
@@ -196,11 +204,11 @@ class Session:
             "data": parts.corpus.fingerprint,
             "kind": self.config.model.kind,
         }
-        seq_len, end_id = self.config.model.seq_len, parts.corpus.tokenizer.end_id
-        looked_at = Heldout(parts.corpus.heldout, seq_len, max(1, PROBE_TOKENS // seq_len), end_id)[0]
+        looked_at = parts.heldout(parts.main_kind, PROBE_TOKENS)[0]
         self.probe = Probe(parts.model, looked_at, parts.precision)
         self.observer = Observer(parts, self.peak, self._emit)
-        self.freeze_from = decay_start(self.config.train, parts.steps)
+        self.freeze_from = parts.steps - parts.phases[-1].decay
+        self.heldout = {kind: parts.heldout(kind, EVAL_TOKENS) for kind in KINDS if parts.corpus.of("heldout", kind)}
         self.progress = Progress()
         self.pending: Lagged | None = None
         self.last_eval: tuple[int, Evaluation] | None = None
@@ -229,6 +237,7 @@ class Session:
         """The next step, then what is due after it."""
         parts, progress, train = self.parts, self.progress, self.config.train
         step = progress.step + 1
+        self._tell_phase(step)
         capacity = self._capacity(step)
         for router in parts.model.routers:
             router.capacity = capacity
@@ -236,7 +245,7 @@ class Session:
             parts.model,
             parts.optimizer,
             parts.loader.batch(step - 1),
-            learning_rate(train, step, parts.steps),
+            rate(parts.phases, train.schedule, step),
             parts.plan,
             parts.precision,
             freeze_bias=step > self.freeze_from,
@@ -257,6 +266,14 @@ class Session:
         if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
             self._save()
 
+    def _tell_phase(self, step: int) -> None:
+        """A change that was planned: so says an event, for whoever would take it for a fault."""
+        for number, phase in enumerate(self.parts.phases):
+            if len(self.parts.phases) > 1 and step == phase.begin + 1:
+                told = {"data": phase.data, "lr": phase.lr, "warmup": phase.warmup, "decay": phase.decay}
+                steps = phase.end - phase.begin
+                self._emit("phase", step=step, phase=number + 1, of=len(self.parts.phases), steps=steps, **told)
+
     def _capacity(self, step: int) -> float:
         """What depth routers take of a sequence in this step."""
         mod = self.config.model.mod
@@ -274,32 +291,34 @@ class Session:
         self.observer(self.progress, values)
 
     def _evaluate(self) -> None:
-        """Evaluates all held-out tokens with the causal routing; its time is not training time."""
-        parts, start, mod = self.parts, time.perf_counter(), self.config.model.mod
-        seq_len, end_id = self.config.model.seq_len, parts.corpus.tokenizer.end_id
-        result = evaluate(
-            parts.model,
-            Heldout(parts.corpus.heldout, seq_len, max(1, EVAL_TOKENS // seq_len), end_id),
-            parts.corpus.heldout.text_bytes,
-            parts.precision,
-            mod.capacity if mod else None,
-            self.world,
-            self.told,
-        )
-        if mod and self._capacity(self.progress.step) != mod.capacity:
-            result = replace(result, comparable=False)  # it still computes more than it will
-        seconds = time.perf_counter() - start
-        self._emit(
-            "eval",
-            step=self.progress.step,
-            tokens=self.progress.tokens,
-            split="heldout",
-            routing="causal",
-            seconds=round(seconds, 3),
-            **result.fields(),
-        )
-        self.last_eval = self.progress.step, result
-        self.last += seconds
+        """Evaluates all held-out tokens of each kind with the causal routing; its time is not training time."""
+        parts, begin, mod = self.parts, time.perf_counter(), self.config.model.mod
+        for kind, batches in self.heldout.items():
+            start = time.perf_counter()
+            result = evaluate(
+                parts.model,
+                batches,
+                batches.text_bytes,
+                parts.precision,
+                mod.capacity if mod else None,
+                self.world,
+                self.told,
+            )
+            if mod and self._capacity(self.progress.step) != mod.capacity:
+                result = replace(result, comparable=False)  # it still computes more than it will
+            self._emit(
+                "eval",
+                step=self.progress.step,
+                tokens=self.progress.tokens,
+                split="heldout" if kind == parts.main_kind else f"heldout {kind}",
+                data=kind,
+                routing="causal",
+                seconds=round(time.perf_counter() - start, 3),
+                **result.fields(),
+            )
+            if kind == parts.main_kind:
+                self.last_eval = self.progress.step, result
+        self.last += time.perf_counter() - begin
 
     def _look(self) -> None:
         """Tells what the probe sees; its time is not training time."""
