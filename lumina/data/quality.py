@@ -58,13 +58,12 @@ class Quality:
         if not config.active:
             raise ValueError("data.quality removes nothing: every limit is 0")
         self._config = config
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = TemporaryDirectory(prefix="quality-", dir=folder)
+        self._store = _Store(folder)
         self._verdicts = bytearray()
-        self._sizes = _Column(self._folder, "sizes", np.uint64)
-        self._prefixes = _Column(self._folder, "prefixes", np.uint64) if config.exact else None
-        self._near = _Near(self._folder, config.near) if config.near else None
-        self._notes = _Notes(self._folder) if config.exact or config.near else None
+        self._sizes = self._store.column("sizes", np.uint64)
+        self._prefixes = self._store.column("prefixes", np.uint64) if config.exact else None
+        self._near = _Near(self._store, config.near) if config.near else None
+        self._notes = _Notes(self._store) if config.exact or config.near else None
         self._examples: dict[int, list[dict[str, Any]]] = {reason: [] for reason in range(len(REASONS))}
         self._report: dict[str, Any] | None = None
 
@@ -101,7 +100,7 @@ class Quality:
             raise ValueError("finish was called before")
         verdicts = np.frombuffer(self._verdicts, np.uint8)
         sizes = self._sizes.read()
-        of = _scratch(self._folder, "of", np.int64, (len(verdicts),))
+        of = self._store.zeros("of", np.int64, (len(verdicts),))
         if self._prefixes:
             _mark_exact(self._prefixes.read(), sizes, verdicts, of)
         if self._near:
@@ -110,8 +109,12 @@ class Quality:
             self._show_duplicates(self._notes, verdicts, of)
         self._report = {reason: self._count(k, verdicts, sizes) for k, reason in enumerate(REASONS)}
         del sizes, of
-        self._folder.cleanup()
+        self.close()
         return verdicts
+
+    def close(self) -> None:
+        """Removes the columns. `finish` does, so that only who gives up before it has to."""
+        self._store.close()
 
     def _show_duplicates(self, notes: _Notes, verdicts: NDArray[np.uint8], of: NDArray[np.int64]) -> None:
         """Examples of duplicates, which `add` could not know."""
@@ -145,8 +148,8 @@ class Quality:
 def symbols(content: str) -> float:
     """Share of the characters that are no letter, digit or whitespace; vowel signs and accents belong to letters."""
     rest = _PLAIN.sub("", content)
-    count = content.count("_") + sum(unicodedata.category(character)[0] != "M" for character in rest)
-    return count / max(1, len(content))
+    marks = 0 if rest.isascii() else sum(unicodedata.category(character)[0] == "M" for character in rest)
+    return (content.count("_") + len(rest) - marks) / max(1, len(content))
 
 
 def repeated_lines(content: str) -> float:
@@ -170,15 +173,16 @@ class _Words:
     def __init__(self, content: str) -> None:
         words = _WORD.findall(content.casefold())
         self.lengths: NDArray[np.int64] = np.fromiter(map(len, words), np.int64, len(words))
-        hashes = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
+        hashes = np.fromiter(map(zlib.crc32, map(str.encode, words)), np.uint64, len(words))
         self.pieces: NDArray[np.uint64] = np.zeros(max(0, len(words) - PIECE + 1), np.uint64)
         for k in range(PIECE if len(self.pieces) else 0):
             self.pieces = self.pieces * _BASE + hashes[k : k + len(self.pieces)]
 
     def repeated(self) -> float:
         """Share of the words' characters in pieces that occurred before, none counted twice (Gopher, table A1)."""
-        again = np.ones(len(self.pieces), bool)
-        again[np.unique(self.pieces, return_index=True)[1]] = False
+        order = np.argsort(self.pieces, kind="stable")
+        again = np.zeros(len(self.pieces), bool)
+        again[order[1:]] = self.pieces[order[1:]] == self.pieces[order[:-1]]
         covered = np.zeros(len(self.lengths), bool)
         for k in range(PIECE if len(again) else 0):
             covered[k : k + len(again)] |= again
@@ -223,11 +227,11 @@ class _Near:
     other one stays, and whatever goes has a kept earlier one that it is like.
     """
 
-    def __init__(self, folder: TemporaryDirectory[str], near: float) -> None:
-        self._folder, self._threshold = folder, near
+    def __init__(self, store: _Store, near: float) -> None:
+        self._store, self._threshold = store, near
         self._bands, self._rows = bands(near)
-        self._documents = _Column(folder, "documents", np.int64)
-        self._signatures = _Column(folder, "signatures", np.uint32, PERMUTATIONS)
+        self._documents = store.column("documents", np.int64)
+        self._signatures = store.column("signatures", np.uint32, PERMUTATIONS)
 
     def add(self, document: int, pieces: NDArray[np.uint64]) -> None:
         self._documents.append(document)
@@ -238,9 +242,7 @@ class _Near:
         documents, signatures = self._documents.read(), self._signatures.read()
         live = verdicts[documents] == KEPT
         leaders = self._leaders(signatures, live)
-        kept = _Buckets(
-            leaders, *(_scratch(self._folder, name, np.uint32, leaders.shape) for name in ("heads", "next"))
-        )
+        kept = _Buckets(leaders, *(self._store.zeros(name, np.uint32, leaders.shape) for name in ("heads", "next")))
         for start in range(0, len(documents), RUN // PERMUTATIONS):
             crowded = leaders[:, start : start + RUN // PERMUTATIONS].any(axis=0)
             for row in (start + np.flatnonzero(crowded)).tolist():
@@ -253,7 +255,7 @@ class _Near:
 
     def _leaders(self, signatures: NDArray[np.uint32], live: NDArray[np.bool_]) -> NDArray[np.uint32]:
         """(band, row): 1 + the first row of the row's bucket; 0 where it is alone there."""
-        leaders = _scratch(self._folder, "leaders", np.uint32, (self._bands, len(live)))
+        leaders = self._store.zeros("leaders", np.uint32, (self._bands, len(live)))
         for band in range(self._bands):
             columns = slice(band * self._rows, (band + 1) * self._rows)
             hashes = np.empty(len(live), np.uint64)
@@ -336,20 +338,44 @@ def _groups(keys: NDArray[np.uint64], live: NDArray[np.bool_]) -> Iterator[tuple
         yield rows, rows[np.flatnonzero(new)][np.cumsum(new) - 1]
 
 
+class _Store:
+    """A temporary folder of columns."""
+
+    def __init__(self, parent: Path) -> None:
+        parent.mkdir(parents=True, exist_ok=True)
+        self._folder = TemporaryDirectory(prefix="quality-", dir=parent)
+        self._columns: list[_Column] = []
+
+    def column(self, name: str, kind: DTypeLike, width: int = 0) -> _Column:
+        self._columns.append(_Column(Path(self._folder.name) / name, kind, width))
+        return self._columns[-1]
+
+    def zeros(self, name: str, kind: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+        """An array on disk; what is never written takes no room there."""
+        if 0 in shape:
+            return np.zeros(shape, kind)
+        return np.asarray(np.memmap(Path(self._folder.name) / name, kind, "w+", shape=shape))
+
+    def close(self) -> None:
+        for column in self._columns:
+            column.file.close()
+        self._folder.cleanup()
+
+
 class _Column:
     """A column on disk that grows at its end: (rows,), or (rows, width)."""
 
-    def __init__(self, folder: TemporaryDirectory[str], name: str, kind: DTypeLike, width: int = 0) -> None:
-        self._file = open(Path(folder.name) / name, "wb")  # noqa: SIM115 (closed by `read`)
+    def __init__(self, path: Path, kind: DTypeLike, width: int) -> None:
+        self.file = path.open("wb")
         self._kind, self._shape = np.dtype(kind), (-1, width) if width else (-1,)
 
     def append(self, values: Any) -> None:
-        self._file.write(np.asarray(values, self._kind).tobytes())
+        self.file.write(np.asarray(values, self._kind).tobytes())
 
     def read(self) -> NDArray[Any]:
         """All of it; nothing is appended any more."""
-        self._file.close()
-        path = Path(self._file.name)
+        self.file.close()
+        path = Path(self.file.name)
         if not path.stat().st_size:
             return np.empty(0, self._kind).reshape(0, *self._shape[1:])
         return np.asarray(np.memmap(path, self._kind, "r")).reshape(self._shape)
@@ -358,9 +384,8 @@ class _Column:
 class _Notes:
     """Where the documents are and how they begin, on disk."""
 
-    def __init__(self, folder: TemporaryDirectory[str]) -> None:
-        self._text = _Column(folder, "notes", np.uint8)
-        self._ends = _Column(folder, "ends", np.int64)
+    def __init__(self, store: _Store) -> None:
+        self._text, self._ends = store.column("notes", np.uint8), store.column("ends", np.int64)
         self._end = 0
 
     def append(self, where: str, text: str) -> None:
@@ -374,10 +399,3 @@ class _Notes:
         text, ends = self._text.read(), self._ends.read()
         where, beginning = json.loads(bytes(text[ends[document - 1] if document else 0 : ends[document]]))
         return where, beginning
-
-
-def _scratch(folder: TemporaryDirectory[str], name: str, kind: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Zeros on disk; what is never written takes no room there."""
-    if 0 in shape:
-        return np.zeros(shape, kind)
-    return np.asarray(np.memmap(Path(folder.name) / name, kind, "w+", shape=shape))
