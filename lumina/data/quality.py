@@ -1,8 +1,9 @@
 """Which documents of a corpus are removed: duplicates, near duplicates, repetitive, symbolic and short ones.
 
 Documents come once, in order; what has to be known about all of them at the end lies in columns on disk. In memory are
-a byte a document while they come, about ten at the end, and some 200 MB at most whatever the corpus. On disk are, for
-every document, 16 bytes and its first characters, and for near duplicates 512 + 12·bands bytes more.
+a byte a document while they come, about ten at the end, some 200 MB of sorting whatever the corpus, and a few times the
+document at hand. On disk are, for every document, some 32 bytes and its first characters, and for near duplicates
+520 + 12·bands bytes more.
 
 What a document is by itself is judged first: a copy of a repetitive document is called repetitive. Exact duplicates
 come next, near duplicates last, each among what is left; so a document never goes for the sake of one that goes too.
@@ -34,8 +35,9 @@ PIECE = 5  # words: what Lee et al. 2022 (arXiv:2107.06499) deduplicate C4 by, a
 PERMUTATIONS = 128  # standard error of a similarity: sqrt(J(1-J)/128), 0.035 at J = 0.8
 MISSED = 0.01  # share of the pairs at the threshold that no band brings together
 BUCKET = 64  # kept documents of a bucket, the latest ones, that a document is compared with
-RUN = 1 << 22  # rows that are sorted, or looked at, at once
+RUN = 1 << 21  # rows that are sorted, or looked at, at once
 _STRIDE = 2048  # pieces hashed at once: 1 MB, which caches hold
+_SLICE = 1 << 20  # characters whose words are listed at once
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
 _RANDOM = np.random.default_rng(1997)  # fixed, so that the same corpus always loses the same documents
@@ -43,6 +45,7 @@ _MULTIPLY = _RANDOM.integers(1 << 32, size=(PERMUTATIONS, 1), dtype=np.uint32) |
 _ADD = _RANDOM.integers(1 << 32, size=(PERMUTATIONS, 1), dtype=np.uint32)
 _WEIGHTS = _RANDOM.integers(1 << 63, size=PERMUTATIONS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 _WORD = re.compile(r"\w+")
+_GAP = re.compile(r"\s")
 _PLAIN = re.compile(r"[\w\s]+")
 
 
@@ -171,10 +174,9 @@ class _Words:
     """The words of a text, casefolded: their lengths, and the hashes of all `PIECE` consecutive ones, in order."""
 
     def __init__(self, content: str) -> None:
-        words = _WORD.findall(content.casefold())
-        self.lengths: NDArray[np.int64] = np.fromiter(map(len, words), np.int64, len(words))
-        hashes = np.fromiter(map(zlib.crc32, map(str.encode, words)), np.uint64, len(words))
-        self.pieces: NDArray[np.uint64] = np.zeros(max(0, len(words) - PIECE + 1), np.uint64)
+        parts = [_hashed(_WORD.findall(part.casefold())) for part in _slices(content)]
+        self.lengths, hashes = np.concatenate(parts, axis=1) if parts else np.zeros((2, 0), np.uint32)
+        self.pieces: NDArray[np.uint64] = np.zeros(max(0, len(hashes) - PIECE + 1), np.uint64)
         for k in range(PIECE if len(self.pieces) else 0):
             self.pieces = self.pieces * _BASE + hashes[k : k + len(self.pieces)]
 
@@ -187,6 +189,24 @@ class _Words:
         for k in range(PIECE if len(again) else 0):
             covered[k : k + len(again)] |= again
         return int(self.lengths[covered].sum()) / max(1, int(self.lengths.sum()))
+
+
+def _hashed(words: list[str]) -> NDArray[np.uint32]:
+    """(2, words): lengths and hashes."""
+    hashed = np.empty((2, len(words)), np.uint32)
+    hashed[0] = np.fromiter(map(len, words), np.uint32, len(words))
+    hashed[1] = np.fromiter(map(zlib.crc32, map(str.encode, words)), np.uint32, len(words))
+    return hashed
+
+
+def _slices(content: str) -> Iterator[str]:
+    """The text in parts of about `_SLICE` characters, cut before whitespace: a list of words is ten times its text."""
+    start = 0
+    while start < len(content):
+        gap = _GAP.search(content, start + _SLICE)
+        stop = gap.start() if gap else len(content)
+        yield content[start:stop]
+        start = stop
 
 
 def bands(near: float) -> tuple[int, int]:
