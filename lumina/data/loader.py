@@ -151,9 +151,7 @@ class Loader:
         if len(mine) == 1:
             return self._pool(mine, key, curriculum, until)
         shares = [weight / sum(weights) for weight in weights]
-        pools = [
-            self._pool([i], (*key, 3, i), curriculum, round(until * s)) for i, s in zip(mine, shares, strict=True)
-        ]
+        pools = [self._pool([i], (*key, 3, i), curriculum, round(until * s)) for i, s in zip(mine, shares, strict=True)]
         return Blend(pools, weights, (*key, 4))
 
     def _pool(self, shards: list[int], key: tuple[int, ...], curriculum: CurriculumConfig, until: int) -> Draw:

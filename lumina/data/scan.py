@@ -24,10 +24,11 @@ from lumina.data.records import KINDS, Kind, Problems, Record
 from lumina.data.split import Split, decide
 from lumina.progress import Tell, tracked
 
-ROW = np.dtype([("key", "<u8"), ("bytes", "<u8"), ("chars", "<u8"), ("source", "<u4"), ("kind", "u1"), ("removed", "u1")])
+ROW = np.dtype(
+    [("key", "<u8"), ("bytes", "<u8"), ("chars", "<u8"), ("source", "<u4"), ("kind", "u1"), ("removed", "u1")]
+)
 ROWS = 1 << 14  # written at once
 TABLE, FACTS = "documents.bin", "scan.json"
-PLAIN = QualityConfig()
 
 
 @dataclass(frozen=True)

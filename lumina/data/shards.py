@@ -144,7 +144,9 @@ def prepare_folder(
     """
     request = _find(data)
     if request.folders:
-        raise UserError(f"{request.folders[0][0]}: prepared already", fix="give the files it was made of, or train on it")
+        raise UserError(
+            f"{request.folders[0][0]}: prepared already", fix="give the files it was made of, or train on it"
+        )
     if out.exists() and not is_prepared(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: there is something else", fix="give a new folder with --out")
     own = _tokenizer(tokenizer or data.tokenizer, [])
@@ -273,7 +275,13 @@ def _cached(
 
 
 def _build(
-    building: Path, request: _Request, data: DataConfig, own: Tokenizer | None, vocab: int, name: str, progress: Tell,
+    building: Path,
+    request: _Request,
+    data: DataConfig,
+    own: Tokenizer | None,
+    vocab: int,
+    name: str,
+    progress: Tell,
     mode: str = "",
 ) -> Tokenizer:
     """Writes the shards of a request into `building`, going on with what a killed process left there of the same."""
@@ -351,7 +359,9 @@ def _check_kinds(mode: str, found: Sequence[tuple[str, Kind, str]]) -> None:
         has = {kind for _, kind, _ in found}
         modes = "hybrid_interleaved or hybrid_sequential" if len(has) > 1 else "base" if has == {"text"} else "finetune"
         fix = f"set data.mode={modes}, or leave it out of data.train"
-        raise UserError.collect(problems, f"data.mode={mode} reads {' and '.join(words[k] for k in sorted(wanted))}", fix)
+        raise UserError.collect(
+            problems, f"data.mode={mode} reads {' and '.join(words[k] for k in sorted(wanted))}", fix
+        )
 
 
 def _train(sources: Sequence[Source], scanned: Scan, vocab: int, progress: Tell) -> Tokenizer:
@@ -377,7 +387,7 @@ def _seal(
     """Writes `meta.json`, which vouches for every other file."""
     for leftover in ("request", "scan.json", "documents.bin"):
         (building / leftover).unlink()
-    facts = {key: scanned.facts[key] for key in ("empty", "skipped", "removed") if key in scanned.facts}
+    facts: dict[str, Any] = {key: scanned.facts[key] for key in ("empty", "skipped", "removed") if key in scanned.facts}
     given = scanned.facts["train_documents"] < len(scanned.rows)
     facts["split"] = "given" if given else scanned.split.rule
     if given:
@@ -464,7 +474,9 @@ def _open(entry: Path) -> Corpus:
     tokenizer = Tokenizer.load(entry)
     names = [*meta["files"].values(), tokenizer.fingerprint]
     train, heldout = (tuple(s for s in shards if s.stream.side == side) for side in ("train", "heldout"))
-    return Corpus(train, heldout, tokenizer, digest(" ".join(names))[:16], {**meta["facts"], "sources": meta["sources"]})
+    return Corpus(
+        train, heldout, tokenizer, digest(" ".join(names))[:16], {**meta["facts"], "sources": meta["sources"]}
+    )
 
 
 def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell) -> Corpus:
@@ -476,8 +488,10 @@ def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell
     corpus = _open(folder)
     changed = [f["path"] for source in corpus.facts["sources"] for f in source["files"] if _has_changed(f)]
     facts = {**corpus.facts, "changed": changed, "sources": [{**s, "name": name} for s in corpus.facts["sources"]]}
-    named = (tuple(replace(s, name=name, weight=weight) for s in side) for side in (corpus.train, corpus.heldout))
-    return Corpus(*named, corpus.tokenizer, corpus.fingerprint, facts)
+    train, heldout = (
+        tuple(replace(s, name=name, weight=weight) for s in side) for side in (corpus.train, corpus.heldout)
+    )
+    return Corpus(train, heldout, corpus.tokenizer, corpus.fingerprint, facts)
 
 
 def _has_changed(identity: dict[str, Any]) -> bool:
@@ -486,7 +500,7 @@ def _has_changed(identity: dict[str, Any]) -> bool:
     if not path.is_file():
         return False
     file = DataFile(path, path.name, identity["container"], identity["compression"])
-    return file_digest(file) != identity["digest"]
+    return file_digest(file) != str(identity["digest"])
 
 
 def _together(corpora: Sequence[Corpus], request: _Request, data: DataConfig) -> Corpus:

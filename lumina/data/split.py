@@ -39,7 +39,9 @@ class Split:
     def rule(self) -> Rule:
         return "tails" if self.tails else "families"
 
-    def parts(self, record: Record, key: int, before: int, chars: int, number: int) -> tuple[Record | None, Record | None]:
+    def parts(
+        self, record: Record, key: int, before: int, chars: int, number: int
+    ) -> tuple[Record | None, Record | None]:
         """What of a record is trained on and what is held out.
 
         `before` characters of its document came earlier, of `chars` in all; `number` counts the conversations.

@@ -84,10 +84,12 @@ class _Writer:
     def resume(self) -> None:
         """Goes back to what the journal vouches for; without one, to nothing."""
         path = self.folder / JOURNAL
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"batches": 0, "streams": {}, "sizes": {}}
+        kept: dict[str, Any] = {"batches": 0, "streams": {}, "opening": {}, "sizes": {}}
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
         self.batches = kept["batches"]
         self.streams = {name: Stream(**values) for name, values in kept["streams"].items()}
-        self.opening = kept.get("opening", {})
+        self.opening = kept["opening"]
         for file in self.folder.iterdir():
             if file.suffix.lstrip(".") in SUFFIXES:
                 size = kept["sizes"].get(file.name, 0)
@@ -153,7 +155,7 @@ class _Writer:
 def _named(name: str) -> Stream:
     source, kind, side = name.split(".")
     assert kind in KINDS
-    return Stream(int(source), kind, side)  # type: ignore[arg-type]  # one of `KINDS`
+    return Stream(int(source), kind, side)
 
 
 def write_streams(
@@ -226,6 +228,7 @@ def _pieces(sources: Sequence[Source], scan: Scan, progress: Tell, check: Check 
             raise _changed(record.where)
         if not removed[row]:
             stream, side = f"{number}.{record.kind}", sources[number].side
+            parts: tuple[Record | None, Record | None]
             if split is None or side == "heldout":
                 parts = (record, None) if side == "train" else (None, record)
             else:

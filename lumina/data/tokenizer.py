@@ -171,11 +171,11 @@ def _beside(folder: Path) -> tuple[str, dict[str, Any]]:
         file = folder / template.FILE_NAME
         source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template") or ""
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: the settings of its tokenizer cannot be read: {error}", f"mend {SETTINGS}") from None
-    if not isinstance(source, str):
         raise UserError(
-            f"{folder / SETTINGS}: several chat templates", f"put the one to use into {template.FILE_NAME}"
-        )
+            f"{folder}: the settings of its tokenizer cannot be read: {error}", f"mend {SETTINGS}"
+        ) from None
+    if not isinstance(source, str):
+        raise UserError(f"{folder / SETTINGS}: several chat templates", f"put the one to use into {template.FILE_NAME}")
     return source, settings
 
 

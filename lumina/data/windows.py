@@ -70,7 +70,9 @@ class TextWindows:
 
     def places(self) -> NDArray[np.int64]:
         middle = np.arange(self._count, dtype=np.int64) * self.seq_len + self.seq_len // 2
-        return np.maximum(0, np.searchsorted(self.shard.starts, middle, side="right") - 1)
+        after: NDArray[np.int64] = np.searchsorted(np.asarray(self.shard.starts, np.int64), middle, side="right")
+        first: NDArray[np.int64] = np.maximum(0, after - 1)
+        return first
 
 
 @dataclass

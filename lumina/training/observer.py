@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from lumina.model import cost
 from lumina.training import depth, experts, machine
-from lumina.training.schedule import depth_capacity, learning_rate
+from lumina.training.schedule import depth_capacity, rate
 from lumina.training.setup import Parts
 from lumina.training.state import Progress
 from lumina.training.step import METRICS
@@ -39,7 +39,7 @@ class Observer:
             wall=round(progress.wall, 3),
             loss=metrics["nats"] / metrics["count"],
             acc=metrics["correct"] / metrics["count"],
-            lr=learning_rate(config.train, progress.step, self.parts.steps),
+            lr=rate(self.parts.phases, config.train.schedule, progress.step),
             grad_norm=metrics["grad_norm"],
             tok_s=round(tok_s, 1),
             mfu=round(tok_s * self._flops(progress.step) / self.peak, 4),

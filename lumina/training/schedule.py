@@ -49,9 +49,9 @@ def parts(train: TrainConfig, data: DataConfig, steps: int) -> list[Part]:
     Each warms up, and decays at its end, for its own share of its own steps.
     """
     mode, ratio = data.mode, data.base_ratio
-    phases = train.phases or (Phase(),)  # type: ignore[call-arg]  # pydantic gives the defaults
+    phases = train.phases or (Phase.model_validate({}),)
     if mode == "hybrid_sequential" and not train.phases:
-        phases = Phase(data="text"), Phase(at=ratio, data="chat")  # type: ignore[call-arg]
+        phases = tuple(map(Phase.model_validate, ({"data": "text"}, {"at": ratio, "data": "chat"})))
     begins = [span(phase.at, steps) for phase in phases]
     made = []
     for phase, begin, end in zip(phases, begins, [*begins[1:], steps], strict=True):

@@ -17,9 +17,15 @@ class QualityConfig(Section):
     """`data.quality`: which documents are removed; every limit is off at 0, its default."""
 
     exact: bool = Field(False, description="whether a document that was there before is removed")
-    near: Number = Field(0.0, ge=0, le=1, description="similarity (Jaccard, of five-word pieces) from which a later document is removed")
-    repetition: Number = Field(0.0, ge=0, le=1, description="largest share of a text's characters in repeated lines or five-word pieces")
-    symbols: Number = Field(0.0, ge=0, le=1, description="largest share of characters that are no letter, digit or space")
+    near: Number = Field(
+        0.0, ge=0, le=1, description="similarity (Jaccard, of five-word pieces) from which a later document is removed"
+    )
+    repetition: Number = Field(
+        0.0, ge=0, le=1, description="largest share of a text's characters in repeated lines or five-word pieces"
+    )
+    symbols: Number = Field(
+        0.0, ge=0, le=1, description="largest share of characters that are no letter, digit or space"
+    )
     min_chars: Count = Field(0, ge=0, description="fewest characters of a document")
 
     @property
@@ -38,17 +44,21 @@ class DataConfig(Section):
     """`data`. Paths are relative to where the command runs."""
 
     train: Paths = Field(
-        ("sample",), min_length=1, description="files, globs, folders, each with `:weight` or none; `sample`, `sample_chat`"
+        ("sample",),
+        min_length=1,
+        description="files, globs, folders, each with `:weight` or none; `sample`, `sample_chat`",
     )
     eval: Paths = Field((), description="held-out files; empty holds a part of `train` back")
     mode: Mode = Field("base", description="texts, conversations (finetune), one after the other, or both at once")
-    base_ratio: Number = Field(0.7, gt=0, lt=1, description="share of texts: of the sequences, or of the run in hybrid_sequential")
+    base_ratio: Number = Field(
+        0.7, gt=0, lt=1, description="share of texts: of the sequences, or of the run in hybrid_sequential"
+    )
     train_on: Literal["assistant", "all"] = Field("assistant", description="which turns of conversations count")
     tokenizer: Name = Field("bpe", description="`bpe` trains one on the data; or a tokenizer.json")
     skip_bad: Count = Field(0, ge=0, description="records that may be unreadable; they are left out and listed")
     buffer: Bytes = Field(1 << 25, ge=1 << 16, description="bytes of text that preparing holds at once")
-    quality: QualityConfig = Field(QualityConfig(), description="which documents are removed")
-    curriculum: CurriculumConfig = Field(CurriculumConfig(), description="easy text first")
+    quality: QualityConfig = Field(QualityConfig.model_validate({}), description="which documents are removed")
+    curriculum: CurriculumConfig = Field(CurriculumConfig.model_validate({}), description="easy text first")
 
     def problems(self) -> list[Problem]:
         found = []

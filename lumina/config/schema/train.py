@@ -53,9 +53,11 @@ class TrainConfig(Section):
         "none", description="activations computed again in the backward pass: memory for time"
     )
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: if the run is long enough")
-    init_from: Text = Field("", description="a run, or one of its checkpoints, whose weights and tokenizer to begin with")
+    init_from: Text = Field(
+        "", description="a run, or one of its checkpoints, whose weights and tokenizer to begin with"
+    )
     phases: Phases = Field((), description="parts of the run with their own data, peak and warm-up; first `at` 0")
-    lora: LoraConfig = Field(LoraConfig(), description="low-rank adapters")
+    lora: LoraConfig = Field(LoraConfig.model_validate({}), description="low-rank adapters")
     deterministic: bool = Field(False, description="refuse non-deterministic kernels (matters on GPUs)")
 
     def problems(self) -> list[Problem]:
