@@ -24,9 +24,10 @@ Container = Literal["text", "json", "jsonl", "parquet", "hub", "sample", "sample
 Compression = Literal["", "gz", "zst"]
 
 TEXT_SUFFIXES = (
-    ".txt .md .rst .py .pyi .js .ts .jsx .tsx .c .h .cc .cpp .hpp .cu .java .go .rs .rb .sh .sql .html .css .tex .toml "
-    ".yaml .yml .xml .r .jl .swift .kt .scala .lua .php .pl .hs .ml"
-).split()
+    ".txt", ".md", ".rst", ".py", ".pyi", ".js", ".ts", ".jsx", ".tsx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu",
+    ".java", ".go", ".rs", ".rb", ".sh", ".sql", ".html", ".css", ".tex", ".toml", ".yaml", ".yml", ".xml", ".r",
+    ".jl", ".swift", ".kt", ".scala", ".lua", ".php", ".pl", ".hs", ".ml",
+)  # fmt: skip
 CONTAINERS: dict[str, Container] = {
     **dict.fromkeys(TEXT_SUFFIXES, "text"),
     ".json": "json",

@@ -218,22 +218,20 @@ def _sample_chat(file: DataFile, problems: Problems) -> Iterator[Record]:
 
 def _open(file: DataFile) -> io.BufferedIOBase:
     """The bytes inside. Reading raises `EOFError` if the file ends before its compression does."""
-    raw = file.path.open("rb")
     if file.compression and file.path.stat().st_size == 0:
-        raw.close()
         raise EOFError
     if file.compression == "gz":
-        raw.close()
         return gzip.open(file.path)
-    return io.BufferedReader(_Zstd(raw, file.name)) if file.compression == "zst" else raw
+    return io.BufferedReader(_Zstd(file)) if file.compression == "zst" else file.path.open("rb")
 
 
 class _Zstd(io.RawIOBase):
     """The bytes inside one or more frames. The library's own reader takes a file that was cut for a whole one."""
 
-    def __init__(self, source: io.BufferedIOBase, name: str) -> None:
-        self._source, self._name = source, name
-        self._library = _library("zstandard", name)
+    def __init__(self, file: DataFile) -> None:
+        self._name = file.name
+        self._library = _library("zstandard", file.name)
+        self._source = file.path.open("rb")
         self._frame: Any = None
         self._rest = b""  # after the frame that ended
         self._ready = memoryview(b"")
@@ -312,9 +310,13 @@ def _parse(raw: bytes, offset: int) -> object:
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8, byte 0x{raw[error.start]:02x} at offset {offset + error.start}")
     except json.JSONDecodeError as error:
-        return ValueError(f"not JSON, {error.msg} at column {error.colno}")
+        return ValueError(f"not JSON, {_reason(error)} at column {error.colno}")
     except (RecursionError, ValueError) as error:
         return ValueError(_unmeant(error))
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at")  # "Unterminated string starting at"
 
 
 def _unmeant(error: Exception) -> str:
@@ -393,7 +395,7 @@ class _Window:
             except json.JSONDecodeError as error:
                 # A value that goes on after this part looks broken close to the part's end, or from a quote on.
                 goes_on = error.pos > len(self._text) - 16 or error.msg.startswith("Unterminated string")
-                problem = self.error(error.msg, error.pos)
+                problem = self.error(_reason(error), error.pos)
                 if not (goes_on and self._more()):
                     raise problem from None
                 continue
