@@ -1,8 +1,8 @@
 """Files to shards: streams of token ids on disk with the tokenizer that made them, cached by content.
 
-A folder of shards is built under a lock, in steps that a killed process does not have to repeat, and renamed into place:
-whatever looks whole is whole, and a second process waits for the first and uses its work. Every folder is checked
-against its hashes when it is opened.
+A folder of shards is built under a lock, in steps that a killed process does not have to repeat, and renamed into
+place: whatever looks whole is whole, and a second process waits for the first and uses its work. Every folder is
+checked against its hashes when it is opened.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lumina.config.schema.data import DataConfig
 from lumina.config.weights import split_weight
 from lumina.data import split
 from lumina.data.files import DataFile, find_files
-from lumina.data.records import KINDS, Kind, Problems, Record, digest
+from lumina.data.records import Kind, Problems, Record, digest
 from lumina.data.scan import Check, Scan, Source, documents, file_size, reopen, scan
 from lumina.data.streams import Stream, training_pieces, write_streams
 from lumina.data.template import DEFAULT
@@ -203,7 +203,7 @@ def _find(data: DataConfig) -> _Request:
 
 
 def _tokenizer(name: str, corpora: Sequence[Corpus]) -> Tokenizer | None:
-    """The tokenizer that is not trained here: a file's, or that of prepared shards. Raises `UserError` if they differ."""
+    """The tokenizer that is not trained here: a file's, or that of shards. Raises `UserError` if they differ."""
     own = None if name == BPE else Tokenizer.load(name)
     for corpus in corpora:
         if own is not None and own.fingerprint != corpus.tokenizer.fingerprint:

@@ -37,7 +37,7 @@ SYNC_BYTES = 1 << 28  # of text between two waits for the disk: a power cut cost
 
 @dataclass
 class Stream:
-    """One side of one source: what it is called, and what it holds. `answer_bytes` and `counted` are the assistant's."""
+    """One side of one source, and what it holds; `answer_bytes` and `counted` tokens are the assistant's."""
 
     source: int
     kind: Kind

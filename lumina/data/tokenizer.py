@@ -40,7 +40,7 @@ WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*
 # Long texts are handled in pieces, in parallel and within memory; `WORDS` ends a word at every such border.
 PIECE = 1 << 18  # characters
 BPE_CHARACTERS = 1 << 26  # that BPE is trained on: more text hardly changes the merges, but takes its time
-_PIECE_BORDER = re.compile(r"\S\r?\n(?=\S)")
+PIECE_BORDER = re.compile(r"\S\r?\n(?=\S)")
 
 
 class Tokenizer:
@@ -252,7 +252,7 @@ def pieces(text: str) -> Iterator[str]:
     """`text` in parts of `PIECE` characters or more, the last one shorter, cut where `WORDS` ends a word."""
     start = 0
     while len(text) - start > PIECE:
-        border = _PIECE_BORDER.search(text, start + PIECE)
+        border = PIECE_BORDER.search(text, start + PIECE)
         if border is None:
             break
         yield text[start : border.end()]

@@ -71,8 +71,7 @@ class TextWindows:
     def places(self) -> NDArray[np.int64]:
         middle = np.arange(self._count, dtype=np.int64) * self.seq_len + self.seq_len // 2
         after: NDArray[np.int64] = np.searchsorted(np.asarray(self.shard.starts, np.int64), middle, side="right")
-        first: NDArray[np.int64] = np.maximum(0, after - 1)
-        return first
+        return np.maximum(0, after - 1)
 
 
 @dataclass
@@ -123,7 +122,8 @@ class ChatWindows:
         return Rows(ids, targets, segments)
 
     def places(self) -> NDArray[np.int64]:
-        return self.document[self.first[:-1]]
+        document: NDArray[np.int64] = self.document[self.first[:-1]]
+        return document
 
 
 def windows_of(shard: Shard, seq_len: int, end_id: int, train_on: str) -> TextWindows | ChatWindows:

@@ -12,7 +12,6 @@ from lumina.config.schema.model import MoDConfig
 from lumina.config.schema.train import Phase, TrainConfig
 from lumina.config.units import span
 
-
 DATA = {"base": "text", "finetune": "chat", "hybrid_sequential": "both", "hybrid_interleaved": "both"}  # of a mode
 
 
