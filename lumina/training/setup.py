@@ -174,6 +174,7 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
             bias_rate=config.model.moe.bias_rate if config.model.moe else 0.0,
             world=world,
             seed=config.train.seed,
+            frozen=config.train.lora.rank > 0,
         ),
         cost=cost.count(config.model),
         world=world,
@@ -182,8 +183,9 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
 
 def build_model(config: Config, precision: Precision, world: World) -> Transformer:
     """The model on its device, shared out among the processes; no process ever holds all of it."""
+    world.each(lambda: _require_alone(config, world))
     with torch.device("meta"):
-        model = Transformer(config.model)
+        model = Transformer(config.model, lora=config.train.lora)
     model.cast(precision.weights)
     if config.train.compile == "on":
         torch.compiler.reset()  # graphs of another model would count towards the limit of this one
@@ -198,6 +200,14 @@ def build_model(config: Config, precision: Precision, world: World) -> Transform
     sharding.materialize(model, config.parallel.device)
     model.initialize(config.train.seed, sharding.assign)
     return model
+
+
+def _require_alone(config: Config, world: World) -> None:
+    if config.train.lora.rank and world.size > 1:
+        raise UserError(
+            f"train.lora.rank={config.train.lora.rank}: adapters are trained by one process, not {world.size}",
+            fix="start it without torchrun, or leave train.lora.rank out",
+        )
 
 
 def _vocab_choice(resolved: Resolved, corpus: Corpus) -> machine.Choices:
