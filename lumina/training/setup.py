@@ -115,12 +115,13 @@ def matmul_rate(config: Config, world: World) -> float:
 def mean_flops(config: Config, steps: int) -> float:
     """FLOPs of a trained token, averaged over a run of `steps` in which the depth capacity may fall."""
     stages = depth_stages(config.model.mod, steps) if config.model.mod else [(None, steps)]
-    return sum(n * cost.count(config.model, capacity=c).flops_per_token for c, n in stages) / steps
+    rank = config.train.lora.rank
+    return sum(n * cost.count(config.model, capacity=c, rank=rank).flops_per_token for c, n in stages) / steps
 
 
 def _deadline_choice(config: Config, seconds: float, step_time: float) -> machine.Choices:
     """`step_time` is that of a step after `mod.anneal`; those before are longer by their FLOPs."""
-    least = cost.count(config.model).flops_per_token
+    least = cost.count(config.model, rank=config.train.lora.rank).flops_per_token
     training, mean, steps = seconds * (1 - DEADLINE_RESERVE), step_time, 0
     for _ in range(DEADLINE_STEPS):  # the mean depends on the number of steps; this settles at once, or soon
         steps = max(1, int(training / mean))
@@ -176,7 +177,7 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
             seed=config.train.seed,
             frozen=config.train.lora.rank > 0,
         ),
-        cost=cost.count(config.model),
+        cost=cost.count(config.model, rank=config.train.lora.rank),
         world=world,
     )
 
