@@ -3,7 +3,9 @@
     adapter_config.json     rank, alpha, and which modules have adapters
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight [r, in] and .lora_B.weight [out, r]
 
-The modules are those of the transformers class that the model is: Qwen3 (dense), Qwen3-MoE (softmax), GLM-4-MoE.
+The modules are those of the transformers class that the model is: Qwen3 (dense), and Qwen3-MoE or GLM-4-MoE where only
+attention is adapted. PEFT takes every gate_proj, up_proj and down_proj of a MoE class for one of the stacked experts
+(seen in 0.21 with transformers 5), so that it cannot load those of a shared expert or of a dense layer there.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lumina.checkpoint import store
-from lumina.config.schema.config import Config
-from lumina.config.schema.model import ModelConfig
 from lumina.errors import UserError
 from lumina.interop.adapters import Adapted, load, require_new
 from lumina.model.lora import Named, adapters
 from lumina.run.folder import Run
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MODULES = {"attn": "self_attn", "ffn": "mlp"}
+ATTENTION = ("q", "k", "v", "o")
 
 
 def export(run: Run, out: Path) -> int:
@@ -34,7 +36,7 @@ def export(run: Run, out: Path) -> int:
     """
     require_new(out)
     adapted = load(run)
-    require_class(adapted.resolved.config.model)
+    require_class(adapted)
     aside = store.temporary(out)
     try:
         aside.mkdir(parents=True)
@@ -46,13 +48,13 @@ def export(run: Run, out: Path) -> int:
     return adapted.checkpoint.step
 
 
-def require_class(model: ModelConfig) -> None:
-    """Raises `UserError` if no transformers class computes what this model does with modules of these names."""
-    why = None
+def require_class(adapted: Adapted) -> None:
+    """Raises `UserError` if no transformers class has these modules, or PEFT would take them for others."""
+    model, why = adapted.resolved.config.model, None
     if model.mod is not None:
         why = f"a {model.kind} model routes tokens by depth, which no transformers class does"
-    elif model.moe and model.moe.shared and model.moe.score == "softmax":
-        why = "Qwen3-MoE, the class of a softmax router, has no shared experts"
+    elif model.moe and any(named.part not in ATTENTION for named in adapters(adapted.transformer)):
+        why = "PEFT takes those of shared experts and of dense layers beside experts for those of stacked experts"
     if why:
         raise UserError(
             f"these adapters have no PEFT form: {why}", fix="use `lumina lora merge`, which makes a run of its own"
@@ -61,9 +63,8 @@ def require_class(model: ModelConfig) -> None:
 
 def module_of(named: Named) -> str:
     """The module that has this adapter, by its name in transformers."""
-    _, layer, *path = named.layer.split(".")
-    where = {"attn": "self_attn", "ffn": "mlp", "ffn.shared": "mlp.shared_experts"}[".".join(path)]
-    return f"model.layers.{layer}.{where}.{named.part}_proj"
+    _, layer, kind = named.layer.split(".")
+    return f"model.layers.{layer}.{MODULES[kind]}.{named.part}_proj"
 
 
 def tensors(adapted: Adapted) -> dict[str, Tensor]:
@@ -78,10 +79,7 @@ def tensors(adapted: Adapted) -> dict[str, Tensor]:
 
 def settings(adapted: Adapted) -> dict[str, Any]:
     """`adapter_config.json`: what PEFT does not find here it takes from its own defaults."""
-    config: Config = adapted.resolved.config
-    # Beside experts, which some versions of transformers name gate_proj, too, a module is named with its parent.
-    parts = 2 if config.model.moe else 1
-    modules = {".".join(module_of(named).split(".")[-parts:]) for named in adapters(adapted.transformer)}
+    config = adapted.resolved.config
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -93,5 +91,5 @@ def settings(adapted: Adapted) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "use_rslora": False,
         "inference_mode": True,
-        "target_modules": sorted(modules),
+        "target_modules": sorted({f"{named.part}_proj" for named in adapters(adapted.transformer)}),
     }

@@ -116,7 +116,7 @@ def test_a_part_is_its_own_rows(part: str) -> None:
 
 
 def explicit(model: Transformer, plain: Transformer, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of `plain` as those of `model` with W + (alpha / rank) B A written out, differentiable in `leaves`."""
+    """The weights of `plain` as those of `model` with W + (alpha / rank) B A written out, from `leaves`."""
     weights = {name: p.detach() for name, p in plain.named_parameters()}
     for layer in {named.layer for named in lora.adapters(model)}:
         for weight, parts in {"w_qkv": "q k v", "w_out": "o", "w_gate_up": "gate up", "w_down": "down"}.items():
