@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import KINDS, model_config
+from support import KINDS, model_config, settings
 from torch import Tensor
 
-from lumina.config.resolve import resolve
+from lumina.config.resolve import read, resolve
 from lumina.config.schema.train import LoraConfig
 from lumina.data.loader import Batch
 from lumina.errors import UserError
+from lumina.inference.engine import load
 from lumina.model import head, lora
 from lumina.model.cost import count, state_bytes
 from lumina.model.init import name_seed
@@ -24,6 +26,7 @@ from lumina.training import setup
 from lumina.training.optim import Optimizer, gradient_norm
 from lumina.training.precision import Precision
 from lumina.training.step import METRICS, Step, train_step
+from lumina.training.trainer import Trainer
 
 RANK, ALPHA = 3, 12.0
 LORA = LoraConfig(rank=RANK, alpha=ALPHA)
@@ -276,3 +279,14 @@ def test_bf16_adapters_are_computed_as_the_weights_are() -> None:
     lora.merge(model)
     assert attention.w_qkv.dtype == torch.bfloat16
     assert F.cosine_similarity(model.logits(batch().ids_BS).flatten(), before.flatten(), dim=0) > 0.999
+
+
+def test_a_run_leaves_router_biases_and_depth_thresholds_alone(tmp_path: Path) -> None:
+    """As `setup` puts it together: what training without adapters moves is what it began with."""
+    keys = settings(tmp_path, "hybrid") | {"train.steps": 2, "train.lora.rank": RANK, "train.seed": 0}
+    run = Trainer("tiny", root=tmp_path / "runs", **keys).fit()
+    trained, fresh = load(run).transformer, Transformer(read(run.config).config.model)
+    base = fresh.tensors()
+    for name, tensor in trained.base_tensors().items():
+        assert name.endswith(STATISTIC) or torch.equal(tensor, base[name]), name
+    assert all(named.adapter.b.any() for named in lora.adapters(trained))
