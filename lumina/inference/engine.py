@@ -127,7 +127,7 @@ def _load(run: Run, found: store.Checkpoint, skipped: list[str]) -> Model:
             fix="restore the run's tokenizer/tokenizer.json",
         )
     config = read(run.config).config
-    transformer = Transformer(config.model)
+    transformer = Transformer(config.model, lora=config.train.lora)
     transformer.cast(torch.bfloat16 if config.precision.mode == "bf16_pure" else torch.float32)
     store.load(found, transformer.tensors())
     transformer.cast(torch.float32)
