@@ -131,7 +131,7 @@ def load_origin(parts: Parts) -> None:
     """The weights of `train.init_from`; whatever else a model has keeps its initial values."""
     start = parts.world.each(lambda: origin(parts.config))
     if start is not None:
-        store.load(start.checkpoint, parts.model.tensors(), world=parts.world)
+        store.load(start.checkpoint, parts.model.base_tensors(), world=parts.world)
 
 
 def settle_all(
