@@ -33,7 +33,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "reference": config.reference,
     },
     "doctor": doctor.doctor,
-    "bench": {"speed": bench.speed, "sparse": bench.sparse, "gap": bench.gap},
+    "bench": {"speed": bench.speed, "sparse": bench.sparse, "gap": bench.gap, "tuning": bench.tuning},
 }
 
 GROUP_HELP = {
