@@ -129,8 +129,8 @@ def _lines(kind: Kind, records: Iterable[Record]) -> str:
 def said(plan: Plan) -> str:
     """How it was measured, in a sentence."""
     return (
-        f"Means over {plan.seeds} seeds with half of their 95 % interval (Student's t); differences are paired by seed. "
-        f"{plan.base_steps} steps on texts, then {plan.tune_steps} more at a peak rate of {plan.lr:g}: on conversations "
+        f"Means over {plan.seeds} seeds, half of their 95 % interval (Student's t), differences paired by seed. "
+        f"{plan.base_steps} steps on texts, then {plan.tune_steps} at a peak rate of {plan.lr:g}: on conversations "
         f"alone, or on {plan.base_ratio:.0%} texts. {plan.questions} held-out questions, answered greedily."
     )
 

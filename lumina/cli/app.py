@@ -33,7 +33,13 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "reference": config.reference,
     },
     "doctor": doctor.doctor,
-    "bench": {"speed": bench.speed, "sparse": bench.sparse, "gap": bench.gap, "tuning": bench.tuning},
+    "bench": {
+        "speed": bench.speed,
+        "sparse": bench.sparse,
+        "gap": bench.gap,
+        "tuning": bench.tuning,
+        "data": bench.data,
+    },
 }
 
 GROUP_HELP = {

@@ -108,6 +108,37 @@ def gap(
     print_table(looking_ahead.HEADER, looking_ahead.rows(losses))
 
 
+def data(
+    rounds: Rounds = 6,
+    copies: Annotated[int, typer.Option(min=1, help="How often the standard library's sources, about 10 MB.")] = 2,
+    memory: Annotated[bool, typer.Option(help="The peak memory of preparing 10, 100 and 1000 MB, too.")] = True,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """How fast files become shards, beside the tokenizer alone and `datasets.map` (if installed); memory; batches."""
+    from lumina.bench import data as files
+    from lumina.bench import harness, report
+    from lumina.telemetry.console import Console
+
+    used = files.memory() if memory else {}
+    with Console(1, quiet=json) as console:
+        measured = harness.measure(files.suite(copies), rounds, warm=1, progress=console.progress)
+    page = report.markdown("Files to shards", {"Speed": (measured, files.CEILING, ())})
+    page += report.table("Bars", ("bar", "measured", "verdict"), files.bars(measured))
+    if used:
+        cells = [[f"{size} MB", f"{peak / 2**20:.0f} MiB"] for size, peak in used.items()]
+        page += report.table("Peak memory of preparing one file", ("file", "above an empty process"), cells)
+    made = measured.as_json() | {"bars": files.bars(measured), "peak_bytes": {str(k): v for k, v in used.items()}}
+    if out:
+        path = report.write_pair(out, time.strftime("%Y-%m-%d-prepare"), page, made)
+    if json:
+        print_json(made)
+        return
+    typer.echo(page)
+    if out:
+        typer.echo(f"wrote  {path} and .json")
+
+
 def tuning(
     settings: Settings = None,
     seeds: Annotated[int, typer.Option(min=1, help="How often, each time from other weights.")] = 3,
