@@ -188,7 +188,6 @@ def write_streams(
         finally:
             for future in under_way:
                 future.cancel()
-    (folder / JOURNAL).unlink(missing_ok=True)
     order = {f"{i}.{kind}.{side}": i for i, _ in enumerate(sources) for kind in KINDS for side in ("train", "heldout")}
     return sorted(writer.streams.values(), key=lambda stream: (order[stream.name], stream.name))
 
