@@ -20,7 +20,8 @@ from lumina.errors import UserError
 
 ROOT = str(Path(lumina.__file__).parents[1])
 SOURCES = ("texts.jsonl", "long.txt", "chat.jsonl")
-BATCHES = 6  # of 64 KiB that these make
+BUFFER = 3000  # less than a configuration may say: small data makes enough batches
+BATCHES = 6
 
 PROGRAM = """
 import os, signal
@@ -47,7 +48,7 @@ def dying(owner, name, at, after=False, only=lambda *_: True):
     setattr(owner, name, function)
 
 {patch}
-data = DataConfig.model_validate({data!r})
+data = DataConfig.model_validate({data!r}).model_copy(update={{'buffer': {buffer}}})
 shards.prepare(data, vocab={vocab}, seq_len=16)
 """
 
@@ -56,21 +57,23 @@ shards.prepare(data, vocab={vocab}, seq_len=16)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LUMINA_CACHE", str(tmp_path / "cache"))
-    texts = [f"document {i} says {'word ' * (i % 70)}\n" for i in range(1000)]
+    texts = [f"document {i} says {'word ' * (i % 20)}\n" for i in range(150)]
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    Path("long.txt").write_text("".join(f"line {i} of a long text\n" for i in range(4000)))
-    chats = [[("user", f"question {i}?"), ("assistant", f"answer {i} " * (i % 30 + 1))] for i in range(800)]
+    Path("long.txt").write_text("".join(f"line {i} of a long text\n" for i in range(250)))
+    chats = [[("user", f"question {i}?"), ("assistant", f"answer {i} " * (i % 5 + 1))] for i in range(100)]
     records = ([{"role": role, "content": content} for role, content in chat] for chat in chats)
     Path("chat.jsonl").write_text("".join(json.dumps({"messages": record}) + "\n" for record in records))
 
 
 def data(**keys: Any) -> DataConfig:
-    return data_config(SOURCES, mode="hybrid_interleaved", buffer=1 << 16, **keys)
+    return data_config(SOURCES, mode="hybrid_interleaved", **keys).model_copy(update={"buffer": BUFFER})
 
 
 def kill(patch: str, vocab: int = 300, **keys: Any) -> None:
     """Prepares in a process that `patch` kills."""
-    program = PROGRAM.format(patch=patch, data=data(**keys).model_dump(), vocab=vocab)
+    program = PROGRAM.format(
+        patch=patch, data=data(**keys).model_copy(update={"buffer": 1 << 16}).model_dump(), buffer=BUFFER, vocab=vocab
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True
     )
@@ -129,7 +132,7 @@ def test_without_a_kill_every_step_is_taken_once(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("patch", "left"), [
-    ("dying(scan._Table, 'add', 500)", (1, 1, BATCHES)),
+    ("dying(scan._Table, 'add', 100)", (1, 1, BATCHES)),
     ("dying(scan._Table, 'flush', 1, after=True)", (1, 1, BATCHES)),
     ("dying(shards, 'train_bpe', 1)", (0, 1, BATCHES)),
     ("dying(Tokenizer, 'save', 1)", (0, 1, BATCHES)),
@@ -158,7 +161,7 @@ def test_several_kills_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_killed_scan_with_filters_leaves_nothing_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     quality = {"exact": True, "near": 0.9}
-    kill("dying(scan._Table, 'add', 500)", quality=quality)
+    kill("dying(scan._Table, 'add', 100)", quality=quality)
     assert list(building().glob("quality-*"))
     check(Calls(monkeypatch), (1, 1, BATCHES), quality=quality)
 
@@ -208,7 +211,7 @@ def test_a_source_that_changes_meanwhile_is_refused(monkeypatch: pytest.MonkeyPa
         return real(*args)
 
     monkeypatch.setattr(shards, "train_bpe", change)
-    with pytest.raises(UserError, match=r"texts\.jsonl:1000: changed while it was being read"):
+    with pytest.raises(UserError, match=r"texts\.jsonl:150: changed while it was being read"):
         prepare(data(), vocab=300, seq_len=16)
 
 
