@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from lumina.data import containers, formats
 from lumina.data.files import find_files
 from lumina.data.formats import cut, read_file, read_files
-from lumina.data.shapes import format_of, normalise
 from lumina.data.records import MAX_PROBLEMS, Message, Problems, Record, digest
+from lumina.data.shapes import format_of, normalise
 from lumina.data.tokenizer import train_bpe
 from lumina.errors import UserError
 
