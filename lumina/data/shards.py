@@ -515,9 +515,7 @@ def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
     aside.replace(folder / META)
 
 
-def _open_prepared(
-    name: str, folder: Path, weight: float | None, progress: Tell, changes: bool = True
-) -> Corpus:
+def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell, changes: bool = True) -> Corpus:
     """A prepared folder as one source. Raises `UserError` if it is damaged; a changed source is a fact."""
     with whole(f"verifying {name}", progress):
         damage = _damage(folder)
