@@ -15,6 +15,7 @@ import typer
 
 from lumina.cli.options import Seed
 from lumina.cli.output import Json, print_json, print_table
+from lumina.config.weights import split_weight
 from lumina.errors import UserError
 from lumina.run.exit_codes import INTERRUPTED
 from lumina.visible import visible
@@ -22,7 +23,7 @@ from lumina.visible import visible
 if TYPE_CHECKING:
     from lumina.config.schema.data import DataConfig
     from lumina.data.look import Checked, Example, Figures, Finding
-    from lumina.data.shards import Corpus
+    from lumina.data.shards import Corpus, Shard
     from lumina.telemetry.console import Console
 
 Specs = Annotated[list[str], typer.Argument(help="Files, folders, globs; as in data.train.", show_default=False)]
@@ -116,6 +117,11 @@ def prepare(
         raise typer.Exit(INTERRUPTED) from None
     seconds = time.perf_counter() - start
     told = _prepared(corpus, out, already, seconds)
+    told["nothing_of"] = [
+        name
+        for name, _ in map(split_weight, (*data.train, *data.eval))
+        if name not in {source["name"] for source in told["sources"]}
+    ]
     if json:
         print_json(told)
         return
@@ -290,6 +296,9 @@ def _data_config(arguments: Sequence[str], held_out: Sequence[str], tokenizer: s
         raise UserError(f"{wrong[0]}: preparing does not read this key", fix=f"it reads {known}; give others to train")
     if not specs:
         raise UserError("there is nothing to prepare", fix="give files, folders or globs")
+    if weighed := [spec for spec in specs if split_weight(spec)[1] is not None]:
+        fix = "leave it out; to weigh sources, prepare each into a folder and give data.train=[DIR:WEIGHT, …] to train"
+        raise UserError(f"{weighed[0]}: a weight is not for preparing", fix)
     own = [f"data.train={documents.dumps(specs, ensure_ascii=False)}"]
     if held_out:
         own.append(f"data.eval={documents.dumps(list(held_out), ensure_ascii=False)}")
@@ -300,40 +309,41 @@ def _data_config(arguments: Sequence[str], held_out: Sequence[str], tokenizer: s
 
 def _prepared(corpus: Corpus, out: Path, already: bool, seconds: float) -> dict[str, Any]:
     """What a folder holds, by source; seconds and speed if it was made now."""
-    held = {(shard.stream.source, shard.kind): shard.stream.tokens for shard in corpus.heldout}
-    sources = [
-        {
-            "name": shard.name,
-            "kind": shard.kind,
-            "formats": {name: n for name, n in shard.formats.items() if (name == "text") == (shard.kind == "text")},
-            "documents": shard.stream.documents,
-            "tokens": shard.stream.tokens,
-            "heldout_tokens": held.get((shard.stream.source, shard.kind), 0),
-            "bytes": shard.stream.text_bytes,
-        }
-        for shard in corpus.train
-    ]
+    sources: dict[tuple[int, str], dict[str, Any]] = {}
+    for side, shards in (("", corpus.train), ("heldout_", corpus.heldout)):
+        for shard in shards:
+            row = sources.setdefault((shard.stream.source, shard.kind), _source(shard))
+            row[f"{side}documents"] = shard.stream.documents
+            row[f"{side}tokens"] = shard.stream.tokens
+            row["bytes"] += shard.stream.text_bytes
     facts = {key: corpus.facts[key] for key in ("documents", "bytes", "tokens", "vocab", "empty", "skipped", "split")}
     removed = {
         reason: r for reason, r in corpus.facts.get("removed", {}).items() if reason != "kept" and r["documents"]
     }
-    told = {"folder": str(out), "already": already, "sources": sources, **facts, "removed": removed}
+    told = {"folder": str(out), "already": already, "sources": list(sources.values()), **facts, "removed": removed}
     if not already:
         total = sum(facts["bytes"].values())
         told |= {"seconds": round(seconds, 3), "mb_per_s": round(total / 1e6 / seconds, 3)}
     return told
 
 
+def _source(shard: Shard) -> dict[str, Any]:
+    formats = {name: n for name, n in shard.formats.items() if (name == "text") == (shard.kind == "text")}
+    counts = dict.fromkeys(("documents", "tokens", "heldout_documents", "heldout_tokens", "bytes"), 0)
+    return {"name": shard.name, "kind": shard.kind, "formats": formats, **counts}
+
+
 def _say_prepared(told: dict[str, Any]) -> None:
-    header = ["source", "formats", "documents", "tokens", "held out", "bytes a token"]
+    header = ["source", "formats", "documents", "tokens", "held out", "tokens", "bytes a token"]
     rows = [
         [
             visible(source["name"]),
             ", ".join(source["formats"]),
             f"{source['documents']:,}",
             f"{source['tokens']:,}",
+            f"{source['heldout_documents']:,}",
             f"{source['heldout_tokens']:,}",
-            f"{source['bytes'] / max(1, source['tokens']):.2f}",
+            f"{source['bytes'] / max(1, source['tokens'] + source['heldout_tokens']):.2f}",
         ]
         for source in told["sources"]
     ]
@@ -342,6 +352,8 @@ def _say_prepared(told: dict[str, Any]) -> None:
         f"held out {_some(told['documents']['heldout'], 'document')}, {told['tokens']['heldout']:,} tokens in all; "
         f"vocabulary {told['vocab']:,}; {told['empty']:,} empty"
     )
+    for name in told["nothing_of"]:
+        _say(f"note   nothing of {name} is left")
     for reason, removed in told["removed"].items():
         typer.echo(f"removed {_some(removed['documents'], 'document')}, {removed['bytes']:,} bytes: {reason}")
         for example in removed["examples"]:

@@ -484,7 +484,8 @@ def open_folder(folder: Path, progress: Tell = silent) -> Corpus:
     if not is_prepared(folder):
         fix = "give one that was made so: lumina data prepare … --out DIR"
         raise UserError(f"{folder}: not a folder of prepared shards", fix)
-    return _open_prepared(str(folder), folder, None, progress, changes=False)
+    _verify(str(folder), folder, progress)
+    return _open(folder)
 
 
 def replace_files(folder: Path, new: Mapping[str, Path]) -> bool:
@@ -515,14 +516,18 @@ def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
     aside.replace(folder / META)
 
 
-def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell, changes: bool = True) -> Corpus:
-    """A prepared folder as one source. Raises `UserError` if it is damaged; a changed source is a fact."""
+def _verify(name: str, folder: Path, progress: Tell) -> None:
     with whole(f"verifying {name}", progress):
         damage = _damage(folder)
     if damage:
         raise UserError(f"{folder}: damaged shards: {damage}", fix="prepare them again: lumina data prepare … --out")
+
+
+def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell) -> Corpus:
+    """A prepared folder as one source. Raises `UserError` if it is damaged; a changed source is a fact."""
+    _verify(name, folder, progress)
     corpus = _open(folder)
-    changed = [f["path"] for source in corpus.facts["sources"] for f in source["files"] if changes and _has_changed(f)]
+    changed = [f["path"] for source in corpus.facts["sources"] for f in source["files"] if _has_changed(f)]
     facts = {**corpus.facts, "changed": changed, "sources": [{**s, "name": name} for s in corpus.facts["sources"]]}
     train, heldout = (
         tuple(replace(s, name=name, weight=weight) for s in side) for side in (corpus.train, corpus.heldout)
