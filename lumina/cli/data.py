@@ -180,7 +180,7 @@ def _some(count: int, one: str, many: str = "") -> str:
 def _shown(
     tokenizer: str, sources: Sequence[Figures], examples: Sequence[Example], bad: Sequence[Finding]
 ) -> dict[str, Any]:
-    figures = [{**asdict(s), "lengths": {str(1 << k): s.lengths[k] for k in sorted(s.lengths)}} for s in sources]
+    figures = [{**vars(s), "lengths": {str(1 << k): s.lengths[k] for k in sorted(s.lengths)}} for s in sources]
     told = [{**example._asdict(), "runs": [run._asdict() for run in example.runs]} for example in examples]
     return {
         "tokenizer": tokenizer,
