@@ -12,12 +12,13 @@ import pytest
 import lumina
 
 ROOT = Path(lumina.__file__).parent
-LEAVES = {"errors", "events", "compat", "config", "progress"}
+LEAVES = {"errors", "events", "compat", "config", "progress", "visible"}
 ALLOWED = {
     "errors": set(),
     "events": {"errors"},
     "compat": set(),
     "progress": set(),
+    "visible": set(),
     "config": {"errors"},
     "data": LEAVES,
     "model": LEAVES,
@@ -30,13 +31,16 @@ ALLOWED = {
     "training": LEAVES | {"model", "data", "checkpoint", "parallel", "run", "lumina"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
     "bench": LEAVES | {"data", "inference", "model", "parallel", "run", "telemetry", "training"},
-    "cli": LEAVES | {"api", "bench", "inference", "interop", "model", "run", "telemetry", "training", "lumina"},
+    "cli": LEAVES | {"api", "bench", "data", "inference", "interop", "model", "run", "telemetry", "training", "lumina"},
 }
 TORCHLESS = [
     "lumina",
     "lumina.cli.app",
+    "lumina.cli.data",
     "lumina.config.reference",
     "lumina.config.resolve",
+    "lumina.data.difficulty",
+    "lumina.data.look",
     "lumina.events",
     "lumina.model.cost",
     "lumina.run.index",

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from lumina import __version__
-from lumina.cli import bench, chat, config, demo, doctor, generate, lora, presets, runs, train
+from lumina.cli import bench, chat, config, data, demo, doctor, generate, lora, presets, runs, train
 from lumina.errors import UserError
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, USER_ERROR
 
@@ -32,6 +32,12 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "schema": config.schema,
         "reference": config.reference,
     },
+    "data": {
+        "show": data.show,
+        "check": data.check,
+        "prepare": data.prepare,
+        "difficulty": data.difficulty,
+    },
     "doctor": doctor.doctor,
     "bench": {
         "speed": bench.speed,
@@ -43,6 +49,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
 }
 
 GROUP_HELP = {
+    "data": "Data: looked at, checked, prepared.",
     "config": "Configurations: shown, checked, documented.",
     "lora": "Trained adapters: for other tools, or folded into the weights.",
     "bench": "What this machine reaches, measured fairly.",

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lumina.visible import visible
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -19,8 +21,6 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 def print_piece(text: str) -> None:
     """Text of a model or for it, as it comes; a terminal is not sent control characters."""
-    from lumina.inference.chat import visible
-
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 

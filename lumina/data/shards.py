@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -290,7 +290,7 @@ def _build(
         _clear(building)
         began.write_text(name, encoding="utf-8")
     sources = [replace(s, files=tuple(sorted(s.files, key=file_digest))) for s in request.sources]
-    check = _template_check(own)
+    check = template_check(own)
     try:
         scanned = reopen(building)
     except (OSError, ValueError):
@@ -317,7 +317,7 @@ def _clear(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _template_check(own: Tokenizer | None) -> Check | None:
+def template_check(own: Tokenizer | None) -> Check | None:
     """A template of somebody else may refuse a conversation; ours takes all."""
     if own is None or own.chat_template == DEFAULT:
         return None
@@ -417,7 +417,7 @@ def _seal(
         "streams": [asdict(stream) for stream in streams],
         "files": {p.name: _sha256(p) for p in sorted(building.iterdir()) if p not in leftovers and p.name != META},
     }
-    (building / META).write_text(json.dumps({"sha256": digest(json.dumps(meta)), "meta": meta}), encoding="utf-8")
+    _write_meta(building, meta)
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
 
@@ -493,12 +493,53 @@ def _open(entry: Path) -> Corpus:
     )
 
 
-def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell) -> Corpus:
-    """A prepared folder as one source. Raises `UserError` if it is damaged; a changed source is a fact."""
+def open_folder(folder: Path, progress: Tell = silent) -> Corpus:
+    """The shards of a prepared folder. Raises `UserError` if it is none, or damaged."""
+    if not is_prepared(folder):
+        fix = "give one that was made so: lumina data prepare … --out DIR"
+        raise UserError(f"{folder}: not a folder of prepared shards", fix)
+    _verify(str(folder), folder, progress)
+    return _open(folder)
+
+
+def replace_files(folder: Path, new: Mapping[str, Path]) -> bool:
+    """Moves files into a prepared folder, under these names, and vouches for them; says whether anything changed.
+
+    First it stops vouching for the old ones: whenever it is killed, the folder stays whole.
+    """
+    stored = _meta(folder)
+    hashes = {name: _sha256(path) for name, path in new.items()}
+    if all(stored["files"].get(name) == value for name, value in hashes.items()):
+        for path in new.values():
+            path.unlink()
+        return False
+    with _locked(folder.parent, f".{folder.name}", f"the folder {folder.parent}"):
+        others = {name: value for name, value in stored["files"].items() if name not in new}
+        _write_meta(folder, stored | {"files": others})
+        for name in new:
+            (folder / name).unlink(missing_ok=True)
+        for name, path in new.items():
+            path.replace(folder / name)
+        _write_meta(folder, stored | {"files": dict(sorted((others | hashes).items()))})
+    return True
+
+
+def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    aside = folder / f"{META}.tmp"
+    aside.write_text(json.dumps({"sha256": digest(json.dumps(meta)), "meta": meta}), encoding="utf-8")
+    aside.replace(folder / META)
+
+
+def _verify(name: str, folder: Path, progress: Tell) -> None:
     with whole(f"verifying {name}", progress):
         damage = _damage(folder)
     if damage:
         raise UserError(f"{folder}: damaged shards: {damage}", fix="prepare them again: lumina data prepare … --out")
+
+
+def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell) -> Corpus:
+    """A prepared folder as one source. Raises `UserError` if it is damaged; a changed source is a fact."""
+    _verify(name, folder, progress)
     corpus = _open(folder)
     changed = [f["path"] for source in corpus.facts["sources"] for f in source["files"] if _has_changed(f)]
     facts = {**corpus.facts, "changed": changed, "sources": [{**s, "name": name} for s in corpus.facts["sources"]]}

@@ -38,7 +38,6 @@ OTHER_INPUT = (
 )
 NOT_TRAINED = "this model was not trained on conversations: it continues your text rather than answering it"
 HOW_TO_LEAVE = "/quit or ctrl-D leaves"
-CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")  # all but tab and newline
 
 
 class Chat:
@@ -252,11 +251,6 @@ def save(conversation: Conversation, name: str) -> Path:
         path.unlink()
         raise _not_written(path, error) from None
     return path
-
-
-def visible(text: str) -> str:
-    """Text for a terminal: what it would obey, escape sequences above all, becomes U+FFFD."""
-    return text.translate(CONTROL)
 
 
 def one_line(error: UserError) -> str:
