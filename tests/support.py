@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,22 @@ def write_text(folder: Path, lines: int = 600) -> Path:
         "".join(f"line {i}: {'abc' * (i % 5)} and {i % 7} more words, {i * i % 11}\n" for i in range(lines)),
         encoding="utf-8",
     )
+    return path
+
+
+def write_chats(folder: Path, conversations: int = 200) -> Path:
+    """Conversations about sums in the shape of OpenAI's, every third with two turns."""
+    path = folder / "chats.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(conversations):
+            turns = [(i % 10, i % 7)] if i % 3 else [(i % 10, i % 7), (i % 5, i % 4)]
+            said = [(f"What is {a} and {b}, number {i}?", f"It is {a + b}.") for a, b in turns]
+            roles = [
+                {"role": role, "content": text}
+                for pair in said
+                for role, text in zip(("user", "assistant"), pair, strict=True)
+            ]
+            file.write(json.dumps({"messages": roles}) + "\n")
     return path
 
 

@@ -14,6 +14,7 @@ from lumina.config import units, yaml12
 from lumina.config.migrations import current
 from lumina.config.names import kinds_of, known_keys, known_sections, sections
 from lumina.config.resolve import flatten, presets, resolve
+from lumina.config.schema.base import Section
 from lumina.config.schema.config import Config
 from lumina.config.schema.model import KINDS
 
@@ -68,6 +69,8 @@ _PARSERS: dict[Callable[[Any], Any], tuple[dict[str, Any], str]] = {
         "two numbers",
     ),
     units.parse_path: (_TEXT, "name or path"),
+    units.parse_text: ({"type": ["string", "null"]}, "path, or nothing"),
+    units.parse_bytes: (_count("kKMG"), "bytes (`64M`, `1G`)"),
     units.parse_paths: ({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}, "path, or list of paths"),
 }
 
@@ -152,12 +155,17 @@ def _parser(info: FieldInfo) -> tuple[dict[str, Any], str] | None:
 
 
 def _schema_of(key: str) -> dict[str, Any]:
-    info = field(key)
+    return _schema_of_field(field(key))
+
+
+def _schema_of_field(info: FieldInfo) -> dict[str, Any]:
     parser = _parser(info)
     if parser:
         schema = copy.deepcopy(parser[0])
     elif info.annotation is bool:
         schema = {"type": "boolean"}
+    elif item := _item(info):
+        schema = {"type": "array", "items": _fields(item)}
     else:
         schema = {"enum": list(typing.get_args(info.annotation))}
     if type(None) in typing.get_args(info.annotation):
@@ -172,10 +180,23 @@ def _schema_of(key: str) -> dict[str, Any]:
     return schema | {"description": info.description}
 
 
+def _item(info: FieldInfo) -> type[Section] | None:
+    """The section that a list holds, if it is a list of settings."""
+    inner = typing.get_args(info.annotation)
+    return inner[0] if inner and isinstance(inner[0], type) and issubclass(inner[0], Section) else None
+
+
+def _fields(section: type[Section]) -> dict[str, Any]:
+    properties = {name: _schema_of_field(info) for name, info in section.model_fields.items()}
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
 def _takes(key: str) -> str:
     info = field(key)
     parser = _parser(info)
     if parser:
         return parser[1]
+    if item := _item(info):
+        return f"list of `{{{', '.join(item.model_fields)}}}`"
     choices = ["true", "false"] if info.annotation is bool else typing.get_args(info.annotation)
     return ", ".join(f"`{choice}`" for choice in choices)

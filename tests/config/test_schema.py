@@ -56,7 +56,8 @@ def test_every_key_is_read_by_the_program() -> None:
 def test_keys_and_sections() -> None:
     keys = [key for kind in KINDS for key in flatten(resolve("debug", [f"model.kind={kind}"]).config)]
     assert set(keys) == set(known_keys())
-    assert known_sections() == {*sections(), "model.moe", "model.mod"}
+    nested = {"model.moe", "model.mod", "data.quality", "data.curriculum", "train.lora"}
+    assert known_sections() == {*sections(), *nested}
 
 
 def test_a_configuration_is_frozen_and_strict() -> None:

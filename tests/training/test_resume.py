@@ -30,6 +30,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "hybrid", "model__mod__routing": "random", "model__moe__dropout": 0.2, "model__moe__balance": 0.1},
     {"kind": "mod", "model__mod__decode": "threshold", "train__micro_batch": 2},
     {"kind": "dense", "train__lora__rank": 4},
+    {"kind": "hybrid", "data__mode": "finetune"},
+    {"kind": "moe", "data__mode": "hybrid_interleaved", "data__base_ratio": 0.5},
+    {"kind": "dense", "data__mode": "hybrid_sequential", "data__base_ratio": 0.5, "train__micro_batch": 4},
     {"kind": "moe", "train__optimizer": "adamw", "train__micro_batch": 4, "model__tied": False},
 ]
 
