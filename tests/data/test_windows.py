@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +226,7 @@ def first_fit(lengths: list[int], room: int) -> int:
 def test_packing_never_goes_over_and_keeps_every_piece(lengths: list[int], room: int) -> None:
     order, first = pack(lengths, room)
     assert sorted(order) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for i in order[a:b]) for a, b in zip(first[:-1], first[1:], strict=True)]
+    loads = [sum(lengths[i] for i in order[a:b]) for a, b in pairwise(first)]
     assert all(0 < load <= room for load in loads)
     assert sum(loads) == sum(lengths)
     assert sum(sorted(loads)[:2]) > room or len(loads) < 2  # else one window would have held both
@@ -242,13 +243,13 @@ def test_packing_is_close_to_the_fewest_windows() -> None:
 
 def test_packing_takes_the_fullest_window_that_has_room() -> None:
     order, first = pack([6, 5, 4, 3, 2], 10)
-    assert [order[a:b] for a, b in zip(first[:-1], first[1:], strict=True)] == [[0, 2], [1, 3, 4]]
+    assert [order[a:b] for a, b in pairwise(first)] == [[0, 2], [1, 3, 4]]
 
 
 def test_packing_looks_ahead_no_further_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LOOKAHEAD", 2)
     order, first = pack([6, 5, 4, 5], 10)
-    assert [order[a:b] for a, b in zip(first[:-1], first[1:], strict=True)] == [[0], [1], [3, 2]]
+    assert [order[a:b] for a, b in pairwise(first)] == [[0], [1], [3, 2]]
 
 
 @given(CHATS)
