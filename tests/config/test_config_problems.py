@@ -158,6 +158,42 @@ class TestCombinations:
         assert message == problem
         assert f"{given} (command line)" in values
 
+    @pytest.mark.parametrize(("phases", "mode", "problem"), [
+        ("[{at: 0.1}]", "base", "the first begins `at` 0, and each later one after the one before it"),
+        ("[{}, {at: 0.5}, {at: 100}]", "base", "the first begins `at` 0, and each later one after the one before it"),
+        ("[{}, {at: 0}]", "base", "the first begins `at` 0, and each later one after the one before it"),
+        ("[{}, {at: 200}]", "base", "the last would begin when the run of 200 steps is over"),
+        ("[{data: chat}]", "base", "there is no chat in this mode"),
+        ("[{data: text}, {at: 50%, data: chat}]", "finetune", "there is no text in this mode"),
+    ])  # fmt: skip
+    def test_phases_that_cannot_be(self, phases: str, mode: str, problem: str) -> None:
+        (line,) = problems("debug", "train.steps=200", f"data.mode={mode}", f"train.phases={phases}")
+        assert "train.phases=" in line
+        assert line.endswith(f": {problem}")
+        assert ("data.mode" in line) == ("mode" in problem)
+
+    @pytest.mark.parametrize(("phases", "key"), [
+        ("[{at: 0, nope: 1}]", "nope"),
+        ("[{at: 100%}]", "at"),
+        ("[{data: code}]", "data"),
+        ("[{lr: 0}]", "lr"),
+        ("3", ""),
+    ])  # fmt: skip
+    def test_phases_that_are_none(self, phases: str, key: str) -> None:
+        (line,) = problems("debug", "train.steps=200", f"train.phases={phases}")
+        assert line.startswith("train.phases")
+        assert key in line
+
+    def test_phases_that_can_be(self) -> None:
+        given = ["train.steps=200", "data.mode=hybrid_sequential"]
+        phases = "train.phases=[{data: text}, {at: 50%, data: chat, lr: 1e-3, warmup: 10}, {at: 190, data: both}]"
+        made = resolve("debug", [*given, phases]).config.train.phases
+        assert [(phase.at, phase.data, phase.lr, phase.warmup) for phase in made] == [
+            (0, "text", None, None),
+            (0.5, "chat", 1e-3, 10),
+            (190, "both", None, None),
+        ]
+
     def test_they_name_every_value_and_its_origin(self, tmp_path: Path) -> None:
         file = tmp_path / "my.yaml"
         file.write_text("model: {seq_len: 100}\n")

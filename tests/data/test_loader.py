@@ -1,101 +1,257 @@
-"""Batch i is a function of seed, data and i; every token is where it belongs."""
+"""Batch i is a function of seed, data and i; every kind of text in its share."""
 
 from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import data_config
 
-from lumina.data.loader import NOT_COUNTED, Batch, Heldout, Loader, permute
-from lumina.data.shards import Shard
+from lumina.data.loader import Batch, DataPhase, Heldout, Loader
+from lumina.data.shards import Corpus, Shard
+from lumina.data.streams import Stream
+from lumina.data.template import COUNTED, TURN
+from lumina.data.tokenizer import train_bpe
+from lumina.data.windows import NOT_COUNTED
+from lumina.errors import UserError
 
 END = 0
+TOKENIZER = train_bpe(["a"], 260)
+MODES = {"base": "text", "finetune": "chat", "hybrid_interleaved": "both", "hybrid_sequential": "both"}
 
 
-def shard(length: int, ends: tuple[int, ...] = ()) -> Shard:
+def shard(
+    kind: str, tokens: list[int], starts: list[int], marks: list[int] | None = None,
+    weight: float | None = None, difficulty: list[float] | None = None, name: str = "x",
+) -> Shard:  # fmt: skip
+    """One whose arrays are in memory."""
+    assert kind in ("text", "chat")
+    stream = Stream(0, kind, "train", len(starts), 2 * len(tokens), 50, len(tokens))
+    stream.counted = sum(mark & COUNTED for mark in marks or [])
+    made = Shard(Path("nowhere"), name, stream, "uint16", {}, weight)
+    made.__dict__.update(
+        tokens=np.array(tokens, np.uint16),
+        starts=np.array(starts, np.uint64),
+        marks=np.array(marks or [], np.uint8),
+        difficulty=None if difficulty is None else np.array(difficulty, np.float32),
+    )
+    return made
+
+
+def text(length: int, ends: tuple[int, ...] = (0,), **keys: Any) -> Shard:
     """Token i of the stream is i + 1, or END at `ends`."""
-    tokens = np.arange(1, length + 1, dtype=np.uint16)
-    tokens[list(ends)] = END
-    return Shard(tokens, text_bytes=length, documents=1)
+    tokens = [END if i in ends else i + 1 for i in range(length)]
+    return shard("text", tokens, list(ends), **keys)
 
 
-@given(st.integers(1, 3000), st.integers(0, 2**63), st.integers(0, 2**40))
-def test_permutation_is_a_bijection(size: int, seed: int, epoch: int) -> None:
-    assert np.array_equal(np.sort(permute(np.arange(size), size, (seed, epoch))), np.arange(size))
+def chat(count: int, length: int = 9, **keys: Any) -> Shard:
+    """`count` conversations of `length` tokens, of which four are an answer."""
+    tokens = [10_000 + i for i in range(count * length)]
+    marks = [0] * (length - 4) + [COUNTED] * 4
+    return shard("chat", tokens, list(range(0, count * length, length)), marks * count, **keys)
 
 
-def test_permutation_of_a_huge_range_needs_no_memory() -> None:
-    size = 10**15 + 7
-    ids = permute(np.arange(size - 1000, size), size, (0, 0))
-    assert len(set(ids.tolist())) == 1000
-    assert ids.min() >= 0
-    assert ids.max() < size
-    assert np.array_equal(ids[10:20], permute(np.arange(size - 990, size - 980), size, (0, 0)))
+def loader(
+    *shards: Shard, mode: str = "base", sequences: int = 4, seq_len: int = 8, seed: int = 0, steps: int = 100,
+    phases: tuple[DataPhase, ...] = (), **keys: Any,
+) -> Loader:  # fmt: skip
+    corpus = Corpus(shards, (), TOKENIZER, "", {})
+    phases = phases or (DataPhase(0, MODES[mode]),)
+    return Loader(corpus, data_config("unused", mode=mode, **keys), phases, seq_len, sequences, seed, steps)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 5, 7])
-def test_permutation_of_a_tiny_range_is_fair(size: int) -> None:
-    """Over many seeds every ordered pair of images of (0, 1) is as frequent, within five standard errors."""
-    trials = 4000
-    counts = np.zeros((size, size))
-    for seed in range(trials):
-        counts[tuple(permute(np.array([0, 1]), size, (seed, 0)))] += 1
-    expected = trials / (size * (size - 1))
-    off_diagonal = counts[~np.eye(size, dtype=bool)]
-    assert counts.trace() == 0
-    assert np.abs(off_diagonal - expected).max() < 5 * expected**0.5
+def kinds(made: Loader, ids: np.ndarray) -> list[str]:
+    return [made.shards[np.searchsorted(made.offsets, i, side="right") - 1].kind for i in ids.tolist()]
 
 
-def test_permutation_has_no_visible_order() -> None:
-    ids = permute(np.arange(10_000), 10_000, (1, 0)).astype(float)
-    assert abs(np.corrcoef(ids[:-1], ids[1:])[0, 1]) < 0.05
-    other = permute(np.arange(10_000), 10_000, (1, 1)).astype(float)
-    assert abs(np.corrcoef(ids, other)[0, 1]) < 0.05
-
-
-@given(st.integers(2, 200), st.integers(1, 8), st.integers(1, 40), st.integers(0, 5))
+@given(st.integers(10, 200), st.integers(1, 8), st.integers(1, 40), st.integers(0, 5))
 def test_each_epoch_takes_every_sample_once(length: int, seq_len: int, sequences: int, seed: int) -> None:
-    if (length - 1) // seq_len < 1:
-        return
-    loader = Loader(shard(length), seq_len, sequences, seed, END)
-    epochs = 3
-    batches = -(-epochs * loader.samples // sequences)
-    ids = np.concatenate([loader.ids(i) for i in range(batches)])
-    for epoch in range(epochs):
-        part = ids[epoch * loader.samples : (epoch + 1) * loader.samples]
-        assert sorted(part.tolist()) == list(range(loader.samples))
+    made = loader(text(length), sequences=sequences, seq_len=seq_len, seed=seed)
+    samples = -(-(length - 1) // seq_len)
+    assert made.offsets[-1] == samples
+    batches = 3 * samples // sequences + 1
+    ids = np.concatenate([made.ids(i) for i in range(batches)])
+    for epoch in range(3):
+        assert sorted(ids[epoch * samples : (epoch + 1) * samples].tolist()) == list(range(samples))
 
 
-def test_a_batch_depends_on_its_index_alone() -> None:
-    loader, fresh = (Loader(shard(1000), 8, 4, seed=3, end_id=END) for _ in range(2))
-    for i in (5, 0, 100, 5):
-        loader.batch(i)
-    assert torch.equal(loader.batch(77).ids_BS, fresh.batch(77).ids_BS)
-    assert not np.array_equal(loader.ids(77), Loader(shard(1000), 8, 4, 4, END).ids(77))
-    assert len({tuple(loader.ids(i)) for i in range(200)}) == 200
+def test_batches_are_a_function_of_seed_and_number() -> None:
+    made = loader(text(1000))
+    alone = made.batch(77)
+    for i in (3, 200, 0):
+        made.batch(i)
+    for other in (made.batch(77), loader(text(1000)).batch(77)):
+        for name in ("ids_BS", "targets_BS", "segments_BS", "sample_ids_B"):
+            assert torch.equal(getattr(alone, name), getattr(other, name))
+    assert not np.array_equal(made.ids(77), loader(text(1000), seed=4).ids(77))
+    assert len({tuple(made.ids(i)) for i in range(200)}) == 200
+
+
+def many() -> tuple[Shard, ...]:
+    return text(3000, weight=1), text(2000, weight=3), chat(500, weight=2), chat(300, weight=1)
+
+
+PHASES = (DataPhase(0, "text"), DataPhase(30, "both"), DataPhase(200, "chat"))
+
+
+@given(st.integers(0, 300), st.sampled_from([1, 2, 3, 4, 6, 12]))
+@settings(deadline=None)
+def test_ids_do_not_depend_on_the_sequences_of_a_batch(batch: int, sequences: int) -> None:
+    """12 sequences a step are the same ones in smaller steps of a phase, in order."""
+    whole = loader(*many(), mode="hybrid_interleaved", sequences=12, phases=(DataPhase(0, "both"),))
+    parts = loader(*many(), mode="hybrid_interleaved", sequences=sequences, phases=(DataPhase(0, "both"),))
+    each = 12 // sequences
+    pieces = [parts.ids(batch * each + k) for k in range(each)]
+    assert np.concatenate(pieces).tolist() == whole.ids(batch).tolist()
 
 
 def test_samples_hold_inputs_and_the_tokens_after_them() -> None:
-    loader = Loader(shard(1000), 8, 4, seed=0, end_id=END)
-    batch = loader.fetch(np.array([3, 0]))
+    batch = loader(text(1000, ())).fetch(np.array([3, 0]))
     assert batch.ids_BS.tolist() == [list(range(25, 33)), list(range(1, 9))]
     assert torch.equal(batch.targets_BS, batch.ids_BS + 1)
     assert batch.sample_ids_B.tolist() == [3, 0]
     assert {t.dtype for t in (batch.ids_BS, batch.targets_BS, batch.sample_ids_B)} == {torch.int64}
     assert batch.segments_BS.dtype == torch.int32
-    assert loader.samples == 124
 
 
-def test_an_end_token_is_an_input_of_the_document_it_opens() -> None:
-    batch = Loader(shard(17, ends=(0, 3, 4, 8, 12)), 8, 1, 0, END).fetch(np.array([0, 1]))
-    assert batch.ids_BS[0].tolist() == [0, 2, 3, 0, 0, 6, 7, 8]
-    assert batch.segments_BS.tolist() == [[0, 0, 0, 1, 2, 2, 2, 2], [0, 0, 0, 0, 1, 1, 1, 1]]
+def test_samples_of_several_shards_keep_their_order() -> None:
+    made = loader(text(80, ()), text(800, ()), chat(30), mode="hybrid_interleaved")
+    ids = np.array([119, 0, 50, 9, 10, 110])
+    batch = made.fetch(ids)
+    for row, i in enumerate(ids.tolist()):
+        alone = made.fetch(np.array([i]))
+        assert torch.equal(batch.ids_BS[row], alone.ids_BS[0])
+        assert torch.equal(batch.targets_BS[row], alone.targets_BS[0])
+        assert torch.equal(batch.segments_BS[row], alone.segments_BS[0])
+    assert batch.ids_BS[:, 0].tolist() == [10_000 + 9 * 9, 1, 40 * 8 + 1, 73, 1, 10_000]
+
+
+# -- mixtures
+
+
+def test_texts_and_conversations_in_their_ratio() -> None:
+    made = loader(text(3000), chat(500), mode="hybrid_interleaved", sequences=50, base_ratio=0.7)
+    for block in range(3):
+        drawn = [kind for i in range(20) for kind in kinds(made, made.ids(20 * block + i))]
+        assert Counter(drawn) == {"text": 700, "chat": 300}
+    assert 0 < Counter(kinds(made, made.ids(0)))["chat"] < 50
+
+
+def test_weights_hold_inside_each_kind() -> None:
+    made = loader(*many(), mode="hybrid_interleaved", sequences=100, base_ratio=0.6)
+    ids = np.concatenate([made.ids(i) for i in range(50)])  # 3000 texts and 2000 conversations: whole blocks
+    taken = Counter((np.searchsorted(made.offsets, ids, side="right") - 1).tolist())
+    assert taken[0] == 750
+    assert taken[1] == 2250
+    assert taken[2] in (1333, 1334)
+    assert taken[3] in (666, 667)
+
+
+def test_without_weights_sources_are_one_pool() -> None:
+    made = loader(text(801), text(201), sequences=25)
+    ids = np.concatenate([made.ids(i) for i in range(5)])
+    assert sorted(ids.tolist()) == list(range(125))
+
+
+def test_a_source_of_one_kind_alone_with_a_weight_is_that_pool() -> None:
+    plain, weighted = loader(text(801)), loader(text(801, weight=3.0))
+    assert np.array_equal(plain.ids(7), weighted.ids(7))
+
+
+# -- phases
+
+
+def test_phases_change_what_is_read_at_their_steps() -> None:
+    made = loader(text(3000), chat(500), mode="hybrid_sequential", phases=PHASES, base_ratio=0.5)
+    assert {kind for i in range(30) for kind in kinds(made, made.ids(i))} == {"text"}
+    assert Counter(kind for i in range(30, 200) for kind in kinds(made, made.ids(i))).keys() == {"text", "chat"}
+    assert {kind for i in range(200, 260) for kind in kinds(made, made.ids(i))} == {"chat"}
+
+
+def test_a_phase_of_both_keeps_the_ratio_in_each_mode() -> None:
+    """A run of two parts may have phases of its own that read both."""
+    made = loader(text(3000), chat(500), mode="hybrid_sequential", sequences=50, base_ratio=0.3)
+    assert Counter(kind for i in range(20) for kind in kinds(made, made.ids(i))) == {"text": 300, "chat": 700}
+
+
+def test_each_phase_begins_a_pool_anew() -> None:
+    phases = (DataPhase(0, "text"), DataPhase(10, "text"))
+    made = loader(text(801), sequences=10, phases=phases)
+    first, second = ([made.ids(start + i).tolist() for i in range(10)] for start in (0, 10))
+    assert sorted(np.ravel(first)) == sorted(np.ravel(second)) == list(range(100))
+    assert first != second
+
+
+def test_the_first_phase_has_the_order_of_a_run_without_phases() -> None:
+    made = loader(text(801), phases=(DataPhase(0, "text"), DataPhase(10, "text")))
+    assert np.array_equal(made.ids(9), loader(text(801)).ids(9))
+
+
+@pytest.mark.parametrize(("mode", "given", "missing"), [
+    ("finetune", chat(5, length=30), "chat"),
+    ("hybrid_interleaved", text(100), "chat"),
+    ("hybrid_sequential", chat(20), "text"),
+])  # fmt: skip
+def test_a_phase_without_a_window_is_refused(mode: str, given: Shard, missing: str) -> None:
+    with pytest.raises(UserError, match=f"no window of {missing}") as caught:
+        loader(given, mode=mode, train_on="assistant", seq_len=8)
+    assert "model.seq_len" in caught.value.fix
+
+
+# -- easy first
+
+
+def test_easy_windows_come_first() -> None:
+    difficulty = [float(i * 37 % 100) for i in range(100)]
+    ends = tuple(range(0, 801, 8))
+    given = text(801, ends, difficulty=[*difficulty, 0.0])
+    made = loader(given, sequences=10, steps=50, curriculum={"until": 20, "start": 0.1})
+    hard = [np.array(difficulty)[made.ids(i)] for i in range(50)]
+    assert hard[0].max() < 20
+    assert max(h.max() for h in hard[:5]) < 60
+    plain = loader(given, sequences=10)
+    assert [made.ids(20 + i).tolist() for i in range(10)] == [plain.ids(i).tolist() for i in range(10)]
+
+
+def test_a_curriculum_needs_difficulty() -> None:
+    with pytest.raises(UserError, match=r"data\.curriculum: mine has no difficulty") as caught:
+        loader(text(801, name="mine"), curriculum={"until": 0.5})
+    assert "lumina data difficulty" in caught.value.fix
+
+
+# -- facts
+
+
+def test_facts() -> None:
+    assert loader(text(801)).facts == {"windows": 100, "padding": 0.0}
+    long = [0] * 5 + [COUNTED] * 4 + [TURN, 0, 0, 0] + [COUNTED] * 20
+    overlong = shard("chat", list(range(1, 34)), [0], long)
+    made = loader(text(17), chat(10), overlong, mode="hybrid_interleaved")
+    assert made.facts == {
+        "windows": 14,
+        "padding": 0.0,
+        "answers": round(64 / 123, 4),
+        "overlong": 1,
+        "pieces": 2,
+        "lost_tokens": 15,
+    }
+
+
+def test_throughput_is_measured() -> None:
+    assert loader(text(1000)).throughput() > 0
+
+
+# -- batches
 
 
 def test_micro_batches_join_to_the_batch() -> None:
-    batch = Loader(shard(1000, ends=(50, 60)), 8, 6, seed=0, end_id=END).batch(0)
+    batch = loader(text(1001, (50, 60)), sequences=6).batch(0)
     parts = batch.split(3)
     for name in ("ids_BS", "targets_BS", "segments_BS", "sample_ids_B"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
@@ -105,31 +261,37 @@ def test_micro_batches_join_to_the_batch() -> None:
 
 
 def test_moving_keeps_everything() -> None:
-    batch = Loader(shard(100), 8, 2, 0, END).batch(0).to("meta")
+    batch = loader(text(100), sequences=2).batch(0).to("meta")
     assert isinstance(batch, Batch)
     assert {t.device.type for t in (batch.ids_BS, batch.targets_BS, batch.segments_BS, batch.sample_ids_B)} == {"meta"}
 
 
-@given(st.integers(2, 200), st.integers(1, 16), st.integers(1, 5))
-def test_every_held_out_token_is_predicted_once_in_order(length: int, seq_len: int, sequences: int) -> None:
-    side = shard(length, ends=(0, length // 2, length - 1))
-    batches = list(Heldout(side, seq_len, sequences, END))
+# -- held out
+
+
+@given(st.lists(st.integers(2, 120), min_size=1, max_size=3), st.integers(1, 16), st.integers(1, 5))
+def test_every_held_out_token_is_predicted_once_in_order(lengths: list[int], seq_len: int, sequences: int) -> None:
+    sides = [text(length, (0, length // 2, length - 1)) for length in lengths]
+    heldout = Heldout(sides, seq_len, sequences, END)
+    batches = [heldout[i] for i in range(len(heldout))]
     targets = torch.cat([batch.targets_BS.flatten() for batch in batches])
     counted = targets != NOT_COUNTED
-    assert targets[counted].tolist() == side.tokens[1:].tolist()
+    assert targets[counted].tolist() == [token for side in sides for token in side.tokens[1:].tolist()]
     inputs = torch.cat([batch.ids_BS.flatten() for batch in batches])
-    assert inputs[counted].tolist() == side.tokens[:-1].tolist()
+    assert inputs[counted].tolist() == [token for side in sides for token in side.tokens[:-1].tolist()]
     assert set(inputs[~counted].tolist()) <= {END}
-    assert sum(batch.targets for batch in batches) == length - 1
     assert all(batch.ids_BS.shape == batch.segments_BS.shape == (len(batch.sample_ids_B), seq_len) for batch in batches)
-    assert [i for batch in batches for i in batch.sample_ids_B.tolist()] == list(range(-(-(length - 1) // seq_len)))
+    assert [i for batch in batches for i in batch.sample_ids_B.tolist()] == list(
+        range(sum(-(-(length - 1) // seq_len) for length in lengths))
+    )
+    assert all(len(batch.ids_BS) == sequences for batch in batches[:-1])
+    assert heldout.text_bytes == 2 * sum(lengths)
+    with pytest.raises(IndexError):
+        heldout[len(heldout)]
 
 
-def test_a_shard_without_a_sample_is_refused() -> None:
-    with pytest.raises(ValueError, match="8 tokens hold no sample of 8 inputs"):
-        Loader(shard(8), 8, 1, 0, END)
-    assert Loader(shard(9), 8, 1, 0, END).samples == 1
-
-
-def test_throughput_is_measured() -> None:
-    assert Loader(shard(1000), 8, 4, 0, END).throughput() > 0
+def test_held_out_conversations_count_their_answers() -> None:
+    answers, everything = (Heldout([chat(25)], 16, 4, END, train_on) for train_on in ("assistant", "all"))
+    assert sum(answers[i].targets for i in range(len(answers))) == 25 * 4
+    assert sum(everything[i].targets for i in range(len(everything))) == 25 * 8
+    assert (answers.text_bytes, everything.text_bytes) == (50, 2 * 25 * 9)

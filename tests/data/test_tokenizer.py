@@ -115,6 +115,26 @@ def test_batch_equals_single() -> None:
     assert BPE.encode_batch([]) == []
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_arrays_hold_the_ids_of_each_text(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [*TEXTS, "", "x\ny\n" * 50]
+    monkeypatch.setattr(module, "PIECE", 20)  # most texts are several pieces
+    arrays = BPE.encode_arrays(texts, dtype)
+    assert [array.tolist() for array in arrays] == BPE.encode_batch(texts)
+    assert {str(array.dtype) for array in arrays} == {dtype}
+    assert BPE.encode_arrays([], dtype) == []
+
+
+@given(st.text(alphabet="def main \n12é🙂", max_size=60))
+def test_places_say_where_each_token_begins(text: str) -> None:
+    ids, places = BPE.encode_with_places(text)
+    assert ids == BPE.encode(text)
+    assert places == sorted(places)
+    for i, place in enumerate(places):
+        if i == 0 or place != places[i - 1]:  # else a character of several tokens
+            assert BPE.decode(ids[:i]).rstrip("\ufffd") == text[:place].rstrip("\ufffd")
+
+
 @given(st.lists(st.integers(0, 299), max_size=60))
 def test_streaming_any_ids_equals_decoding_them(ids: list[int]) -> None:
     for tokenizer in (BPE, PLAIN):
@@ -144,6 +164,27 @@ def test_save_and_load(tmp_path: Path) -> None:
         loaded = Tokenizer.load(path)
         assert (loaded.fingerprint, loaded.vocab_size, loaded.end_id) == (BPE.fingerprint, 300, 0)
         assert loaded.encode(TEXTS[1] + "<|end|>") == BPE.encode(TEXTS[1] + "<|end|>")
+
+
+def test_what_is_saved_is_complete(tmp_path: Path) -> None:
+    """Settings that another program wrote are kept, and a template is a file of its own."""
+    foreign(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 9, "chat_template": "x"}')
+    Tokenizer.load(tmp_path).save(tmp_path / "again")
+    settings = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert settings["model_max_length"] == 9
+    assert settings["eos_token"] == settings["bos_token"] == "<|endoftext|>"
+    assert "chat_template" not in settings
+    assert (tmp_path / "again" / "chat_template.jinja").read_text() == "x"
+    assert Tokenizer.load(tmp_path / "again").fingerprint == Tokenizer.load(tmp_path).fingerprint
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_settings_that_cannot_be_read(tmp_path: Path, content: bytes) -> None:
+    foreign(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(UserError, match="the settings of its tokenizer cannot be read"):
+        Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("end", FOREIGN_ENDS)
