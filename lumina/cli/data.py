@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as documents
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -128,7 +129,7 @@ def prepare(
     if already:
         typer.echo(f"prepared already: {out} was made of the same")
     _say_prepared(told)
-    typer.echo(f"next   lumina train debug data.train={out}{_mode(corpus)}")
+    typer.echo(f"next   lumina train debug {shlex.quote(f'data.train={out}')}{_mode(corpus)}")
 
 
 def difficulty(
@@ -156,7 +157,7 @@ def difficulty(
             for document in some:
                 text = " ".join(document.text.split())
                 _say(f"{name}  {document.difficulty:8.4g}  {text if len(text) <= 60 else text[:59] + '…'}")
-    typer.echo(f"next   lumina train debug data.train={folder} data.curriculum.until=0.3")
+    typer.echo(f"next   lumina train debug {shlex.quote(f'data.train={folder}')} data.curriculum.until=0.3")
 
 
 # -- how they are told --------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ class Loader:
         kinds = ("text", "chat") if wanted == "both" else (wanted,)
         draws = {kind: self._draw_kind(kind, data.curriculum, key, steps) for kind in kinds}
         have = {kind: draw for kind, draw in draws.items() if draw is not None}
-        if wanted == "both" and len(have) == 2 and data.mode == "hybrid_interleaved":
+        if len(have) == 2:
             return Blend([have["text"], have["chat"]], [data.base_ratio, 1 - data.base_ratio], (*key, 2))
         (only,) = have.values()
         return only
