@@ -76,14 +76,16 @@ def check(
     from lumina.data import look
 
     found: list[Finding] = []
-
-    def tell(finding: Finding) -> None:
-        if json:
-            found.append(finding)
-        else:
-            _say(finding.line)
-
     with _console(json or not sys.stdout.isatty()) as console:
+        above = console.show if console.screen and console.screen.live else None  # of the line that says how far it is
+        say = above or typer.echo
+
+        def tell(finding: Finding) -> None:
+            if json:
+                found.append(finding)
+            else:
+                say(visible(finding.line))
+
         checked = look.check(
             specs, tell, tokenizer=tokenizer, seq_len=seq_len, skip_bad=skip_bad, progress=console.progress
         )
