@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lumina.config.resolve import resolve
+from lumina.config.schema.data import DataConfig
 from lumina.config.schema.model import ModelConfig
-from lumina.data.documents import Document, find_files, raise_problems, read_files
+from lumina.data.files import find_files
+from lumina.data.formats import read_files
+from lumina.data.records import Problems, Record
 
 KINDS = ("dense", "moe", "mod", "hybrid")
 
@@ -21,11 +24,17 @@ def model_config(kind: str, **changes: Any) -> ModelConfig:
     return resolve("tiny", {"model.kind": kind, **keys}).config.model
 
 
-def read_documents(specs: Sequence[str]) -> Iterator[Document]:
-    """The documents of all `specs`, in order; `UserError` with all problems comes after the last one."""
-    problems: list[str] = []
+def read_records(specs: Sequence[str]) -> Iterator[Record]:
+    """The records of all `specs`, in order; `UserError` with all problems comes after the last one."""
+    problems = Problems()
     yield from read_files(find_files(specs, problems), problems)
-    raise_problems(problems)
+    problems.raise_any()
+
+
+def data_config(train: str | Sequence[str], **keys: Any) -> DataConfig:
+    """The section `data` with these keys."""
+    given = (train,) if isinstance(train, str) else tuple(train)
+    return DataConfig.model_validate({"train": given, **keys})
 
 
 def write_text(folder: Path, lines: int = 600) -> Path:

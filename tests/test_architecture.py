@@ -27,10 +27,11 @@ ALLOWED = {
     "run": LEAVES,
     "telemetry": {"events", "errors"},
     "inference": LEAVES | {"model", "data", "checkpoint", "run"},
+    "interop": LEAVES | {"model", "data", "checkpoint", "run"},
     "training": LEAVES | {"model", "data", "checkpoint", "parallel", "run", "lumina"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
     "bench": LEAVES | {"data", "inference", "model", "parallel", "run", "telemetry", "training"},
-    "cli": LEAVES | {"api", "bench", "data", "inference", "model", "run", "telemetry", "training", "lumina"},
+    "cli": LEAVES | {"api", "bench", "data", "inference", "interop", "model", "run", "telemetry", "training", "lumina"},
 }
 TORCHLESS = [
     "lumina",

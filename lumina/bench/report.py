@@ -87,9 +87,13 @@ def table(heading: str, header: Sequence[str], cells: Sequence[Sequence[str]], s
 
 def write(folder: Path, name: str, page: str, measured: Mapping[str, Measurement]) -> Path:
     """`<folder>/<name>.md` and `.json`, with every single time; returns the page. Raises `UserError` if it cannot."""
+    return write_pair(folder, name, page, {heading: one.as_json() for heading, one in measured.items()})
+
+
+def write_pair(folder: Path, name: str, page: str, content: Mapping[str, Any]) -> Path:
+    """`<folder>/<name>.md` and `.json`; returns the page. Raises `UserError` if it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        content = {heading: one.as_json() for heading, one in measured.items()}
         (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         path = folder / f"{name}.md"
         path.write_text(page, encoding="utf-8")

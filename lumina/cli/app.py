@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from lumina import __version__
-from lumina.cli import bench, chat, config, data, demo, doctor, generate, presets, runs, train
+from lumina.cli import bench, chat, config, data, demo, doctor, generate, lora, presets, runs, train
 from lumina.errors import UserError
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, USER_ERROR
 
@@ -23,6 +23,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "resume": train.resume,
     "generate": generate.generate,
     "chat": chat.chat,
+    "lora": {"export": lora.export, "merge": lora.merge},
     "runs": runs.runs,
     "presets": presets.presets,
     "config": {
@@ -38,12 +39,19 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "difficulty": data.difficulty,
     },
     "doctor": doctor.doctor,
-    "bench": {"speed": bench.speed, "sparse": bench.sparse, "gap": bench.gap},
+    "bench": {
+        "speed": bench.speed,
+        "sparse": bench.sparse,
+        "gap": bench.gap,
+        "tuning": bench.tuning,
+        "data": bench.data,
+    },
 }
 
 GROUP_HELP = {
     "data": "Data: looked at, checked, prepared.",
     "config": "Configurations: shown, checked, documented.",
+    "lora": "Trained adapters: for other tools, or folded into the weights.",
     "bench": "What this machine reaches, measured fairly.",
 }
 

@@ -108,6 +108,71 @@ def gap(
     print_table(looking_ahead.HEADER, looking_ahead.rows(losses))
 
 
+def data(
+    rounds: Rounds = 6,
+    copies: Annotated[int, typer.Option(min=1, help="How often the standard library's sources, about 10 MB.")] = 2,
+    memory: Annotated[bool, typer.Option(help="The peak memory of preparing 10, 100 and 1000 MB, too.")] = True,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """How fast files become shards, beside the tokenizer alone and `datasets.map` (if installed); memory; batches."""
+    from lumina.bench import data as files
+    from lumina.bench import harness, report
+    from lumina.telemetry.console import Console
+
+    used = files.memory() if memory else {}
+    with Console(1, quiet=json) as console:
+        measured = harness.measure(files.suite(copies), rounds, warm=1, progress=console.progress)
+    page = report.markdown("Files to shards", {"Speed": (measured, files.CEILING, ())})
+    page += report.table("Bars", ("bar", "measured", "verdict"), files.bars(measured))
+    if used:
+        cells = [[f"{size} MB", f"{peak / 2**20:.0f} MiB"] for size, peak in used.items()]
+        page += report.table("Peak memory of preparing one file", ("file", "above an empty process"), cells)
+    made = measured.as_json() | {"bars": files.bars(measured), "peak_bytes": {str(k): v for k, v in used.items()}}
+    if out:
+        path = report.write_pair(out, time.strftime("%Y-%m-%d-prepare"), page, made)
+    if json:
+        print_json(made)
+        return
+    typer.echo(page)
+    if out:
+        typer.echo(f"wrote  {path} and .json")
+
+
+def tuning(
+    settings: Settings = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How often, each time from other weights.")] = 3,
+    base_steps: Annotated[int, typer.Option(min=1, help="Steps of the base model.")] = 300,
+    tune_steps: Annotated[int, typer.Option(min=1, help="Steps that the tuned models take more.")] = 100,
+    questions: Annotated[int, typer.Option(min=1, help="Held-out questions that each model is asked.")] = 100,
+    folder: Annotated[Path, typer.Option(help="Where data and runs go.")] = Path("runs/tuning"),
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """What fine-tuning and interleaving teach a base model to answer, and what they make it forget, over several seeds.
+
+    The debug preset on the embedded corpus; whole files of it are held out.
+    """
+    from lumina.bench import report
+    from lumina.bench import tuning as answers
+    from lumina.telemetry.console import Console
+    from lumina.training import machine
+
+    plan = answers.Plan(seeds, base_steps, tune_steps, questions=questions)
+    with Console(1, quiet=json) as console:
+        outcomes = answers.measure(plan, folder, {"train.eval_every": 0, **_training_keys(settings)}, console.progress)
+    made = answers.as_json(plan, outcomes) | {"machine": machine.facts("cpu"), "date": time.strftime("%Y-%m-%d")}
+    table = report.table("Tuning", answers.HEADER, answers.rows(outcomes), answers.said(plan))
+    if out:
+        path = report.write_pair(out, time.strftime("%Y-%m-%d-tuning"), table.lstrip(), made)
+    if json:
+        print_json(made)
+        return
+    typer.echo(table)
+    if out:
+        typer.echo(f"wrote  {path} and .json")
+
+
 def _training_keys(settings: list[str] | None) -> dict[str, object]:
     """The settings by key, checked; shape P sets the others."""
     from lumina.config.resolve import resolve

@@ -29,9 +29,10 @@ def chat(
     root: Root = Path("runs"),
     json: Json = False,
 ) -> None:
-    """Write with a trained model, line by line.
+    """Talk with a trained model, line by line.
 
-    Each line that you write is appended to one growing text, which the model continues. Uses the newest complete
+    A model that was trained on conversations answers. Any other continues one growing text, to which each line that you
+    write is appended. Uses the newest complete
     checkpoint of the run, also while it trains. /help lists the commands. Reads a pipe, too: the model's text goes
     to standard output, all else to standard error.
     """

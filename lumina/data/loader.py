@@ -22,7 +22,7 @@ from lumina.config.schema.data import CurriculumConfig, DataConfig
 from lumina.config.units import span
 from lumina.data.mixture import Blend, Draw, Paced, Pool
 from lumina.data.shards import Corpus, Shard
-from lumina.data.windows import NOT_COUNTED, ChatWindows, Rows, TextWindows, windows_of
+from lumina.data.windows import NOT_COUNTED, ChatWindows, TextWindows, windows_of
 from lumina.errors import UserError
 
 THROUGHPUT_BATCHES = 20
@@ -95,14 +95,7 @@ class Loader:
 
     def fetch(self, ids: NDArray[np.int64]) -> Batch:
         """The batch of these samples."""
-        shards = np.searchsorted(self.offsets, ids, side="right") - 1
-        rows: list[Rows | None] = [None] * len(ids)
-        for shard in np.unique(shards).tolist():
-            mine = np.flatnonzero(shards == shard)
-            fetched = self.windows[shard].fetch(ids[mine] - self.offsets[shard])
-            for i, *row in zip(mine.tolist(), *fetched, strict=True):
-                rows[i] = Rows(*row)
-        return batch_of([row for row in rows if row is not None], ids)
+        return _fetch(self.windows, self.offsets, ids)
 
     def batch(self, i: int) -> Batch:
         return self.fetch(self.ids(i))
@@ -135,6 +128,9 @@ class Loader:
         kinds = ("text", "chat") if wanted == "both" else (wanted,)
         draws = {kind: self._draw_kind(kind, data.curriculum, key, steps) for kind in kinds}
         have = {kind: draw for kind, draw in draws.items() if draw is not None}
+        if missing := [kind for kind in kinds if kind not in have]:
+            what = f"the training side has no window of {' and '.join(missing)}"
+            raise UserError(what, fix="give more, or set model.seq_len higher")
         if len(have) == 2:
             return Blend([have["text"], have["chat"]], [data.base_ratio, 1 - data.base_ratio], (*key, 2))
         (only,) = have.values()
@@ -194,11 +190,16 @@ class Heldout:
     def __getitem__(self, i: int) -> Batch:
         first = range(0, int(self.offsets[-1]), self.sequences)[i]
         ids = np.arange(first, min(first + self.sequences, int(self.offsets[-1])))
-        shards = np.searchsorted(self.offsets, ids, side="right") - 1
-        rows = [self.windows[s].fetch(np.array([w - self.offsets[s]])) for w, s in zip(ids, shards, strict=True)]
-        return batch_of([Rows(*(column[0] for column in row)) for row in rows], ids)
+        return _fetch(self.windows, self.offsets, ids)
 
 
-def batch_of(rows: Sequence[Rows], samples: NDArray[np.int64]) -> Batch:
-    columns = [np.stack(column) for column in zip(*rows, strict=True)]
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in (*columns, samples)))
+def _fetch(windows: Sequence[TextWindows | ChatWindows], offsets: NDArray[np.int64], ids: NDArray[np.int64]) -> Batch:
+    """The batch of these windows, which are numbered through over all shards."""
+    shape = (len(ids), windows[0].seq_len)
+    columns: list[NDArray[Any]] = [np.empty(shape, dtype) for dtype in (np.int64, np.int64, np.int32)]
+    shards = np.searchsorted(offsets, ids, side="right") - 1
+    for shard in np.unique(shards).tolist():
+        mine = np.flatnonzero(shards == shard)
+        for column, rows in zip(columns, windows[shard].fetch(ids[mine] - offsets[shard]), strict=True):
+            column[mine] = rows
+    return Batch(*(torch.from_numpy(column) for column in (*columns, ids)))

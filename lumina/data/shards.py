@@ -28,8 +28,8 @@ from lumina.config.weights import split_weight
 from lumina.data import split
 from lumina.data.files import DataFile, find_files
 from lumina.data.records import Kind, Problems, Record, digest
-from lumina.data.scan import Check, Scan, Source, documents, file_size, reopen, scan
-from lumina.data.streams import Stream, training_pieces, write_streams
+from lumina.data.scan import FACTS, TABLE, Check, Scan, Source, documents, file_size, reopen, scan
+from lumina.data.streams import JOURNAL, Stream, training_pieces, write_streams
 from lumina.data.template import DEFAULT
 from lumina.data.tokenizer import BPE_CHARACTERS, Tokenizer, train_bpe
 from lumina.errors import UserError
@@ -287,23 +287,21 @@ def _build(
     """Writes the shards of a request into `building`, going on with what a killed process left there of the same."""
     began = building / "request"
     if not (began.is_file() and began.read_text(encoding="utf-8") == name):
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
+        _clear(building)
         began.write_text(name, encoding="utf-8")
     sources = [replace(s, files=tuple(sorted(s.files, key=file_digest))) for s in request.sources]
     check = template_check(own)
     try:
         scanned = reopen(building)
     except (OSError, ValueError):
+        _clear(building)  # of what a killed scan left
+        began.write_text(name, encoding="utf-8")
         scanned = scan(sources, building, data.quality, Problems(data.skip_bad), progress, check)
     _require_text(scanned, sources)
     if mode:
         _check_kinds(mode, _kinds(scanned, sources))
-    try:
-        tokenizer = Tokenizer.load(building)
-    except UserError:
-        tokenizer = own or _train(sources, scanned, vocab, progress)
-        tokenizer.save(building)
+    tokenizer = own or _trained(building) or _train(sources, scanned, vocab, progress)
+    tokenizer.save(building)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     try:
         streams = write_streams(sources, scanned, tokenizer, dtype, building, data.buffer, progress, check)
@@ -312,6 +310,11 @@ def _build(
         return _build(building, request, data, own, vocab, name, progress, mode)
     _seal(building, sources, scanned, streams, dtype, name)
     return tokenizer
+
+
+def _clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def template_check(own: Tokenizer | None) -> Check | None:
@@ -364,6 +367,14 @@ def _check_kinds(mode: str, found: Sequence[tuple[str, Kind, str]]) -> None:
         )
 
 
+def _trained(building: Path) -> Tokenizer | None:
+    """The BPE that a killed process trained."""
+    try:
+        return Tokenizer.load(building)
+    except UserError:
+        return None
+
+
 def _train(sources: Sequence[Source], scanned: Scan, vocab: int, progress: Tell) -> Tokenizer:
     """BPE of the training side's texts; each source gives as much of `BPE_CHARACTERS` as it has of the corpus."""
     with whole("training the tokenizer", progress):
@@ -371,7 +382,9 @@ def _train(sources: Sequence[Source], scanned: Scan, vocab: int, progress: Tell)
 
 
 def _training_texts(sources: Sequence[Source], scanned: Scan) -> Iterator[str]:
-    sizes = np.bincount(scanned.rows["source"], scanned.rows["bytes"], len(sources))
+    rows = scanned.rows[: scanned.facts["train_documents"]]
+    rows = rows[rows["removed"] == 0]
+    sizes = np.bincount(rows["source"], rows["bytes"], len(sources))
     room = {i: BPE_CHARACTERS * size / max(1.0, sizes.sum()) for i, size in enumerate(sizes.tolist())}
     for number, record in training_pieces(sources, scanned, None):
         if room[number] > 0:
@@ -384,9 +397,8 @@ def _training_texts(sources: Sequence[Source], scanned: Scan) -> Iterator[str]:
 def _seal(
     building: Path, sources: Sequence[Source], scanned: Scan, streams: Sequence[Stream], dtype: str, name: str
 ) -> None:
-    """Writes `meta.json`, which vouches for every other file."""
-    for leftover in ("request", "scan.json", "documents.bin"):
-        (building / leftover).unlink()
+    """Writes `meta.json`, which vouches for every other file; what only a killed process would need goes last."""
+    leftovers = [building / leftover for leftover in ("request", TABLE, FACTS, JOURNAL)]
     facts: dict[str, Any] = {key: scanned.facts[key] for key in ("empty", "skipped", "removed") if key in scanned.facts}
     given = scanned.facts["train_documents"] < len(scanned.rows)
     facts["split"] = "given" if given else scanned.split.rule
@@ -403,9 +415,11 @@ def _seal(
             for s, formats in zip(sources, scanned.facts["formats"], strict=True)
         ],
         "streams": [asdict(stream) for stream in streams],
-        "files": {path.name: _sha256(path) for path in sorted(building.iterdir())},
+        "files": {p.name: _sha256(p) for p in sorted(building.iterdir()) if p not in leftovers and p.name != META},
     }
     _write_meta(building, meta)
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
 
 
 def _identity(file: DataFile) -> dict[str, Any]:

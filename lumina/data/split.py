@@ -50,10 +50,10 @@ class Split:
             return (None, record) if self.heldout[key >> 48] else (record, None)
         if record.kind == "chat":
             return (record, None) if number < self.border else (None, record)
-        cut = _cut(record.text, chars, before)
+        cut, end = _cut(record.text, chars, before), int(chars * (1 - TAIL)) - before
         head, tail = record.text[:cut], record.text[cut:]
         return (
-            Record(record.where, head, last=bool(tail) or record.last) if head else None,
+            Record(record.where, head, last=end <= len(record.text) or record.last) if head else None,
             Record(record.where, tail, last=record.last) if tail else None,
         )
 
@@ -64,7 +64,7 @@ def decide(rows: NDArray[Any]) -> Split:
     chosen = _choose(sum(sizes.values(), np.zeros(BUCKETS)))
     tails: set[Kind] = {kind for kind in KINDS if sizes[kind][chosen].sum() < SHARE / 2 * sizes[kind].sum()}
     conversations = int((rows["kind"] == KINDS.index("chat")).sum())
-    border = min(conversations - 1, int(conversations * (1 - TAIL)))
+    border = max(1, min(conversations - 1, int(conversations * (1 - TAIL))))
     return Split(chosen, frozenset(tails), border)
 
 

@@ -82,20 +82,26 @@ class _Writer:
     unsynced: int = 0
 
     def resume(self) -> None:
-        """Goes back to what the journal vouches for; without one, to nothing."""
+        """Goes back to what the journal vouches for; without one, to nothing.
+
+        Raises `ValueError` if the journal or a stream is damaged.
+        """
         path = self.folder / JOURNAL
         kept: dict[str, Any] = {"batches": 0, "streams": {}, "opening": {}, "sizes": {}}
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-        self.batches = kept["batches"]
-        self.streams = {name: Stream(**values) for name, values in kept["streams"].items()}
-        self.opening = kept["opening"]
-        for file in self.folder.iterdir():
-            if file.suffix.lstrip(".") in SUFFIXES:
-                size = kept["sizes"].get(file.name, 0)
-                if file.stat().st_size < size:
-                    raise ValueError(f"{file.name} is shorter than its journal says")
-                os.truncate(file, size)
+        try:
+            if path.exists():
+                kept = json.loads(path.read_text(encoding="utf-8"))
+            self.batches = kept["batches"]
+            self.streams = {name: Stream(**values) for name, values in kept["streams"].items()}
+            self.opening, sizes = kept["opening"], dict(kept["sizes"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{JOURNAL}: {error}") from None
+        there = {file.name: file for file in self.folder.iterdir() if file.suffix.lstrip(".") in SUFFIXES}
+        for name in there.keys() | sizes.keys():
+            size = sizes.get(name, 0)
+            if name not in there or there[name].stat().st_size < size:
+                raise ValueError(f"{name} is shorter than its journal says")
+            os.truncate(there[name], size)
 
     def write(self, batch: Sequence[_Encoded]) -> None:
         """Appends a batch to its streams, then says so in the journal."""
@@ -188,9 +194,7 @@ def write_streams(
         finally:
             for future in under_way:
                 future.cancel()
-    (folder / JOURNAL).unlink(missing_ok=True)
-    order = {f"{i}.{kind}.{side}": i for i, _ in enumerate(sources) for kind in KINDS for side in ("train", "heldout")}
-    return sorted(writer.streams.values(), key=lambda stream: (order[stream.name], stream.name))
+    return sorted(writer.streams.values(), key=lambda stream: (stream.source, stream.name))
 
 
 def training_pieces(sources: Sequence[Source], scan: Scan, check: Check | None) -> Iterator[tuple[int, Record]]:

@@ -169,7 +169,7 @@ def _beside(folder: Path) -> tuple[str, dict[str, Any]]:
             if not isinstance(settings, dict):
                 raise ValueError("no object")
         file = folder / template.FILE_NAME
-        source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template") or ""
+        source = file.read_bytes().decode() if file.is_file() else settings.get("chat_template") or ""
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: the settings of its tokenizer cannot be read: {error}", f"mend {SETTINGS}"

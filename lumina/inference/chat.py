@@ -31,7 +31,7 @@ COMMANDS = {
     "/quit": ("", "leaves; ctrl-D does, too"),
 }
 OTHER_INPUT = (
-    ("TEXT", "the model continues it"),
+    ("TEXT", "the model continues it, or answers it if it was trained on conversations"),
     ("(empty)", "the model goes on where it stopped"),
     ("//TEXT", "text that begins with /"),
     ("ctrl-C", "ends the answer only"),
@@ -177,7 +177,8 @@ def introduction(run: Run, model: Model) -> list[str]:
     """What was loaded, and what not to expect of it."""
     parameters = count(model.transformer.config).total
     skipped = [f"! skipped {reason}" for reason in model.skipped]
-    return [*skipped, f"step {model.step} of {run.path}, {parameters:,} parameters", NOT_TRAINED]
+    loaded = f"step {model.step} of {run.path}, {parameters:,} parameters"
+    return [*skipped, loaded] if model.talks else [*skipped, loaded, NOT_TRAINED]
 
 
 def notes(answer: Answer, conversation: Conversation) -> list[str]:
@@ -192,7 +193,7 @@ def notes(answer: Answer, conversation: Conversation) -> list[str]:
         )
     if answer.reason == "context":
         said.append(f"(stopped: the context of {context} tokens is full; an empty line goes on)")
-    if answer.reason == "end":
+    if answer.reason == "end" and not conversation.model.talks:
         said.append("(the model ended its text)")
     return said
 

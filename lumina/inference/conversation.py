@@ -1,8 +1,8 @@
-"""A conversation with a model that only continues text: a growing text, to which both sides append.
+"""A conversation: turns in the model's chat template, or, with a model that only continues text, a growing text.
 
 Each answer reads the whole text anew instead of going on with the last cache. The tokens that were sampled need not
 be the tokens of their text, and an interrupt may strike while some layers have stored a token and others have not.
-So an answer is, to the bit, what `Model.stream` writes for the same text, settings and seed.
+So the answer of a model of texts is, to the bit, what `Model.stream` writes for the same text, settings and seed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lumina.data.records import Message
 from lumina.errors import UserError
 from lumina.inference.engine import Model
 from lumina.inference.sampler import Sampler
@@ -81,11 +82,30 @@ class Conversation:
 
     def prompt(self, turns: Sequence[Turn]) -> tuple[list[int], int]:
         """The ids that the model reads for these turns, and how many older ones had no room."""
-        text, room = _joined(turns), self.model.prompt_room(self.max_tokens)
+        room = self.model.prompt_room(self.max_tokens)
+        if self.model.talks:
+            return self._dialogue(turns, room)
+        text = _joined(turns)
         ids = self.model.encode(self._head + text)
         head = len(self.model.encode(self._head)) if self._head else 0
         left_out = max(0, len(ids) - room)
         return ids[:head] + ids[head + left_out :], left_out
+
+    def _dialogue(self, turns: Sequence[Turn], room: int) -> tuple[list[int], int]:
+        """Turns in the template, the oldest left out whole; of a last one that alone is too long the end is kept."""
+        ids = self._written(turns)
+        needed = len(ids)
+        while len(ids) > room and (later := [i for i, turn in enumerate(turns) if i and turn.role == "user"]):
+            turns = turns[later[0] :]
+            ids = self._written(turns)
+        return ids[-room:], needed - min(len(ids), room)
+
+    def _written(self, turns: Sequence[Turn]) -> list[int]:
+        """Ends where the model has to write: at the begin of an answer, or in one that it did not end."""
+        messages = _merged([*self._system, *(Message(turn.role, turn.text) for turn in turns)])
+        begun = messages.pop().content if messages and messages[-1].role == "assistant" else ""
+        ((ids, _),) = self.model.tokenizer.chat.encode([messages], open=True)
+        return [*ids, *self.model.tokenizer.encode(begun)]
 
     def answer(self, line: str, write: Callable[[str], object]) -> Answer:
         """Appends `line` and the model's continuation, each piece of which goes to `write` as it comes.
@@ -128,11 +148,29 @@ class Conversation:
 
     def transcript(self) -> str:
         """The text as the model would read it, had it room for all."""
+        if self.model.talks:
+            turns = [*self._system, *(Message(turn.role, turn.text) for turn in self.turns)]
+            return self.model.tokenizer.chat.render(_merged(turns))
         return self._head + self.text
+
+    @property
+    def _system(self) -> list[Message]:
+        return [Message("system", self.system)] if self.system else []
 
     @property
     def _head(self) -> str:
         return f"{self.system}\n" if self.system else ""
+
+
+def _merged(messages: Sequence[Message]) -> list[Message]:
+    """An answer that the model was asked to go on with is one answer."""
+    merged: list[Message] = []
+    for message in messages:
+        if merged and message.role == merged[-1].role == "assistant":
+            merged[-1] = Message("assistant", merged[-1].content + message.content)
+        else:
+            merged.append(message)
+    return merged
 
 
 def _joined(turns: Sequence[Turn]) -> str:

@@ -19,12 +19,21 @@ from lumina.run.folder import Run
 
 @dataclass
 class Model:
-    """A run's model, ready to generate; `step` is the checkpoint it came from, `skipped` the broken ones."""
+    """A run's model, ready to generate; `step` is the checkpoint it came from, `skipped` the broken ones.
+
+    One that `talks` was trained on conversations.
+    """
 
     transformer: Transformer
     tokenizer: Tokenizer
     step: int
     skipped: list[str]
+    talks: bool = False
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end a text or an answer."""
+        return frozenset({self.tokenizer.end_id}) | (self.tokenizer.chat.stop_ids if self.talks else frozenset())
 
     def generate(self, prompt: str, max_tokens: int = 200, *, seed: int = 0, **sampling: float) -> str:
         """The continuation of `prompt` as one string; `sampling` as in `Sampler`."""
@@ -71,12 +80,12 @@ class Model:
         """`stream` for an encoded prompt; a new `cache` from the caller shows what was stored."""
         generator, text = torch.Generator().manual_seed(seed), self.tokenizer.stream()
         ids = torch.tensor([prompt_ids[-self.prompt_room(max_tokens) :]])
-        cache, reason = cache or self.new_cache(), "length"
+        cache, reason, stop_ids = cache or self.new_cache(), "length", self.stop_ids
         for _ in range(max_tokens):
             logits_BV = self.transformer.next_logits(ids, cache.layers, cache.position)
             cache.advance(ids.shape[1])
             token = int(sampler.pick(logits_BV, generator)[0])
-            if token == self.tokenizer.end_id:
+            if token in stop_ids:
                 reason = "end"
                 break
             yield text.feed(token)
@@ -118,9 +127,9 @@ def _load(run: Run, found: store.Checkpoint, skipped: list[str]) -> Model:
             fix="restore the run's tokenizer/tokenizer.json",
         )
     config = read(run.config).config
-    transformer = Transformer(config.model)
+    transformer = Transformer(config.model, lora=config.train.lora)
     transformer.cast(torch.bfloat16 if config.precision.mode == "bf16_pure" else torch.float32)
     store.load(found, transformer.tensors())
     transformer.cast(torch.float32)
     transformer.eval()
-    return Model(transformer, tokenizer, found.step, skipped)
+    return Model(transformer, tokenizer, found.step, skipped, talks=config.data.mode != "base")

@@ -5,11 +5,13 @@ Shapes: B batch, S queries, N keys, D width, H query heads, G key-value heads, K
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lumina.model.lora import Adaptable
 
 NORM_EPS = 1e-6
 
@@ -47,8 +49,10 @@ def rotate(x_BSHK: Tensor, cos_BSK: Tensor, sin_BSK: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-class Attention(nn.Module):
+class Attention(Adaptable):
     """Queries, keys and values come from one fused `w_qkv`, split by rows into H·K, G·K and G·K."""
+
+    fused: ClassVar = {"w_qkv": ("q", "k", "v"), "w_out": ("o",)}
 
     def __init__(self, width: int, heads: int, kv_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -69,7 +73,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`mask` says which key a query may see; with a `cache` it is the cache that says so."""
         q_BSHK, k_BSGK, v_BSGK = (
-            part.unflatten(-1, (-1, self.head_dim)) for part in F.linear(x_BSD, self.w_qkv).split(self.splits, dim=-1)
+            part.unflatten(-1, (-1, self.head_dim)) for part in self.linear(x_BSD, "w_qkv").split(self.splits, dim=-1)
         )
         q_BSHK = rotate(self.q_norm(q_BSHK), *rope).to(v_BSGK.dtype)
         k_BSGK = rotate(self.k_norm(k_BSGK), *rope).to(v_BSGK.dtype)
@@ -83,4 +87,4 @@ class Attention(nn.Module):
             attn_mask=mask_B1SN,
             enable_gqa=self.heads != self.kv_heads,
         )
-        return F.linear(y_BHSK.transpose(1, 2).flatten(2), self.w_out)
+        return self.linear(y_BHSK.transpose(1, 2).flatten(2), "w_out")

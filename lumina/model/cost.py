@@ -3,7 +3,8 @@
 Conventions: *active* parameters are the matmul parameters met by a token that takes every block, output head
 included, embedding lookup excluded. A trained token costs 6 FLOPs per active parameter (2 forward, 4 backward)
 plus causal attention, half of the full square. A block routed by depth with capacity c costs c of its matmuls and
-c² of its attention; its router and predictor see every token. Recomputation is never counted.
+c² of its attention; its router and predictor see every token. Recomputation is never counted. Beside adapters a
+frozen parameter costs 4 FLOPs: nobody asks for its gradient.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class _Block:
     router: int  # of the depth router and predictor, met by every token
     total: int
     matrices: int
+    adapters: int  # in all others too
 
 
 def chosen(capacity: float, sequence: int) -> int:
@@ -70,39 +72,57 @@ def dense_ffn(config: ModelConfig) -> int:
     return config.moe.ffn * (config.moe.top_k + config.moe.shared) if config.moe else config.ffn
 
 
-def count(config: ModelConfig, sequence: int | None = None, kv_bytes: int = 4, capacity: float | None = None) -> Cost:
-    """Counts one model; `sequence` and `capacity` (default: those configured) are what attention and depth cost."""
+def count(
+    config: ModelConfig,
+    sequence: int | None = None,
+    kv_bytes: int = 4,
+    capacity: float | None = None,
+    rank: int = 0,
+) -> Cost:
+    """Counts one model; `sequence` and `capacity` (default: those configured) are what attention and depth cost.
+
+    With adapters of some `rank` nothing else is trained.
+    """
     S = sequence or config.seq_len
     c = chosen(capacity or config.mod.capacity, S) / S if config.mod else 1.0
+    per = 4.0 if rank else 6.0
     head = config.vocab * config.width
     attention_flops = 6 * config.heads * config.head_dim * S
     kv = 2 * config.kv_heads * config.head_dim * kv_bytes
-    total, active, mean, flops, kv_total, matrices = head + config.width, head, float(head), 6.0 * head, 0.0, 0
+    total, active, mean, flops, kv_total, matrices = head + config.width, head, float(head), per * head, 0.0, 0
     if not config.tied:
         total += head
     for layer in range(config.layers):
         routed = is_routed(config, layer)
-        block, share = _block(config, routed, has_experts(config, layer)), c if routed else 1.0
+        block, share = _block(config, routed, has_experts(config, layer), rank), c if routed else 1.0
         total += block.total
         matrices += block.matrices
         active += block.matmul + block.router
         mean += share * block.matmul + block.router
         # a routed block sees c·S tokens: c of the rows, each over c of the keys
-        flops += 6 * (share * block.matmul + block.router) + share * share * attention_flops
+        frozen = share * (block.matmul - block.adapters) + block.router
+        flops += per * frozen + 6 * share * block.adapters + share * share * attention_flops
         kv_total += share * kv
     return Cost(total, head, active, mean, flops, kv_total, matrices)
 
 
-def state_bytes(config: ModelConfig, optimizer: str, precision: str) -> StateBytes:
-    """Bytes of weights, gradients and moments: 4 each, or 2 in the precision bf16_pure."""
+def state_bytes(config: ModelConfig, optimizer: str, precision: str, rank: int = 0) -> StateBytes:
+    """Bytes of weights, gradients and moments: 4 each, or 2 in the precision bf16_pure.
+
+    With adapters of some `rank` only those have gradients and moments.
+    """
     size = 2 if precision == "bf16_pure" else 4
-    counted = count(config)
+    counted = count(config, rank=rank)
+    if rank:
+        learning = counted.total - count(config).total
+        return StateBytes(size * counted.total, size * learning, size * 2 * learning)
     moments = 2 * counted.total - (counted.matrices if optimizer == "muon" else 0)
     return StateBytes(size * counted.total, size * counted.total, size * moments)
 
 
-def _block(config: ModelConfig, routed: bool, experts: bool) -> _Block:
+def _block(config: ModelConfig, routed: bool, experts: bool, rank: int) -> _Block:
     D = config.width
+    adapters = rank * _adapter_sides(config, experts)
     attention = D * config.head_dim * 2 * (config.heads + config.kv_heads)
     norms = 2 * D + 2 * config.head_dim
     if config.moe is None or not experts:
@@ -116,8 +136,18 @@ def _block(config: ModelConfig, routed: bool, experts: bool) -> _Block:
     hidden = D // PREDICTOR_SHRINK
     router_matmul = D + D * hidden + hidden if routed else 0
     return _Block(
-        matmul=attention + met,
+        matmul=attention + met + adapters,
         router=router_matmul,
-        total=attention + stored + norms + (router_matmul + 1 if routed else 0),
+        total=attention + stored + norms + adapters + (router_matmul + 1 if routed else 0),
         matrices=attention + matrices,
+        adapters=adapters,
     )
+
+
+def _adapter_sides(config: ModelConfig, experts: bool) -> int:
+    """Inputs and outputs, added up, of all maps of a block that have adapters: `lumina.model.lora` names them."""
+    D, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attention = 2 * (D + queries) + 2 * (D + keys)
+    if config.moe is None or not experts:
+        return attention + 3 * (D + dense_ffn(config))
+    return attention + (3 * (D + config.moe.shared * config.moe.ffn) if config.moe.shared else 0)

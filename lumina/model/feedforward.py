@@ -5,9 +5,13 @@ Shapes: D width, F feed-forward width.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lumina.model.lora import Adaptable
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -16,8 +20,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-class FeedForward(nn.Module):
+class FeedForward(Adaptable):
     """Gate and up projections are one fused `w_gate_up` of 2F rows."""
+
+    fused: ClassVar = {"w_gate_up": ("gate", "up"), "w_down": ("down",)}
 
     def __init__(self, width: int, ffn: int) -> None:
         super().__init__()
@@ -26,4 +32,4 @@ class FeedForward(nn.Module):
         self.w_down = nn.Parameter(torch.empty(width, ffn))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return F.linear(swiglu(F.linear(x_BSD, self.w_gate_up)), self.w_down)
+        return self.linear(swiglu(self.linear(x_BSD, "w_gate_up")), "w_down")

@@ -97,7 +97,10 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, g_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+def _backward(ctx: Any, g_RO: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    if not ctx.needs_input_grad[1]:  # frozen experts
+        _, w_EOI, offs_E = ctx.saved_tensors
+        return _grouped_mm(g_RO.contiguous(), w_EOI.mT, offs_E), None, None
     return (*_grouped_mm_backward(g_RO, *ctx.saved_tensors), None)
 
 

@@ -1,7 +1,7 @@
 """The output head: owns its weight, and computes the loss in chunks without ever holding all logits.
 
 Gradients are formed in the forward pass, chunk by chunk, while the logits are at hand; the backward pass only
-scales them. Memory is one chunk of logits instead of T·V.
+scales them. Memory is one chunk of logits instead of T·V. A frozen weight costs no gradient of its own.
 
     loss = sum over counted tokens of (lse - logit[target]) + z · lse²      (lse = logsumexp of the logits)
 
@@ -35,7 +35,7 @@ class TokenLoss(NamedTuple):
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_TD: Tensor, w_VD: Tensor, target_T: Tensor, z: float, training: bool
+        ctx: Any, h_TD: Tensor, w_VD: Tensor, target_T: Tensor, z: float, training: bool, learns: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         w_VD = w_VD.to(
             h_TD.dtype
@@ -43,7 +43,7 @@ class _ChunkedLoss(torch.autograd.Function):
         chunk = max(1, CHUNK_ELEMENTS[h_TD.device.type] // w_VD.shape[0])
         nats, square, correct = (torch.zeros((), device=h_TD.device) for _ in range(3))
         g_h_TD = torch.empty_like(h_TD) if training else None
-        g_w_VD = torch.zeros(w_VD.shape, device=w_VD.device, dtype=torch.float32) if training else None
+        g_w_VD = torch.zeros(w_VD.shape, device=w_VD.device, dtype=torch.float32) if training and learns else None
         for start in range(0, h_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             h, target = h_TD[rows], target_T[rows]
@@ -54,23 +54,24 @@ class _ChunkedLoss(torch.autograd.Function):
             nats += ((lse - logits.gather(1, index).squeeze(1)) * counted).sum()
             square += (lse.square() * counted).sum()
             correct += ((logits.argmax(-1) == target).float() * counted).sum()
-            if g_h_TD is None or g_w_VD is None:
+            if g_h_TD is None:
                 continue
             # d loss / d logits = softmax · (1 + 2 z lse) - onehot(target)
             g = logits.sub_(lse.unsqueeze(1)).exp_().mul_(((1 + 2 * z * lse) * counted).unsqueeze(1))
             g.scatter_add_(1, index, -counted.unsqueeze(1))
             g = g.to(h.dtype)
             torch.mm(g, w_VD, out=g_h_TD[rows])
-            g_w_VD += g.t() @ h
+            if g_w_VD is not None:
+                g_w_VD += g.t() @ h
         ctx.save_for_backward(g_h_TD, g_w_VD)
         tokens = (target_T != IGNORED).sum().float()
         ctx.mark_non_differentiable(nats, correct, tokens)
         return nats + z * square, nats, correct, tokens
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         g_h_TD, g_w_VD = ctx.saved_tensors
-        return g_h_TD * grads[0], g_w_VD * grads[0], None, None, None
+        return g_h_TD * grads[0], None if g_w_VD is None else g_w_VD * grads[0], None, None, None, None
 
 
 class Head(nn.Module):
@@ -86,7 +87,8 @@ class Head(nn.Module):
         device = h_TD.device.type
         if torch.is_autocast_enabled(device):
             h_TD = h_TD.to(torch.get_autocast_dtype(device))
-        return TokenLoss(*_ChunkedLoss.apply(h_TD, self.weight, target_BS.flatten(), z, torch.is_grad_enabled()))  # type: ignore[no-untyped-call]
+        modes = torch.is_grad_enabled(), self.weight.requires_grad
+        return TokenLoss(*_ChunkedLoss.apply(h_TD, self.weight, target_BS.flatten(), z, *modes))  # type: ignore[no-untyped-call]
 
     def logits(self, h_BSD: Tensor) -> Tensor:
         return F.linear(h_BSD, self.weight).float()

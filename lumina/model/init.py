@@ -1,7 +1,8 @@
 """Initial weights, drawn per parameter name: adding a layer or a process changes no other parameter's draw.
 
 Matrices are normal with standard deviation 0.02 (GPT-2, Qwen3); those that write into the residual stream are
-divided by sqrt(2·layers) (GPT-2), so that its variance at the output does not grow with depth.
+divided by sqrt(2·layers) (GPT-2), so that its variance at the output does not grow with depth. Adapters: see
+`lumina.model.lora`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lumina.model.lora import MARK
 from lumina.model.mod import DepthRouter
 from lumina.model.moe import MoE
 from lumina.model.router import Router
@@ -53,8 +55,15 @@ def _draw(shape: torch.Size, name: str, seed: int, layers: int) -> Tensor:
         return torch.ones(shape)
     if name.endswith(("predictor.w_out", "predictor.bias")):  # `DepthRouter.reset` sets the prior
         return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(name_seed(seed, name))
+    if MARK in name:
+        return torch.zeros(shape) if name.endswith(".b") else _kaiming(shape, generator)
     std = STD
     if name.endswith(("attn.w_out", "ffn.w_down", "shared.w_down")):
         std = STD / math.sqrt(2 * layers)
-    generator = torch.Generator().manual_seed(name_seed(seed, name))
     return torch.randn(shape, generator=generator) * std
+
+
+def _kaiming(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Kaiming's uniform draw with a = sqrt(5), which is within 1 / sqrt(inputs)."""
+    return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(shape[1])

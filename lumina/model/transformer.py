@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumina.config.schema.model import ModelConfig
+from lumina.config.schema.train import LoraConfig
 from lumina.model.attention import Attention, KeyValueCache, RMSNorm, rope_table
 from lumina.model.cost import dense_ffn, has_experts, is_routed
 from lumina.model.feedforward import FeedForward
 from lumina.model.head import Head, TokenLoss
 from lumina.model.init import Assign, initialize
+from lumina.model.lora import MARK, adapt
 from lumina.model.mod import DepthRouter, put, take
 from lumina.model.moe import MoE
 from lumina.model.noise import fold
@@ -165,13 +167,13 @@ class Transformer(nn.Module):
     """Call it with targets for the training loss; `evaluate` and `next_logits` use the causal decode routing.
 
     Weights are drawn per parameter name from `seed`, so that they do not depend on the order of construction or
-    on how many processes share them.
+    on how many processes share them. With `lora`, of a rank above 0, only its adapters are trained.
     """
 
     cos_SK: Tensor
     sin_SK: Tensor
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, lora: LoraConfig | None = None) -> None:
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.width)
@@ -182,6 +184,8 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight  # type: ignore[assignment]  # it is a Parameter
         for name in ("cos_SK", "sin_SK"):
             self.register_buffer(name, torch.empty(config.seq_len, config.head_dim // 2), persistent=False)
+        if lora is not None and lora.rank:
+            adapt(self, lora)
         self.initialize(seed)
 
     def initialize(self, seed: int, assign: Assign = Tensor.copy_) -> None:
@@ -219,6 +223,10 @@ class Transformer(nn.Module):
         names = self.state_dict(keep_vars=True)
         buffers = {name: buffer for name, buffer in self.named_buffers() if name in names}
         return {name: p.detach() for name, p in self.named_parameters()} | buffers
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """`tensors` without the adapters: those of the same model without LoRA."""
+        return {name: tensor for name, tensor in self.tensors().items() if MARK not in name}
 
     def forward(
         self,

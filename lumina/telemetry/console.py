@@ -62,6 +62,36 @@ def status_line(event: Event, steps: int, remaining: float | None) -> str:
     return " · ".join(parts if remaining is None else [*parts, f"ETA {duration(remaining)}"])
 
 
+def data_lines(data: dict[str, Any]) -> list[str]:
+    """What the data is made of, where there is more to say than its size."""
+    lines = []
+    if len(data["sources"]) > 1 or data["sources"][0]["kind"] == "chat":
+        for source in data["sources"]:
+            weight = f", weight {source['weight']:g}" if "weight" in source else ""
+            things = "texts" if source["kind"] == "text" else f"conversations ({', '.join(source['formats'])})"
+            lines.append(
+                f"       {source['name']}: {source['documents']:,} {things}, {count(source['tokens'])} tokens{weight}"
+            )
+    if data["padding"] >= 0.001 or "answers" in data:
+        answers = f"; {data['answers']:.0%} of the conversations' tokens are answers" if "answers" in data else ""
+        lines.append(f"       {data['windows']:,} windows, {data['padding']:.1%} padding{answers}")
+    if data.get("overlong"):
+        lost = f", {count(data['lost_tokens'])} tokens fit nowhere" if data["lost_tokens"] else ""
+        lines.append(
+            f"! {data['overlong']} conversations are longer than a window: cut into {data['pieces']} at turns{lost}"
+        )
+    for reason, removed in data.get("removed", {}).items():
+        if removed["documents"]:
+            lines.append(f"       removed: {removed['documents']:,} documents, {size(removed['bytes'])}, {reason}")
+    lines += [f"! left out: {problem}" for problem in data["skipped"]]
+    if data["empty"]:
+        lines.append(f"       {data['empty']:,} documents are empty")
+    lines += [
+        f"! {path} changed since these shards were prepared; prepare them again to use it" for path in data["changed"]
+    ]
+    return lines
+
+
 class Console:
     """Prints events as they come, and keeps the same lines in the run's `log.txt`.
 
@@ -129,9 +159,11 @@ class Console:
             f"data   {count(data['tokens']['train'])} tokens to train on, {count(data['tokens']['heldout'])} held out, "
             f"{data['bytes_per_token']:.2f} bytes a token, loader {count(event['loader_tok_s'])} tok/s"
         )
+        for line in data_lines(data):
+            self.write(line)
         if data["ignored_files"]:
             files = "1 file was" if data["ignored_files"] == 1 else f"{data['ignored_files']} files were"
-            self.write(f"! {files} passed over: not named as text is (.txt .md .py .jsonl)")
+            self.write(f"! {files} passed over: not named as text, JSON or parquet is")
         if data.get("eval_in_train"):
             self.write(
                 f"! {data['eval_in_train']} of {data['documents']['heldout']} held-out documents are in the training "
@@ -173,10 +205,18 @@ class Console:
         depth = event["mod_capacity"]
         taken = f" | depth {sum(depth) / len(depth):.3f}" if depth else ""
         warning = "" if event["comparable"] else " | NOT COMPARABLE: realised depth capacity is off its target"
+        which = "" if event["split"] == "heldout" else f" ({event['data']})"
         self.write(
-            f"[Eval {event['step']}] Loss: {event['loss']:.3f} | Perplexity: {perplexity(event['loss'])} | "
+            f"[Eval {event['step']}]{which} Loss: {event['loss']:.3f} | Perplexity: {perplexity(event['loss'])} | "
             f"Accuracy: {100 * event['acc']:.1f}% | {event['bpb']:.3f} bits per byte over "
             f"{count(event['heldout_tokens'])} held-out tokens, causal{taken} | {duration(event['seconds'])}{warning}"
+        )
+
+    def _on_phase(self, event: Event) -> None:
+        reads = {"text": "texts", "chat": "conversations", "both": "texts and conversations"}[event["data"]]
+        self.write(
+            f"[Phase {event['phase']} of {event['of']}] {count(event['steps'])} steps of {reads}, "
+            f"peak lr {event['lr']:.1e}, warm-up {event['warmup']} steps".replace("e-0", "e-")
         )
 
     def _on_checkpoint(self, event: Event) -> None:

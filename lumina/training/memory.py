@@ -36,7 +36,7 @@ def needed(config: Config, processes: int = 1, local: int = 1) -> StateBytes:
 
     All `processes` share them; the `local` ones of this machine share its memory, but each has its own GPU.
     """
-    whole = state_bytes(config.model, config.train.optimizer, config.precision.mode)
+    whole = state_bytes(config.model, config.train.optimizer, config.precision.mode, config.train.lora.rank)
     here = 1 if _is_cuda(config.parallel.device) else local
     return StateBytes(*(part * here // processes for part in (whole.weights, whole.gradients, whole.moments)))
 

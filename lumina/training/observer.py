@@ -59,7 +59,8 @@ class Observer:
         mod = self.config.model.mod
         capacity = depth_capacity(mod, step, self.parts.steps) if mod else None
         if capacity not in self.flops:
-            self.flops[capacity] = cost.count(self.config.model, capacity=capacity).flops_per_token
+            rank = self.config.train.lora.rank
+            self.flops[capacity] = cost.count(self.config.model, capacity=capacity, rank=rank).flops_per_token
         return self.flops[capacity]
 
     def _skipped(self, step: int, metrics: dict[str, float]) -> None:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from lumina.config.schema.train import TrainConfig
+from lumina.model.lora import MARK
 from lumina.parallel.sharding import like, local, own_rows, whole
 from lumina.parallel.world import ALONE, World
 from lumina.training.precision import LossScale
@@ -56,10 +57,16 @@ def group_parameters(model: nn.Module, optimizer: str) -> Groups:
     """Embedding, head, norms and routers belong to AdamW in either optimizer (Jordan et al.).
 
     Weight decay is for the matrices and a head of its own; a tied head is the embedding, which OLMo 2 does not decay.
+    Adapters are AdamW's in either, decayed, as everywhere: a thin factor has no semi-orthogonal step that is one of
+    their product. Frozen parameters are in no group.
     """
     groups = Groups({}, {}, {}, {})
     for name, parameter in model.named_parameters():
-        if ".predictor." in name:
+        if not parameter.requires_grad:
+            continue
+        if MARK in name:
+            groups.decayed[name] = parameter
+        elif ".predictor." in name:
             groups.predictors[name] = parameter
         elif parameter.ndim < 2 or name.endswith(("embed.weight", "ffn.router.weight")):
             groups.plain[name] = parameter

@@ -131,7 +131,7 @@ def load_origin(parts: Parts) -> None:
     """The weights of `train.init_from`; whatever else a model has keeps its initial values."""
     start = parts.world.each(lambda: origin(parts.config))
     if start is not None:
-        store.load(start.checkpoint, parts.model.tensors(), world=parts.world)
+        store.load(start.checkpoint, parts.model.base_tensors(), world=parts.world)
 
 
 def settle_all(
@@ -174,12 +174,13 @@ def matmul_rate(config: Config, world: World) -> float:
 def mean_flops(config: Config, steps: int) -> float:
     """FLOPs of a trained token, averaged over a run of `steps` in which the depth capacity may fall."""
     stages = depth_stages(config.model.mod, steps) if config.model.mod else [(None, steps)]
-    return sum(n * cost.count(config.model, capacity=c).flops_per_token for c, n in stages) / steps
+    rank = config.train.lora.rank
+    return sum(n * cost.count(config.model, capacity=c, rank=rank).flops_per_token for c, n in stages) / steps
 
 
 def _deadline_choice(config: Config, seconds: float, step_time: float) -> machine.Choices:
     """`step_time` is that of a step after `mod.anneal`; those before are longer by their FLOPs."""
-    least = cost.count(config.model).flops_per_token
+    least = cost.count(config.model, rank=config.train.lora.rank).flops_per_token
     training, mean, steps = seconds * (1 - DEADLINE_RESERVE), step_time, 0
     for _ in range(DEADLINE_STEPS):  # the mean depends on the number of steps; this settles at once, or soon
         steps = max(1, int(training / mean))
@@ -243,16 +244,18 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
             bias_rate=config.model.moe.bias_rate if config.model.moe else 0.0,
             world=world,
             seed=config.train.seed,
+            frozen=config.train.lora.rank > 0,
         ),
-        cost=cost.count(config.model),
+        cost=cost.count(config.model, rank=config.train.lora.rank),
         world=world,
     )
 
 
 def build_model(config: Config, precision: Precision, world: World) -> Transformer:
     """The model on its device, shared out among the processes; no process ever holds all of it."""
+    world.each(lambda: _require_alone(config, world))
     with torch.device("meta"):
-        model = Transformer(config.model)
+        model = Transformer(config.model, lora=config.train.lora)
     model.cast(precision.weights)
     if config.train.compile == "on":
         torch.compiler.reset()  # graphs of another model would count towards the limit of this one
@@ -267,6 +270,14 @@ def build_model(config: Config, precision: Precision, world: World) -> Transform
     sharding.materialize(model, config.parallel.device)
     model.initialize(config.train.seed, sharding.assign)
     return model
+
+
+def _require_alone(config: Config, world: World) -> None:
+    if config.train.lora.rank and world.size > 1:
+        raise UserError(
+            f"train.lora.rank={config.train.lora.rank}: adapters are trained by one process, not {world.size}",
+            fix="start it without torchrun, or leave train.lora.rank out",
+        )
 
 
 def _vocab_choice(resolved: Resolved, corpus: Corpus) -> machine.Choices:

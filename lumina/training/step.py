@@ -34,6 +34,7 @@ class Step:
     bias_rate: float
     world: World = ALONE
     seed: int = 0  # of the noise
+    frozen: bool = False  # only adapters learn: router biases and depth thresholds rest
 
 
 def train_step(
@@ -105,7 +106,9 @@ def _update_routers(
     model: Transformer, routing: RoutingStats, finite: Tensor, plan: Step, rate: float, batch: Batch
 ) -> None:
     for moe, load_E in zip(model.moes, routing.load_LE, strict=True):
-        moe.router.follow(load_E, rate, finite)
+        moe.router.follow(load_E, 0.0 if plan.frozen else rate, finite)  # the balance loss wants the last load anyway
+    if plan.frozen:
+        return
     sequences = len(batch.ids_BS)
     for router, quantile, threshold in zip(model.routers, routing.quantile_L, routing.threshold_L, strict=True):
         router.follow(quantile / sequences, threshold / sequences, finite)

@@ -18,11 +18,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumina.data import formats
+from lumina.data import containers, formats
 from lumina.data.files import find_files
 from lumina.data.formats import cut, read_file, read_files
-from lumina.data.shapes import format_of, normalise
 from lumina.data.records import MAX_PROBLEMS, Message, Problems, Record, digest
+from lumina.data.shapes import format_of, normalise
 from lumina.data.tokenizer import train_bpe
 from lumina.errors import UserError
 
@@ -113,7 +113,7 @@ def test_ignored_files_give_nothing() -> None:
 def test_other_encodings_are_named_by_place(
     content: bytes, reason: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "CHUNK", chunk)
+    monkeypatch.setattr(containers, "CHUNK", chunk)
     (problem,) = bad(write("a.txt", content))
     assert problem.startswith(reason)
 
@@ -150,7 +150,7 @@ def test_a_file_in_parts_is_the_text(
     path.write_bytes(PACK[ending](text.encode()))
     (file,) = find_files([str(path)], Problems())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "CHUNK", 3)
+        patch.setattr(containers, "CHUNK", 3)
         records = list(read_file(file, problems := Problems(), part))
     assert problems.fatal == []
     assert "".join(record.text for record in records) == text
@@ -257,7 +257,7 @@ def test_jsonl_is_one_record_a_line() -> None:
 @pytest.mark.parametrize("indent", [None, 1, 4])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_json_is_an_array(indent: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "CHUNK", chunk)
+    monkeypatch.setattr(containers, "CHUNK", chunk)
     values = [{"text": f'é"\\ {"x" * i}\n', "n": -1.5e10, "t": True} for i in range(30)]
     write("a.json", "\n" + json.dumps(values, indent=indent, ensure_ascii=False) + "\n")
     records = good("a.json")
@@ -315,8 +315,8 @@ def test_json_in_another_encoding() -> None:
 
 
 def test_a_line_too_long_is_skipped_without_being_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "LONGEST", 50)
-    monkeypatch.setattr(formats, "CHUNK", 20)
+    monkeypatch.setattr(containers, "LONGEST", 50)
+    monkeypatch.setattr(containers, "CHUNK", 20)
     long = {"text": "x" * 500}
     write("b.jsonl", lines({"text": "a"}, long, {"text": "b"}, long).removesuffix("\n"))
     records, problems = read("b.jsonl", tolerated=2)
@@ -507,7 +507,7 @@ SYSTEM = {"role": "system", "content": "be kind"}
 )  # fmt: skip
 def test_conversations_in_every_spelling(record: dict[str, Any], name: str, messages: tuple[Message, ...]) -> None:
     assert format_of(record) == name
-    assert normalise(record, "a:1") == Record("a:1", messages=messages)
+    assert normalise(record, "a:1") == Record("a:1", messages=messages, format=name)
 
 
 def test_texts_and_what_is_neither() -> None:

@@ -29,6 +29,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "hybrid", "precision__mode": "bf16_pure", "train__recompute": "full"},
     {"kind": "hybrid", "model__mod__routing": "random", "model__moe__dropout": 0.2, "model__moe__balance": 0.1},
     {"kind": "mod", "model__mod__decode": "threshold", "train__micro_batch": 2},
+    {"kind": "dense", "train__lora__rank": 4},
     {"kind": "moe", "train__optimizer": "adamw", "train__micro_batch": 4, "model__tied": False},
 ]
 

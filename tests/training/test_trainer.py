@@ -48,11 +48,16 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
         ("model.moe.score", "softmax"), ("model.moe.normalise", False), ("model.moe.temperature", 0.1),
         ("model.moe.balance", 10.0), ("model.moe.seq_balance", 10.0), ("model.moe.z_loss", 10.0),
         ("model.moe.capacity", 0.5), ("model.moe.dropout", 0.5), ("model.moe.dense_layers", 1),
-        ("train.batch_tokens", 1024),
+        ("train.batch_tokens", 1024), ("train.lora.rank", 4),
     ],
 )  # fmt: skip
 def test_every_setting_changes_the_run(key: str, value: Any, usual: list[float], tmp_path: Path) -> None:
     assert losses(tmp_path, **{key: value}) != usual
+
+
+def test_alpha_changes_a_run_with_adapters(tmp_path: Path) -> None:
+    runs = [losses(tmp_path, **{"train.lora.rank": 4, "train.lora.alpha": alpha}) for alpha in (32, 64)]
+    assert runs[0] != runs[1]
 
 
 def test_the_seed_is_of_weights_and_of_data_order(tmp_path: Path) -> None:

@@ -1,0 +1,207 @@
+"""How fast files become shards, beside what the tokenizer alone can do and beside `datasets.map`; and its memory.
+
+All arms encode the same documents with the same tokenizer and make the same tokens; one of them only encodes, which is
+the ceiling of any that also reads, splits and writes. A training step and the assembly of its batch are timed beside.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lumina.bench.harness import Arm, Measurement, Ratio, Run, timed
+from lumina.config.resolve import resolve
+from lumina.config.schema.data import DataConfig
+from lumina.data.sample import sample_files
+from lumina.data.shards import prepare_folder
+from lumina.data.tokenizer import Tokenizer, train_bpe
+from lumina.errors import UserError
+from lumina.training import setup
+from lumina.training.step import train_step
+
+CEILING, OURS, PEER = "encode_batch, in all threads", "lumina data prepare", "datasets.map, 2 processes"
+STEP, BATCH = "a step of the debug preset", "its batch"
+BATCH_CHARACTERS = 1 << 22
+VOCAB = 8192
+SIZES = (10, 100, 1000)  # MB, of the files whose preparation's memory is measured
+BARS = ((OURS, CEILING, 0.95), (OURS, PEER, 1.0))
+
+
+def suite(copies: int = 2, folder: str = "") -> list[Arm]:
+    """The arms, on `copies` of the standard library as JSON lines, a document a file."""
+    root = Path(folder or tempfile.mkdtemp(prefix="lumina-bench-"))
+    texts = [f"# {i}\n{text}" for i, text in enumerate(_texts() * copies)]  # copies differ, so that documents do
+    source, tokenizer = _write(root, texts)
+    tokens = sum(map(len, tokenizer.encode_batch(texts))) + len(texts)
+    arms = [
+        Arm(CEILING, lambda: timed(lambda: _encode(tokenizer, texts), "cpu"), tokens),
+        Arm(OURS, lambda: timed(lambda: _prepare(source, root), "cpu"), tokens),
+    ]
+    if importlib.util.find_spec("datasets"):
+        arms.append(Arm(PEER, lambda: timed(lambda: _map(source, root), "cpu"), tokens))
+    return [*arms, *_step_arms()]
+
+
+def _texts() -> list[str]:
+    return [path.read_text(encoding="utf-8", errors="replace") for path, _ in sample_files()]
+
+
+def _write(root: Path, texts: Sequence[str]) -> tuple[Path, Tokenizer]:
+    root.mkdir(parents=True, exist_ok=True)
+    source = root / "corpus.jsonl"
+    with source.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    tokenizer = train_bpe(texts, VOCAB)
+    tokenizer.save(root / "tokenizer")
+    return source, tokenizer
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
+    """Nothing but the library's fastest call, in the batches that we use."""
+    inner, batch, size, tokens = tokenizer._inner, list[str](), 0, 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            tokens += len(inner.encode_batch_fast(batch, add_special_tokens=False))
+            batch, size = [], 0
+    return tokens + len(inner.encode_batch_fast(batch, add_special_tokens=False))
+
+
+def _config(source: Path, root: Path) -> DataConfig:
+    return resolve("debug", {"data.train": str(source), "data.tokenizer": str(root / "tokenizer")}).config.data
+
+
+def _prepare(source: Path, root: Path) -> None:
+    shutil.rmtree(root / "shards", ignore_errors=True)
+    prepare_folder(_config(source, root), root / "shards", vocab=VOCAB)
+
+
+def _map(source: Path, root: Path) -> None:
+    """Tokenise, then pack into windows of 512, as `run_clm` does: its best setting here (peers' measurement: one map or
+    two make no difference)."""
+    import datasets
+    from tokenizers import Tokenizer as Library
+
+    datasets.disable_progress_bars()
+    cache = root / "datasets"
+    shutil.rmtree(cache, ignore_errors=True)
+    loaded = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=str(cache))
+    name = str(root / "tokenizer" / "tokenizer.json")
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        global _inner
+        if _inner is None:
+            _inner = Library.from_file(name)
+        return {"ids": [[*e.ids, 0] for e in _inner.encode_batch_fast(rows["text"], add_special_tokens=False)]}
+
+    def pack(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        flat = np.concatenate([np.array(ids) for ids in rows["ids"]])
+        return {"ids": np.split(flat, range(512, len(flat), 512))}
+
+    encoded = loaded.map(encode, batched=True, num_proc=2, remove_columns=loaded.column_names)
+    encoded.map(pack, batched=True, num_proc=2)
+
+
+_inner: Any = None
+
+
+def _step_arms() -> list[Arm]:
+    """One training step of the debug preset on the embedded texts and conversations, and the assembly of its batch."""
+    keys = {"data.train": ["sample", "sample_chat"], "data.mode": "hybrid_interleaved", "train.compile": "off"}
+    resolved = resolve("debug", keys)
+    corpus = setup.load_data(resolved.config)
+    parts = setup.build(setup.settle_all(resolved, corpus)[0].config, corpus)
+    tokens, turn = parts.config.train.batch_tokens, iter(range(10**9))
+
+    def step() -> Run:
+        batch = parts.loader.batch(0)
+        return timed(
+            lambda: train_step(parts.model, parts.optimizer, batch, 0.0, parts.plan, parts.precision, freeze_bias=True),
+            "cpu",
+        )
+
+    return [Arm(STEP, step, tokens), Arm(BATCH, lambda: timed(lambda: parts.loader.batch(next(turn)), "cpu"), tokens)]
+
+
+def bars(measured: Measurement) -> list[list[str]]:
+    """Each bar, the share that was reached with its interval, and whether the interval bears it."""
+    names = {arm.name for arm in measured.arms}
+    rows = []
+    for ours, other, least in BARS:
+        if {ours, other} <= names:
+            found = _speed(measured, ours, other)
+            rows.append([f"{ours}: at least {least:.0%} of {other}", _share(found), _verdict(found.low >= least)])
+    found = measured.ratio(BATCH, STEP)
+    return [*rows, [f"{BATCH}: less than 1 % of the step", _share(found, 2), _verdict(found.high < 0.01)]]
+
+
+def _speed(measured: Measurement, arm: str, to: str) -> Ratio:
+    ratio = measured.ratio(to, arm)
+    scale = measured.amount(arm) / measured.amount(to)
+    return Ratio(*(scale * value for value in (ratio.median, ratio.low, ratio.high)))
+
+
+def _share(found: Ratio, digits: int = 0) -> str:
+    return "{} % [{}, {}]".format(*(f"{100 * v:.{digits}f}" for v in (found.median, found.low, found.high)))
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "NOT met"
+
+
+# -- memory ---------------------------------------------------------------------------------------------------
+
+
+def memory(sizes: Sequence[int] = SIZES) -> dict[int, int]:
+    """Bytes that preparing a file of so many MB takes at its peak, each in a fresh process, above an empty one."""
+    return {size: _memory(size) for size in sizes}
+
+
+def _memory(size: int) -> int:
+    with tempfile.TemporaryDirectory(prefix="lumina-bench-") as folder:
+        root = Path(folder)
+        _write(root, _texts())
+        source = root / "large.txt"
+        _grow(source, size * 10**6)
+        program = (
+            "import sys; from pathlib import Path; from lumina.bench.data import _peak\n"
+            "print(_peak(Path(sys.argv[1]), Path(sys.argv[2])))"
+        )
+        command = [sys.executable, "-c", program, str(source), str(root)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"preparing {size} MB failed: {done.stderr.strip().splitlines()[-1:]}", "see above")
+        return int(done.stdout.split()[-1])
+
+
+def _grow(path: Path, size: int) -> None:
+    """A text of so many bytes: the standard library again and again, each time with other numbers in it."""
+    texts, written, turn = _texts(), 0, 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < size:
+            for text in texts:
+                written += len(text.encode())
+                file.write(f"# {turn}\n{text}\n")
+                turn += 1
+                if written >= size:
+                    break
+
+
+def _peak(source: Path, root: Path) -> int:
+    from lumina.bench.harness import _most_resident
+
+    before = _most_resident()
+    _prepare(source, root)
+    return _most_resident() - before
