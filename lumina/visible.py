@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")  # all but tab and newline
+# All but tab and newline; and halves of surrogate pairs, which stand for bytes of file names and cannot be printed.
+CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000)), "\ufffd")
 
 
 def visible(text: str) -> str:

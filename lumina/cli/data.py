@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as documents
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -75,14 +76,16 @@ def check(
     from lumina.data import look
 
     found: list[Finding] = []
-
-    def tell(finding: Finding) -> None:
-        if json:
-            found.append(finding)
-        else:
-            _say(finding.line)
-
     with _console(json or not sys.stdout.isatty()) as console:
+        above = console.show if console.screen and console.screen.live else None  # of the line that says how far it is
+        say = above or typer.echo
+
+        def tell(finding: Finding) -> None:
+            if json:
+                found.append(finding)
+            else:
+                say(visible(finding.line))
+
         checked = look.check(
             specs, tell, tokenizer=tokenizer, seq_len=seq_len, skip_bad=skip_bad, progress=console.progress
         )
@@ -128,7 +131,7 @@ def prepare(
     if already:
         typer.echo(f"prepared already: {out} was made of the same")
     _say_prepared(told)
-    typer.echo(f"next   lumina train debug data.train={out}{_mode(corpus)}")
+    typer.echo(f"next   lumina train debug {shlex.quote(f'data.train={out}')}{_mode(corpus)}")
 
 
 def difficulty(
@@ -156,7 +159,7 @@ def difficulty(
             for document in some:
                 text = " ".join(document.text.split())
                 _say(f"{name}  {document.difficulty:8.4g}  {text if len(text) <= 60 else text[:59] + '…'}")
-    typer.echo(f"next   lumina train debug data.train={folder} data.curriculum.until=0.3")
+    typer.echo(f"next   lumina train debug {shlex.quote(f'data.train={folder}')} data.curriculum.until=0.3")
 
 
 # -- how they are told --------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    """One document on standard output."""
-    typer.echo(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))
+    """One document on standard output. What UTF-8 does not know, bytes of file names, becomes a question mark."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    typer.echo(text.encode("utf-8", "replace").decode())
 
 
 def print_piece(text: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,16 @@ def test_nothing_in_the_data_steers_the_terminal(capsys: pytest.CaptureFixture[s
         assert said == visible(said)
         if verb == "show":
             assert " [bold]plain[/bold]" in said
+
+
+def test_a_file_name_that_is_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    Path(os.fsdecode(b"notes/\xff.txt")).write_text("same")
+    Path("notes/same.txt").write_text("same")
+    assert main(["data", "check", "notes"]) == 0
+    assert "notes/\ufffd.txt: an exact duplicate of notes/same.txt" in capsys.readouterr().out
+    assert main(["data", "check", "notes", "--json"]) == 0
+    assert "notes/?.txt: an exact duplicate" in document(capsys)["findings"][0]["line"]  # type: ignore[index]
+    assert main(["data", "show", "notes", "--examples", "99"]) == 0
 
 
 def test_show_goes_on_after_bad_records(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,3 +223,15 @@ def test_ctrl_c_says_how_to_go_on(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_difficulty_wants_a_prepared_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "difficulty", "notes", "--by", "length"]) == 2
     assert "not a folder of prepared shards" in capsys.readouterr().err
+
+
+def test_no_torch_is_needed() -> None:
+    """In a process where it cannot be imported: all four, one after the other."""
+    code = """
+import sys
+sys.modules["torch"] = None
+from lumina.cli import main
+for line in ("show notes", "check notes", "prepare notes --out out --vocab 300", "difficulty out --by rarity"):
+    assert main(["data", *line.split()]) == 0, line
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
