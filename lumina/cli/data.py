@@ -355,6 +355,9 @@ def _say_prepared(told: dict[str, Any]) -> None:
         f"held out {_some(told['documents']['heldout'], 'document')}, {told['tokens']['heldout']:,} tokens in all; "
         f"vocabulary {told['vocab']:,}; {told['empty']:,} empty"
     )
+    for source in told["sources"]:
+        if not source["documents"] and told["split"] != "given":
+            _say(f"! {source['name']}: all of its {source['kind']} is held out, nothing is left to train on")
     for name in told["nothing_of"]:
         _say(f"note   nothing of {name} is left")
     for reason, removed in told["removed"].items():
