@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from lumina.data.formats import read_files
 from lumina.data.quality import Quality
 from lumina.data.records import KINDS, Kind, Problems, Record
 from lumina.data.split import Split, decide
-from lumina.progress import Tell, tracked
+from lumina.progress import Tell
 
 ROW = np.dtype(
     [("key", "<u8"), ("bytes", "<u8"), ("chars", "<u8"), ("source", "<u4"), ("kind", "u1"), ("removed", "u1")]
 )
 ROWS = 1 << 14  # written at once
+TOLD_BYTES = 1 << 20  # of text between two words on how far it is
+JUDGED = 1 << 26  # characters that are looked at for quality; of a longer text the beginning, and it repeats nothing
 TABLE, FACTS = "documents.bin", "scan.json"
 
 
@@ -63,6 +65,7 @@ class _Open:
     kind: Kind
     size: int = 0
     chars: int = 0
+    parts: list[str] = field(default_factory=list)  # of its text, for `Quality`
 
 
 @dataclass
@@ -96,11 +99,12 @@ def documents(
     `check` raises `ValueError` for a record that is of no use.
     """
     files = [(number, file) for number, source in enumerate(sources) for file in source.files]
-    total = sum(file_size(file) for _, file in files)
-    for number, file in tracked(files, what, total, progress, lambda pair: file_size(pair[1])):
+    total, before = sum(file_size(file) for _, file in files), 0
+    progress(what, 0, total)
+    for number, file in files:
         if problems.enough:
             return
-        held: Record | None = None  # a text that turns out to be unreadable in the middle ends with its last good part
+        size, read, told = file_size(file), 0, 0
         for record in read_files([file], problems):
             try:
                 if check:
@@ -108,11 +112,14 @@ def documents(
             except ValueError as error:
                 problems.record(f"{record.where}: {error}")
                 continue
-            if held:
-                yield number, held if held.where == record.where else replace(held, last=True)
-            held = record
-        if held:
-            yield number, replace(held, last=True)
+            yield number, record
+            read += record.size
+            if read - told >= TOLD_BYTES:  # of text, which a compressed file has more of than it is long
+                told = read
+                progress(what, before + min(read, size), total)
+        before += size
+        progress(what, before, total)
+    progress(what, total, total)
 
 
 def file_size(file: DataFile) -> int:
@@ -135,14 +142,16 @@ def scan(
     formats: list[Counter[str]] = [Counter() for _ in sources]
     current: _Open | None = None
     for number, record in documents(sources, problems, progress, "reading the data", check):
-        if current is None:
-            current = _Open(record.key, number, record.kind)
-            if judge and sources[number].side == "train" and record.content:
-                judge.add(record.content, record.where)
+        current = current or _Open(record.key, number, record.kind)
         current.size += record.size
         current.chars += len(record.text)
+        if judge and current.chars <= JUDGED:
+            current.parts.append(record.content)
         if not record.last:
             continue
+        if current.size and judge and sources[number].side == "train":
+            whole = current.chars <= JUDGED
+            judge.add("".join(current.parts) if whole else f"{''.join(current.parts)}\n{record.where}", record.where)
         if current.size:
             table.add((current.key, current.size, current.chars, number, KINDS.index(current.kind), 0))
             facts["train_documents"] += sources[number].side == "train"

@@ -6,6 +6,7 @@ in another order: the same documents are always split the same way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from lumina.data.records import KINDS, Kind, Record
 
 RULE = 2  # raise it when the split of some corpus changes
-SHARE = 0.03  # of the bytes that families hold out
-MOST = 0.05  # no group of families may bring the share above this
+SHARE = 0.03  # of each kind's bytes that families hold out
+MOST = 0.05  # no group of families may bring the share of a kind above this
 TAIL = 0.05  # of each text, or of the conversations, if no families make up at least half of SHARE
 BUCKETS = 1 << 16  # groups of families, by the first bits of their hash
 CHUNK = 1 << 20  # rows looked at once
@@ -61,7 +62,7 @@ class Split:
 def decide(rows: NDArray[Any]) -> Split:
     """The split of documents with the columns `key`, `bytes`, `kind` (of `KINDS`)."""
     sizes = {kind: _sizes(rows, number) for number, kind in enumerate(KINDS)}
-    chosen = _choose(sum(sizes.values(), np.zeros(BUCKETS)))
+    chosen = _choose(list(sizes.values()))
     tails: set[Kind] = {kind for kind in KINDS if sizes[kind][chosen].sum() < SHARE / 2 * sizes[kind].sum()}
     conversations = int((rows["kind"] == KINDS.index("chat")).sum())
     border = max(1, min(conversations - 1, int(conversations * (1 - TAIL))))
@@ -78,15 +79,19 @@ def _sizes(rows: NDArray[Any], kind: int) -> NDArray[np.float64]:
     return total
 
 
-def _choose(sizes: NDArray[np.float64]) -> NDArray[np.bool_]:
-    total, held = sizes.sum(), 0.0
+def _choose(sizes: Sequence[NDArray[np.float64]]) -> NDArray[np.bool_]:
+    """Groups in the order of their hash, until each kind has `SHARE`; none may bring a kind above `MOST`."""
+    totals, held = np.array([kind.sum() for kind in sizes]), np.zeros(len(sizes))
+    table = np.stack(sizes)
     chosen = np.zeros(BUCKETS, dtype=np.bool_)
-    for bucket in np.flatnonzero(sizes).tolist():
-        if held >= SHARE * total:
+    for bucket in np.flatnonzero(table.sum(0)).tolist():
+        group = table[:, bucket]
+        lacking = held < SHARE * totals
+        if not lacking.any():
             break
-        if held + sizes[bucket] <= MOST * total:
+        if group[lacking].any() and (held + group <= MOST * totals).all():
             chosen[bucket] = True
-            held += sizes[bucket]
+            held += group
     return chosen
 
 

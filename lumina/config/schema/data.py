@@ -56,7 +56,7 @@ class DataConfig(Section):
     train_on: Literal["assistant", "all"] = Field("assistant", description="which turns of conversations count")
     tokenizer: Name = Field("bpe", description="`bpe` trains one on the data; or a tokenizer.json")
     skip_bad: Count = Field(0, ge=0, description="records that may be unreadable; they are left out and listed")
-    buffer: Bytes = Field(1 << 25, ge=1 << 16, description="bytes of text that preparing holds at once")
+    buffer: Bytes = Field(1 << 22, ge=1 << 16, description="bytes of text that are encoded at once")
     quality: QualityConfig = Field(QualityConfig.model_validate({}), description="which documents are removed")
     curriculum: CurriculumConfig = Field(CurriculumConfig.model_validate({}), description="easy text first")
 
