@@ -15,7 +15,7 @@ from support import data_config
 import lumina
 from lumina.config.schema.data import DataConfig
 from lumina.data import shards, streams
-from lumina.data.shards import Corpus, prepare
+from lumina.data.shards import Corpus, prepare, prepare_folder
 from lumina.errors import UserError
 
 ROOT = str(Path(lumina.__file__).parents[1])
@@ -182,6 +182,29 @@ def test_a_tokenizer_of_which_half_was_saved(monkeypatch: pytest.MonkeyPatch) ->
     kill("dying(Path, 'write_text', 1, only=lambda path, *_: path.name == 'tokenizer_config.json')", tokenizer="own")
     assert (building() / "tokenizer.json").exists()
     check(Calls(monkeypatch), (0, 0, BATCHES), tokenizer="own")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_who_is_interrupted_goes_on_with_a_folder_too(
+    stop: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = streams._Writer.write
+
+    def write(self: Any, batch: Any) -> None:
+        if self.batches == 2:
+            raise stop
+        real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streams._Writer, "write", write)
+        with pytest.raises(stop):
+            prepare_folder(data(), Path("out"), vocab=300)
+    assert not Path("out").exists()
+    calls = Calls(monkeypatch)
+    corpus, _ = prepare_folder(data(), Path("out"), vocab=300)
+    assert calls.all == (0, 0, BATCHES - 2)
+    assert contents(corpus) == whole(300)
+    assert not Path(".out.building").exists()
 
 
 def test_what_was_asked_for_otherwise_starts_over(monkeypatch: pytest.MonkeyPatch) -> None:
