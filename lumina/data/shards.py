@@ -153,7 +153,7 @@ def prepare_folder(
     name = _key(request, data, own, vocab, progress)
     if is_prepared(out) and _damage(out) is None and _meta(out)["key"] == name:
         return _together([_open(out)], request, data), True
-    with _locked(out.parent, f".{out.name}", f"the folder {out.parent}"):
+    with _locked(out.parent, f".{out.name}", f"the folder {out.parent}", "give with --out"):
         building = out.parent / f".{out.name}.building"
         _build(building, request, data, own, vocab, name, progress)
         shutil.rmtree(out, ignore_errors=True)
@@ -254,7 +254,7 @@ def _cached(
     entry, built, damage = folder / name, False, _damage(folder / name)
     if damage is not None:
         stem = name.rpartition("-")[0]
-        with _locked(folder, stem, f"the token cache {folder}"):
+        with _locked(folder, stem, f"the token cache {folder}", "set LUMINA_CACHE to"):
             damage = _damage(entry)  # another process may have built it meanwhile
             if damage is not None:
                 built = True
@@ -429,7 +429,7 @@ def _identity(file: DataFile) -> dict[str, Any]:
 
 
 @contextmanager
-def _locked(folder: Path, name: str, what: str) -> Iterator[None]:
+def _locked(folder: Path, name: str, what: str, fix: str) -> Iterator[None]:
     """Holds a lock, which the system frees when the process ends, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -443,10 +443,7 @@ def _locked(folder: Path, name: str, what: str) -> Iterator[None]:
                 shutil.rmtree(folder / f"{name}.building", ignore_errors=True)
                 raise
     except OSError as error:
-        raise UserError(
-            f"{what} cannot be written: {error}",
-            fix="set LUMINA_CACHE to a folder you can write, with room for it",
-        ) from None
+        raise UserError(f"{what} cannot be written: {error}", fix=f"{fix} a folder you can write, with room") from None
 
 
 # -- opening ------------------------------------------------------------------------------------------------

@@ -153,6 +153,16 @@ def test_weights_hold_inside_each_kind() -> None:
     assert taken[3] in (666, 667)
 
 
+def test_each_source_has_an_order_of_its_own() -> None:
+    made = loader(text(801, weight=1), text(801, weight=1), sequences=100)
+    ids = np.concatenate([made.ids(i) for i in range(10)])
+    assert ids[ids < 100].tolist() != (ids[ids >= 100] - 100).tolist()
+    pools = made.draws[0].parts  # type: ignore[attr-defined]
+    first, second = (pool(np.arange(100))[1].tolist() for pool in pools)
+    assert first != second
+    assert sorted(first) == sorted(second)
+
+
 def test_without_weights_sources_are_one_pool() -> None:
     made = loader(text(801), text(201), sequences=25)
     ids = np.concatenate([made.ids(i) for i in range(5)])
@@ -181,9 +191,9 @@ def test_a_phase_of_both_keeps_the_ratio_in_each_mode() -> None:
 
 
 def test_each_phase_begins_a_pool_anew() -> None:
-    phases = (DataPhase(0, "text"), DataPhase(10, "text"))
+    phases = (DataPhase(0, "text"), DataPhase(13, "text"))
     made = loader(text(801), sequences=10, phases=phases)
-    first, second = ([made.ids(start + i).tolist() for i in range(10)] for start in (0, 10))
+    first, second = ([made.ids(start + i).tolist() for i in range(10)] for start in (0, 13))
     assert sorted(np.ravel(first)) == sorted(np.ravel(second)) == list(range(100))
     assert first != second
 

@@ -156,6 +156,24 @@ def test_the_tokenizer_never_sees_held_out_text() -> None:
     assert len(corpus.tokenizer.encode("xyz")) == 3
 
 
+def test_the_tokenizer_sees_as_much_of_each_source_as_it_has_of_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held out by hand, or removed, takes no room."""
+    write_jsonl("a.jsonl", [f"a {i:03}" for i in range(600)])
+    write_jsonl("b.jsonl", [f"b {i:03}" for i in range(200)] + ["z"] * 3000)
+    write_jsonl("eval.jsonl", [f"e {i}" for i in range(5000)])
+    seen: list[str] = []
+    real = shards.train_bpe
+
+    def watched(texts: Iterable[str], vocab: int) -> Tokenizer:
+        seen.extend(texts)
+        return real(seen, vocab)
+
+    monkeypatch.setattr(shards, "train_bpe", watched)
+    monkeypatch.setattr(shards, "BPE_CHARACTERS", 400)
+    made("a.jsonl", "b.jsonl", eval=["eval.jsonl"], quality={"min_chars": 2})
+    assert [sum(text[0] == name for text in seen) for name in "abze"] == [60, 20, 0, 0]
+
+
 def test_second_time_comes_from_the_cache() -> None:
     first, second = made(), made()
     assert (first.facts["cached"], second.facts["cached"]) == (False, True)
@@ -248,8 +266,11 @@ PARTS = [f"{i}.{side}.{what}" for i, side, what in (
 SETTINGS = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "meta.json"]
 
 
-@pytest.mark.parametrize("name", [*PARTS, *SETTINGS])
-@pytest.mark.parametrize("how", ["flip", "truncate", "delete", "replace"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in [*PARTS, *SETTINGS] for how in ("flip", "delete")]
+    + [(name, how) for name in (PARTS[0], "meta.json") for how in ("truncate", "replace")],
+)
 def test_damaged_entries_are_rebuilt_and_said(name: str, how: str) -> None:
     write_chats("chat.jsonl", [f"answer {i}" for i in range(100)])
     both = ("data.jsonl", "chat.jsonl")
@@ -295,10 +316,10 @@ def test_an_entry_that_came_while_waiting_is_used(monkeypatch: pytest.MonkeyPatc
     locked = shards._locked
 
     @contextmanager
-    def late(folder: Path, name: str, what: str) -> Iterator[None]:
+    def late(*args: Any) -> Iterator[None]:
         monkeypatch.setattr(shards, "_locked", locked)
         assert not made().facts["cached"]
-        with locked(folder, name, what):
+        with locked(*args):
             yield
 
     monkeypatch.setattr(shards, "_locked", late)
@@ -597,6 +618,12 @@ class TestPreparedFolders:
         with pytest.raises(UserError, match="there is something else"):
             self.prepared()
         assert kept.read_text() == "mine"
+
+    def test_where_nothing_can_be_written(self) -> None:
+        Path("file").write_text("no folder")
+        with pytest.raises(UserError, match="the folder file cannot be written") as caught:
+            self.prepared(out="file/out")
+        assert "--out" in caught.value.fix
 
     def test_an_empty_folder_will_do(self) -> None:
         Path("out").mkdir()
