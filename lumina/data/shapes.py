@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lumina.data.records import Message, Problems, Record, Role
@@ -65,9 +66,16 @@ def _object(value: object) -> dict[str, Any]:
 
 def format_of(record: dict[str, Any]) -> str | None:
     """The name in `FORMATS` of the format that `record` has; keys that are null count if nothing else does."""
-    given = [name for name, ways in FORMATS.items() if any(all(key in record for key in way) for way in ways)]
-    filled = [n for n in given if any(all(record.get(key) is not None for key in way) for way in FORMATS[n])]
-    return next(iter(filled + given), None)
+    return _format(tuple(record), tuple(key for key, value in record.items() if value is not None))
+
+
+@lru_cache(maxsize=1024)  # the records of a file have the same keys
+def _format(keys: tuple[str, ...], filled: tuple[str, ...]) -> str | None:
+    for there in (filled, keys):
+        for name, ways in FORMATS.items():
+            if any(all(key in there for key in way) for way in ways):
+                return name
+    return None
 
 
 def normalise(record: dict[str, Any], where: str) -> Record:

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,7 @@ class _Request:
     sources: tuple[Source, ...]
     folders: tuple[tuple[str, Path, float | None], ...]  # name, shards, weight
     ignored: int
+    hashes: dict[DataFile, tuple[str, tuple[int, int]]] = field(default_factory=dict)  # and size, time of change
 
 
 def prepare(
@@ -169,7 +170,7 @@ def data_fingerprint(data: DataConfig, progress: Tell = silent) -> str:
     """Names the contents of the files of both sides, whatever their names. Raises `UserError` if one is missing."""
     request = _find(data)
     prepared = [[digest(json.dumps(_meta(folder)["files"])), weight] for _, folder, weight in request.folders]
-    return digest(json.dumps([prepared, _contents(request.sources, progress)]))[:16]
+    return digest(json.dumps([prepared, _contents(request, progress)]))[:16]
 
 
 # -- what is asked for --------------------------------------------------------------------------------------
@@ -216,13 +217,21 @@ def _tokenizer(name: str, corpora: Sequence[Corpus]) -> Tokenizer | None:
     return own
 
 
-def _contents(sources: Sequence[Source], progress: Tell) -> list[Any]:
-    """The hashes of all files, by side and source."""
-    total = sum(file_size(file) for source in sources for file in source.files)
-    files = [file for source in sources for file in source.files]
-    hashing = tracked(files, "hashing the data", total, progress, file_size)
-    digests = {id(file): file_digest(file) for file in hashing}
-    return [[source.side, source.weight, sorted(digests[id(file)] for file in source.files)] for source in sources]
+def _contents(request: _Request, progress: Tell) -> list[Any]:
+    """The hashes of all files, by side and source; the request keeps them."""
+    files = [file for source in request.sources for file in source.files]
+    for file in tracked(files, "hashing the data", sum(map(file_size, files)), progress, file_size):
+        stamp = _stamp(file)
+        request.hashes[file] = file_digest(file), stamp
+    return [[s.side, s.weight, sorted(request.hashes[file][0] for file in s.files)] for s in request.sources]
+
+
+def _stamp(file: DataFile) -> tuple[int, int]:
+    """Changes when the file does."""
+    if file.container == "hub":
+        return 0, 0
+    status = file.path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def file_digest(file: DataFile) -> str:
@@ -237,7 +246,7 @@ def file_digest(file: DataFile) -> str:
 
 def _key(request: _Request, data: DataConfig, own: Tokenizer | None, vocab: int, progress: Tell) -> str:
     """Names what the shards of a request hold."""
-    contents = [[side, files] for side, _, files in _contents(request.sources, progress)]
+    contents = [[side, files] for side, _, files in _contents(request, progress)]
     quality = data.quality.model_dump() if data.quality.active else None
     text = json.dumps([contents, quality, data.skip_bad])
     return f"{FORMAT}-{digest(text)[:16]}-{own.fingerprint if own else f'{BPE}{vocab}'}"
@@ -289,7 +298,8 @@ def _build(
     if not (began.is_file() and began.read_text(encoding="utf-8") == name):
         _clear(building)
         began.write_text(name, encoding="utf-8")
-    sources = [replace(s, files=tuple(sorted(s.files, key=file_digest))) for s in request.sources]
+    hashes = request.hashes
+    sources = [replace(s, files=tuple(sorted(s.files, key=lambda file: hashes[file][0]))) for s in request.sources]
     check = template_check(own)
     try:
         scanned = reopen(building)
@@ -308,7 +318,9 @@ def _build(
     except ValueError:  # a disk that lost power: nothing there can be relied on
         shutil.rmtree(building)
         return _build(building, request, data, own, vocab, name, progress, mode)
-    _seal(building, sources, scanned, streams, dtype, name)
+    if changed := [file.name for file, (_, stamp) in hashes.items() if _stamp(file) != stamp]:
+        raise UserError(f"{changed[0]}: changed while it was being read", "start again when nothing writes to it")
+    _seal(building, sources, scanned, streams, dtype, name, hashes)
     return tokenizer
 
 
@@ -395,8 +407,9 @@ def _training_texts(sources: Sequence[Source], scanned: Scan) -> Iterator[str]:
 
 
 def _seal(
-    building: Path, sources: Sequence[Source], scanned: Scan, streams: Sequence[Stream], dtype: str, name: str
-) -> None:
+    building: Path, sources: Sequence[Source], scanned: Scan, streams: Sequence[Stream], dtype: str, name: str,
+    hashes: dict[DataFile, tuple[str, tuple[int, int]]],
+) -> None:  # fmt: skip
     """Writes `meta.json`, which vouches for every other file; what only a killed process would need goes last."""
     leftovers = [building / leftover for leftover in ("request", TABLE, FACTS, JOURNAL)]
     facts: dict[str, Any] = {key: scanned.facts[key] for key in ("empty", "skipped", "removed") if key in scanned.facts}
@@ -411,7 +424,7 @@ def _seal(
         "dtype": dtype,
         "facts": facts,
         "sources": [
-            {"name": s.name, "formats": formats, "files": [_identity(file) for file in s.files]}
+            {"name": s.name, "formats": formats, "files": [_identity(file, hashes[file][0]) for file in s.files]}
             for s, formats in zip(sources, scanned.facts["formats"], strict=True)
         ],
         "streams": [asdict(stream) for stream in streams],
@@ -422,10 +435,10 @@ def _seal(
         leftover.unlink(missing_ok=True)
 
 
-def _identity(file: DataFile) -> dict[str, Any]:
+def _identity(file: DataFile, digest: str) -> dict[str, Any]:
     """A source file as it was: a later look tells whether it changed."""
     path = str(file.path.resolve()) if file.container != "hub" else file.name
-    return {"path": path, "digest": file_digest(file), "container": file.container, "compression": file.compression}
+    return {"path": path, "digest": digest, "container": file.container, "compression": file.compression}
 
 
 @contextmanager
@@ -510,7 +523,7 @@ def replace_files(folder: Path, new: Mapping[str, Path]) -> bool:
         for path in new.values():
             path.unlink()
         return False
-    with _locked(folder.parent, f".{folder.name}", f"the folder {folder.parent}"):
+    with _locked(folder.parent, f".{folder.name}", f"the folder {folder.parent}", "move the shards to"):
         others = {name: value for name, value in stored["files"].items() if name not in new}
         _write_meta(folder, stored | {"files": others})
         for name in new:
