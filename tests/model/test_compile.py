@@ -69,15 +69,15 @@ def test_layers_share_their_graphs_and_many_capacities_have_room(monkeypatch: py
         {"model.layers": 10, "model.moe.dropout": 0.2, "model.mod.routing": "random", "train.compile": "on",
          "model.mod.capacity": 0.002, "model.moe.kernel": "grouped"},
     ).config  # fmt: skip
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # put back after the test
-    torch._dynamo.utils.counters.clear()
-    model = setup.build_model(config, Precision("fp32", "fp32", "cpu"), ALONE)
-    stages = [capacity for capacity, _ in depth_stages(MoDConfig(capacity=0.002, anneal=0.5), 100)]
-    assert len(stages) > 8
-    for capacity in stages:
-        for router in model.routers:
-            router.capacity = capacity
-        gradients(model, bf16=False)
+    with torch._dynamo.config.patch(recompile_limit=8):  # puts back what building the model sets
+        torch._dynamo.utils.counters.clear()
+        model = setup.build_model(config, Precision("fp32", "fp32", "cpu"), ALONE)
+        stages = [capacity for capacity, _ in depth_stages(MoDConfig(capacity=0.002, anneal=0.5), 100)]
+        assert len(stages) > 8
+        for capacity in stages:
+            for router in model.routers:
+                router.capacity = capacity
+            gradients(model, bf16=False)
     sizes = {chosen(capacity, config.model.seq_len) for capacity in stages}
     # One of the blocks that are not routed, and one of those that are for each size, perhaps each capacity.
     assert 1 + len(sizes) <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1 + len(stages)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import KINDS, settings
+from support import KINDS, settings, write_chats
 
 from lumina.checkpoint import store
 from lumina.errors import UserError
@@ -76,6 +76,9 @@ def test_interrupted_equals_uninterrupted(
         "train.eval_every": 3,
         "checkpoint.every": 3,
     }
+    if mode := variant.get("data__mode"):
+        chats = str(write_chats(tmp_path))
+        keys["data.train"] = [chats] if mode == "finetune" else [keys["data.train"], chats]
     whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
     overflows = [event["step"] for event in whole.events() if event["t"] == "decision"]
     assert 2 <= len(overflows) < STEPS if variant.get("precision__mode") == "fp16" else not overflows
