@@ -65,7 +65,8 @@ def test_a_loss_that_is_not_a_number_is_still_a_line() -> None:
 )
 def test_a_loss_that_ran_away_is_still_a_short_line(loss: float, shown: str) -> None:
     evaluated = {"t": "eval", "step": 100, "loss": loss, "ppl": 1e304, "acc": 0.1, "bpb": 1.0, "seconds": 1.0,
-                 "heldout_tokens": 9, "mod_capacity": [], "comparable": True, "split": "heldout", "data": "text"}  # fmt: skip
+                 "heldout_tokens": 9, "mod_capacity": [], "comparable": True, "split": "heldout",
+                 "data": "text"}  # fmt: skip
     for line in printed(STEP | {"loss": loss}, evaluated):
         assert f"| Perplexity: {shown} |" in line
 
