@@ -10,8 +10,9 @@ from pydantic_core import ErrorDetails
 
 from lumina.config import yaml12
 from lumina.config.names import sections
+from lumina.config.phases import phase_problems
 from lumina.config.schema.base import Problem
-from lumina.config.schema.config import Config, batch_problems, length_problems, phase_problems
+from lumina.config.schema.config import Config, batch_problems, length_problems
 from lumina.errors import UserError
 
 # pydantic's messages in our words, by error type.
@@ -51,7 +52,7 @@ def build(values: Mapping[str, Any], origins: Mapping[str, str], problems: Seque
     if "model" in built and "train" in built:
         found += batch_problems(built["model"], built["train"]) + length_problems(built["model"], built["train"])
     if "data" in built and "train" in built:
-        found += phase_problems(built["data"], built["train"])
+        found += phase_problems(built["train"], built["data"])
     lines = [*problems, *(_describe(problem, values, origins) for problem in found)]
     if lines:
         count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lumina.config.schema.data import CurriculumConfig, DataConfig
+from lumina.config.schema.data import DataConfig
 from lumina.config.units import span
 from lumina.data.mixture import Blend, Draw, Paced, Pool
 from lumina.data.shards import Corpus, Shard
@@ -81,9 +81,9 @@ class Loader:
         self.sequences, self.seq_len = sequences, seq_len
         self.offsets = np.cumsum([0, *map(len, self.windows)])
         self.begins = [phase.begin for phase in phases]
+        self.steps, self.curriculum = steps, data.curriculum
         self.draws = [
-            self._draw(data, phase.data, (seed, number) if number else (seed,), steps)
-            for number, phase in enumerate(phases)
+            self._draw(data, phase, (seed, number) if number else (seed,)) for number, phase in enumerate(phases)
         ]
 
     def ids(self, i: int) -> NDArray[np.int64]:
@@ -114,48 +114,51 @@ class Loader:
         sizes = [len(windows) for windows in self.windows]
         padded = sum(size * windows.padding for size, windows in zip(sizes, self.windows, strict=True))
         facts: dict[str, Any] = {"windows": sum(sizes), "padding": round(padded / max(1, sum(sizes)), 4)}
-        chats = [windows for windows in self.windows if isinstance(windows, ChatWindows)]
-        if chats:
-            streams = [shard.stream for shard in self.shards if shard.kind == "chat"]
+        streams = [shard.stream for shard in self.shards if shard.kind == "chat"]
+        if streams:
             tokens = max(1, sum(stream.tokens for stream in streams))
             facts["answers"] = round(sum(stream.counted for stream in streams) / tokens, 4)
-            for name in ("overlong", "pieces", "lost_tokens"):
-                facts[name] = sum(getattr(windows.cuts, name) for windows in chats)
-        return facts
+        return facts | cuts_of(self.windows)
 
-    def _draw(self, data: DataConfig, wanted: str, key: tuple[int, ...], steps: int) -> Draw:
+    def _draw(self, data: DataConfig, phase: DataPhase, key: tuple[int, ...]) -> Draw:
         """How a phase that wants text, chat or both goes through the shards."""
-        kinds = ("text", "chat") if wanted == "both" else (wanted,)
-        draws = {kind: self._draw_kind(kind, data.curriculum, key, steps) for kind in kinds}
-        have = {kind: draw for kind, draw in draws.items() if draw is not None}
-        if missing := [kind for kind in kinds if kind not in have]:
+        shares = {"text": data.base_ratio, "chat": 1 - data.base_ratio} if phase.data == "both" else {phase.data: 1.0}
+        have = {kind: self._groups(kind) for kind in shares}
+        if missing := [kind for kind, groups in have.items() if not groups]:
             what = f"the training side has no window of {' and '.join(missing)}"
             raise UserError(what, fix="give more, or set model.seq_len higher")
-        if len(have) == 2:
-            return Blend([have["text"], have["chat"]], [data.base_ratio, 1 - data.base_ratio], (*key, 2))
-        (only,) = have.values()
-        return only
+        draws = [self._draw_kind(have[kind], key, phase.begin, share) for kind, share in shares.items()]
+        return Blend(draws, list(shares.values()), (*key, 2)) if len(draws) > 1 else draws[0]
 
-    def _draw_kind(self, kind: str, curriculum: CurriculumConfig, key: tuple[int, ...], steps: int) -> Draw | None:
+    def _groups(self, kind: str) -> list[list[int]]:
+        """The shards of a kind that have windows: together, or those of each source that has a weight."""
         mine = [i for i, shard in enumerate(self.shards) if shard.kind == kind and len(self.windows[i])]
-        if not mine:
-            return None
-        until = self.sequences * span(curriculum.until, steps)
-        if self.shards[mine[0]].weight is None:
-            return self._pool(mine, key, curriculum, until)
-        weights = [self.shards[i].weight or 0.0 for i in mine]
-        if len(mine) == 1:
-            return self._pool(mine, key, curriculum, until)
-        shares = [weight / sum(weights) for weight in weights]
-        pools = [self._pool([i], (*key, 3, i), curriculum, round(until * s)) for i, s in zip(mine, shares, strict=True)]
+        if not mine or self.shards[mine[0]].weight is None:
+            return [mine] if mine else []
+        names = dict.fromkeys(self.shards[i].name for i in mine)
+        return [[i for i in mine if self.shards[i].name == name] for name in names]
+
+    def _draw_kind(self, groups: list[list[int]], key: tuple[int, ...], begin: int, share: float) -> Draw:
+        """`share` of the sequences, from step `begin` on, of the groups as they are weighted."""
+        if len(groups) == 1:
+            return self._pool(groups[0], key, begin, share)
+        weights = [self.shards[group[0]].weight or 0.0 for group in groups]
+        shares = [share * weight / sum(weights) for weight in weights]
+        pools = [
+            self._pool(group, (*key, 3, group[0]), begin, part) for group, part in zip(groups, shares, strict=True)
+        ]
         return Blend(pools, weights, (*key, 4))
 
-    def _pool(self, shards: list[int], key: tuple[int, ...], curriculum: CurriculumConfig, until: int) -> Draw:
+    def _pool(self, shards: list[int], key: tuple[int, ...], begin: int, share: float) -> Draw:
+        """One order of all windows; with a curriculum the easy ones first, as far as the run has come."""
         pool = Pool(shards, [len(self.windows[i]) for i in shards], key)
-        if not until:
+        until, passed = (
+            round(steps * self.sequences * share) for steps in (span(self.curriculum.until, self.steps), begin)
+        )
+        if until <= passed:
             return pool
         difficulty = np.concatenate([_difficulty(self.shards[i], self.windows[i]) for i in shards])
-        return Paced(pool, difficulty, until, curriculum.start)
+        return Paced(pool, difficulty, until, self.curriculum.start, passed)
 
 
 def _difficulty(shard: Shard, windows: TextWindows | ChatWindows) -> NDArray[np.floating]:
@@ -165,6 +168,12 @@ def _difficulty(shard: Shard, windows: TextWindows | ChatWindows) -> NDArray[np.
             fix="prepare it and write one: lumina data prepare … --out DIR, lumina data difficulty DIR, data.train=DIR",
         )
     return np.asarray(shard.difficulty)[windows.places()]
+
+
+def cuts_of(windows: Sequence[TextWindows | ChatWindows]) -> dict[str, int]:
+    """What became of conversations that are longer than a window; nothing where there are none."""
+    cuts = [chats.cuts for chats in windows if isinstance(chats, ChatWindows)]
+    return {name: sum(getattr(cut, name) for cut in cuts) for name in ("overlong", "pieces", "lost_tokens") if cuts}
 
 
 class Heldout:
@@ -179,10 +188,8 @@ class Heldout:
         self.windows = [windows_of(shard, seq_len, end_id, train_on) for shard in shards]
         self.offsets = np.cumsum([0, *map(len, self.windows)])
         self.sequences = sequences
-        answers = train_on == "assistant"
-        self.text_bytes = sum(
-            s.stream.answer_bytes if answers and s.kind == "chat" else s.stream.text_bytes for s in shards
-        )
+        pairs = zip(shards, self.windows, strict=True)
+        self.text_bytes = round(sum(_counted_bytes(shard, windows, train_on) for shard, windows in pairs))
 
     def __len__(self) -> int:
         return -(-int(self.offsets[-1]) // self.sequences)
@@ -191,6 +198,15 @@ class Heldout:
         first = range(0, int(self.offsets[-1]), self.sequences)[i]
         ids = np.arange(first, min(first + self.sequences, int(self.offsets[-1])))
         return _fetch(self.windows, self.offsets, ids)
+
+
+def _counted_bytes(shard: Shard, windows: TextWindows | ChatWindows, train_on: str) -> float:
+    """The bytes of what is counted; of what is cut off, as large a share as of the targets."""
+    if isinstance(windows, TextWindows):
+        return shard.stream.text_bytes
+    answers, all_targets = train_on == "assistant", shard.stream.tokens - shard.stream.documents
+    whole = shard.stream.answer_bytes if answers else shard.stream.text_bytes
+    return whole * (1 - windows.cuts.lost_counted / max(1, shard.stream.counted if answers else all_targets))
 
 
 def _fetch(windows: Sequence[TextWindows | ChatWindows], offsets: NDArray[np.int64], ids: NDArray[np.int64]) -> Batch:

@@ -46,17 +46,18 @@ class Pool:
 
 
 class Paced:
-    """A pool that begins with its easiest windows; after the `until`-th it is the pool.
+    """A pool that begins with its easiest windows; the `until`-th of the run and what follows is the pool's.
 
     The share in use grows as sqrt(start² + (1 - start²) · n / until) (Platanios et al. 2019, eq. 7); of it, each window
-    is as likely as any.
+    is as likely as any. `passed` windows of the run came before, in other phases.
     """
 
-    def __init__(self, pool: Pool, difficulty: NDArray[np.floating], until: int, start: float) -> None:
-        self.pool, self.until, self.start = pool, until, start
+    def __init__(self, pool: Pool, difficulty: NDArray[np.floating], until: int, start: float, passed: int = 0) -> None:
+        self.pool, self.until, self.start, self.passed = pool, until, start, passed
         self.order = np.argsort(difficulty, kind="stable")
 
     def __call__(self, n: Ids) -> tuple[Ids, Ids]:
+        n = n + self.passed
         shards, windows = self.pool(np.maximum(n - self.until, 0))
         early = n < self.until
         if early.any():

@@ -70,9 +70,9 @@ class Quality:
         self._examples: dict[int, list[dict[str, Any]]] = {reason: [] for reason in range(len(REASONS))}
         self._report: dict[str, Any] | None = None
 
-    def add(self, content: str, where: str) -> None:
-        """The next document. `where` names it in the report."""
-        encoded = content.encode()
+    def add(self, content: str, where: str, identity: str | None = None) -> None:
+        """The next document. `where` names it in the report; equal documents have an equal `identity`, or content."""
+        encoded = (content if identity is None else identity).encode()
         words = _Words(content) if self._config.near or self._config.repetition else _Words("")
         reason, value = self._judge(content, words)
         if reason != KEPT and len(self._examples[reason]) < EXAMPLES:
@@ -83,7 +83,7 @@ class Quality:
             self._prefixes.append(np.frombuffer(hashlib.sha256(encoded).digest(), np.uint64, count=1))
         if self._notes:
             self._notes.append(where, content[:SHOWN])
-        self._sizes.append(len(encoded))
+        self._sizes.append(len(content.encode()))
         self._verdicts.append(reason)
 
     def _judge(self, content: str, words: _Words) -> tuple[int, float]:

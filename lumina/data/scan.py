@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lumina.data.files import DataFile
 from lumina.data.formats import read_files
 from lumina.data.quality import Quality
 from lumina.data.records import KINDS, Kind, Problems, Record
-from lumina.data.split import Split, decide
+from lumina.data.split import Split, decide, kept
 from lumina.progress import Tell
 
 ROW = np.dtype(
@@ -50,10 +51,26 @@ class Scan:
     rows: NDArray[Any]
     facts: dict[str, Any]
 
-    @property
+    @cached_property
     def split(self) -> Split:
-        train = self.rows[: self.facts["train_documents"]]
-        return decide(train[train["removed"] == 0])
+        return decide(self.rows[: self.facts["train_documents"]], len(self.facts["formats"]))
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Bytes of text that are kept of each source."""
+        sources = len(self.facts["formats"])
+        sums = sum((np.bincount(s["source"], s["bytes"], sources) for s in kept(self.rows)), np.zeros(sources))
+        return [int(size) for size in sums.tolist()]
+
+    @property
+    def repeated(self) -> int:
+        """How many held-out documents, if they were given, are in the training side too."""
+        border = self.facts["train_documents"]
+        asked = np.sort(self.rows["key"][border:])
+        found = np.zeros(len(asked), np.bool_)
+        for some in kept(self.rows[:border]):
+            found |= np.isin(asked, some["key"])
+        return int(found.sum())
 
 
 @dataclass
@@ -150,8 +167,9 @@ def scan(
         if not record.last:
             continue
         if current.size and judge and sources[number].side == "train":
-            whole = current.chars <= JUDGED
-            judge.add("".join(current.parts) if whole else f"{''.join(current.parts)}\n{record.where}", record.where)
+            content = "".join(current.parts)
+            own = record.identity if record.messages else "" if current.chars <= JUDGED else f"{content}{record.where}"
+            judge.add(content, record.where, own or content)
         if current.size:
             table.add((current.key, current.size, current.chars, number, KINDS.index(current.kind), 0))
             facts["train_documents"] += sources[number].side == "train"

@@ -29,7 +29,7 @@ from lumina.data import split
 from lumina.data.files import DataFile, find_files
 from lumina.data.records import Kind, Problems, Record, digest
 from lumina.data.scan import FACTS, TABLE, Check, Scan, Source, documents, file_size, reopen, scan
-from lumina.data.streams import JOURNAL, Stream, training_pieces, write_streams
+from lumina.data.streams import JOURNAL, DamagedError, Stream, training_pieces, write_streams
 from lumina.data.template import DEFAULT
 from lumina.data.tokenizer import BPE_CHARACTERS, Tokenizer, train_bpe
 from lumina.errors import UserError
@@ -152,9 +152,9 @@ def prepare_folder(
         raise UserError(f"{out}: there is something else", fix="give a new folder with --out")
     own = _tokenizer(tokenizer or data.tokenizer, [])
     name = _key(request, data, own, vocab, progress)
-    if is_prepared(out) and _damage(out) is None and _meta(out)["key"] == name:
-        return _together([_open(out)], request, data), True
     with _locked(out.parent, f".{out.name}", f"the folder {out.parent}", "give with --out"):
+        if is_prepared(out) and _damage(out) is None and _meta(out)["key"] == name:
+            return _together([_open(out)], request, data), True
         building = out.parent / f".{out.name}.building"
         _build(building, request, data, own, vocab, name, progress)
         shutil.rmtree(out, ignore_errors=True)
@@ -309,13 +309,13 @@ def _build(
         scanned = scan(sources, building, data.quality, Problems(data.skip_bad), progress, check)
     _require_text(scanned, sources)
     if mode:
-        _check_kinds(mode, _kinds(scanned, sources))
+        _check_kinds(mode, _kinds(scanned, sources), whole=False)
     tokenizer = own or _trained(building) or _train(sources, scanned, vocab, progress)
     tokenizer.save(building)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     try:
         streams = write_streams(sources, scanned, tokenizer, dtype, building, data.buffer, progress, check)
-    except ValueError:  # a disk that lost power: nothing there can be relied on
+    except DamagedError:  # a disk that lost power: nothing there can be relied on
         shutil.rmtree(building)
         return _build(building, request, data, own, vocab, name, progress, mode)
     if changed := [file.name for file, (_, stamp) in hashes.items() if _stamp(file) != stamp]:
@@ -342,13 +342,21 @@ def template_check(own: Tokenizer | None) -> Check | None:
 
 
 def _require_text(scanned: Scan, sources: Sequence[Source]) -> None:
+    """Raises `UserError` if a side has no document, or none that is kept."""
     for side, key in (("train", "data.train"), ("heldout", "data.eval")):
         numbers = [number for number, source in enumerate(sources) if source.side == side]
-        mine = np.isin(scanned.rows["source"], numbers)
-        if numbers and not mine.any():
+        if numbers and not any(scanned.facts["formats"][number] for number in numbers):
             raise UserError(f"{key}: no document has any text", fix="give files with text")
-        if numbers and scanned.rows["removed"][mine].all():
+        if numbers and not any(scanned.sizes[number] for number in numbers):
             raise UserError(f"{key}: data.quality removes every document", fix="set its limits less strictly")
+
+
+def _trained(building: Path) -> Tokenizer | None:
+    """The BPE that a killed process trained."""
+    try:
+        return Tokenizer.load(building)
+    except UserError:
+        return None
 
 
 def _kinds(scanned: Scan, sources: Sequence[Source]) -> list[tuple[str, Kind, str]]:
@@ -360,31 +368,22 @@ def _kinds(scanned: Scan, sources: Sequence[Source]) -> list[tuple[str, Kind, st
     return found
 
 
-def _check_kinds(mode: str, found: Sequence[tuple[str, Kind, str]]) -> None:
-    """Raises `UserError` if there is what `data.mode` has no use for, or not what it needs."""
+def _check_kinds(mode: str, found: Sequence[tuple[str, Kind, str]], whole: bool = True) -> None:
+    """Raises `UserError` if there is what `data.mode` has no use for or, in the `whole`, not what it needs."""
     wanted = {"base": {"text"}, "finetune": {"chat"}}.get(mode, {"text", "chat"})
     words = {"text": "texts", "chat": "conversations"}
+    has = {kind for _, kind, _ in found}
     problems = [
         f"{name} holds {words[kind]}" + (f" ({format})" if kind == "chat" else "")
         for name, kind, format in found
         if kind not in wanted
     ]
-    problems += [f"there are no {words[kind]}" for kind in sorted(wanted - {kind for _, kind, _ in found})]
+    problems += [f"there are no {words[kind]}" for kind in sorted(wanted - has) if whole]
     if problems:
-        has = {kind for _, kind, _ in found}
         modes = "hybrid_interleaved or hybrid_sequential" if len(has) > 1 else "base" if has == {"text"} else "finetune"
-        fix = f"set data.mode={modes}, or leave it out of data.train"
-        raise UserError.collect(
-            problems, f"data.mode={mode} reads {' and '.join(words[k] for k in sorted(wanted))}", fix
-        )
-
-
-def _trained(building: Path) -> Tokenizer | None:
-    """The BPE that a killed process trained."""
-    try:
-        return Tokenizer.load(building)
-    except UserError:
-        return None
+        needs = " and ".join(words[kind] for kind in sorted(wanted))
+        fix = f"set data.mode={modes}, or give it what it reads in data.train"
+        raise UserError.collect(problems, f"data.mode={mode} reads {needs}", fix)
 
 
 def _train(sources: Sequence[Source], scanned: Scan, vocab: int, progress: Tell) -> Tokenizer:
@@ -394,10 +393,8 @@ def _train(sources: Sequence[Source], scanned: Scan, vocab: int, progress: Tell)
 
 
 def _training_texts(sources: Sequence[Source], scanned: Scan) -> Iterator[str]:
-    rows = scanned.rows[: scanned.facts["train_documents"]]
-    rows = rows[rows["removed"] == 0]
-    sizes = np.bincount(rows["source"], rows["bytes"], len(sources))
-    room = {i: BPE_CHARACTERS * size / max(1.0, sizes.sum()) for i, size in enumerate(sizes.tolist())}
+    sizes = [size if s.side == "train" else 0 for s, size in zip(sources, scanned.sizes, strict=True)]
+    room = {i: BPE_CHARACTERS * size / max(1, sum(sizes)) for i, size in enumerate(sizes)}
     for number, record in training_pieces(sources, scanned, None):
         if room[number] > 0:
             room[number] -= len(record.content)
@@ -416,9 +413,7 @@ def _seal(
     given = scanned.facts["train_documents"] < len(scanned.rows)
     facts["split"] = "given" if given else scanned.split.rule
     if given:
-        keys = scanned.rows["key"]
-        border = scanned.facts["train_documents"]
-        facts["eval_in_train"] = int(np.isin(keys[border:], keys[:border]).sum())
+        facts["eval_in_train"] = scanned.repeated
     meta = {
         "key": name,
         "dtype": dtype,
@@ -428,7 +423,9 @@ def _seal(
             for s, formats in zip(sources, scanned.facts["formats"], strict=True)
         ],
         "streams": [asdict(stream) for stream in streams],
-        "files": {p.name: _sha256(p) for p in sorted(building.iterdir()) if p not in leftovers and p.name != META},
+        "files": {
+            p.name: _sha256(p) for p in sorted(building.iterdir()) if p not in leftovers and not p.name.startswith(META)
+        },
     }
     _write_meta(building, meta)
     for leftover in leftovers:
@@ -456,6 +453,8 @@ def _locked(folder: Path, name: str, what: str, fix: str) -> Iterator[None]:
                 shutil.rmtree(folder / f"{name}.building", ignore_errors=True)
                 raise
     except OSError as error:
+        if error.filename and not Path(error.filename).resolve().is_relative_to(folder.resolve()):
+            raise  # a source that cannot be read
         raise UserError(f"{what} cannot be written: {error}", fix=f"{fix} a folder you can write, with room") from None
 
 
@@ -586,8 +585,12 @@ def _together(corpora: Sequence[Corpus], request: _Request, data: DataConfig) ->
         facts["empty"] += corpus.facts["empty"]
         facts["skipped"] += corpus.facts["skipped"]
         facts["changed"] += corpus.facts.get("changed", [])
-        others = ("split", "eval_in_train", "removed", "cached", "rebuilt")
-        facts |= {key: corpus.facts[key] for key in others if key in corpus.facts}
+        facts["split"] = "given" if "given" in (facts.get("split"), corpus.facts["split"]) else corpus.facts["split"]
+        facts |= {key: corpus.facts[key] for key in ("cached", "rebuilt") if key in corpus.facts}
+        facts["eval_in_train"] = facts.get("eval_in_train", 0) + corpus.facts.get("eval_in_train", 0)
+        for reason, removed in corpus.facts.get("removed", {}).items():
+            before = facts.setdefault("removed", {}).get(reason, {"documents": 0, "bytes": 0, "examples": []})
+            facts["removed"][reason] = {key: before[key] + removed[key] for key in before}
     total = {side: _sum(shards) for side, shards in sides.items()}
     tokenizer = corpora[0].tokenizer
     facts |= {

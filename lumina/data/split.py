@@ -6,7 +6,7 @@ in another order: the same documents are always split the same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,24 +29,28 @@ Rule = Literal["families", "tails"]
 class Split:
     """`heldout` says of each bucket whether it is held out; `tails`, of which kinds the ends are instead.
 
-    Of conversations those from number `border` on are held out.
+    Of conversations those from number `border` on are held out. A source of which nothing would be left to train on is
+    `spared`: (source, kind).
     """
 
     heldout: NDArray[np.bool_]
     tails: frozenset[Kind]
     border: int
+    spared: frozenset[tuple[int, Kind]]
 
     @property
     def rule(self) -> Rule:
         return "tails" if self.tails else "families"
 
     def parts(
-        self, record: Record, key: int, before: int, chars: int, number: int
+        self, record: Record, source: int, key: int, before: int, chars: int, number: int
     ) -> tuple[Record | None, Record | None]:
         """What of a record is trained on and what is held out.
 
         `before` characters of its document came earlier, of `chars` in all; `number` counts the conversations.
         """
+        if (source, record.kind) in self.spared:
+            return record, None
         if record.kind not in self.tails:
             return (None, record) if self.heldout[key >> 48] else (record, None)
         if record.kind == "chat":
@@ -59,33 +63,57 @@ class Split:
         )
 
 
-def decide(rows: NDArray[Any]) -> Split:
-    """The split of documents with the columns `key`, `bytes`, `kind` (of `KINDS`)."""
-    sizes = {kind: _sizes(rows, number) for number, kind in enumerate(KINDS)}
-    chosen = _choose(list(sizes.values()))
-    tails: set[Kind] = {kind for kind in KINDS if sizes[kind][chosen].sum() < SHARE / 2 * sizes[kind].sum()}
-    conversations = int((rows["kind"] == KINDS.index("chat")).sum())
+def decide(rows: NDArray[Any], sources: int) -> Split:
+    """The split of documents with the columns `key`, `bytes`, `kind` (of `KINDS`), `source` (of so many), `removed`."""
+    sizes = np.zeros((len(KINDS), BUCKETS))
+    for some in kept(rows):
+        for number in range(len(KINDS)):
+            mine = some[some["kind"] == number]
+            sizes[number] += np.bincount(_bucket(mine), mine["bytes"], BUCKETS)
+    chosen = _choose(sizes)
+    tails = frozenset(k for k, size in zip(KINDS, sizes, strict=True) if size[chosen].sum() < SHARE / 2 * size.sum())
+    conversations = sum(int((some["kind"] == KINDS.index("chat")).sum()) for some in kept(rows))
     border = max(1, min(conversations - 1, int(conversations * (1 - TAIL))))
-    return Split(chosen, frozenset(tails), border)
+    return Split(chosen, tails, border, _spared(rows, sources, chosen, tails, border))
 
 
-def _sizes(rows: NDArray[Any], kind: int) -> NDArray[np.float64]:
-    """Bytes in each bucket."""
-    total = np.zeros(BUCKETS)
+def kept(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """The rows of documents that are not removed, some at a time: the table may be larger than memory."""
     for start in range(0, len(rows), CHUNK):
         some = rows[start : start + CHUNK]
-        some = some[some["kind"] == kind]
-        total += np.bincount((some["key"] >> np.uint64(48)).astype(np.int64), some["bytes"], BUCKETS)
-    return total
+        yield some[some["removed"] == 0]
 
 
-def _choose(sizes: Sequence[NDArray[np.float64]]) -> NDArray[np.bool_]:
+def _bucket(rows: NDArray[Any]) -> NDArray[np.int64]:
+    bucket: NDArray[np.int64] = (rows["key"] >> np.uint64(48)).astype(np.int64)
+    return bucket
+
+
+def _spared(
+    rows: NDArray[Any], sources: int, chosen: NDArray[np.bool_], tails: frozenset[Kind], border: int
+) -> frozenset[tuple[int, Kind]]:
+    have = {kind: np.zeros(sources, np.int64) for kind in KINDS}
+    left = {kind: np.zeros(sources, np.int64) for kind in KINDS}
+    conversations = 0
+    for some in kept(rows):
+        for number, kind in enumerate(KINDS):
+            mine = some[some["kind"] == number]
+            out = chosen[_bucket(mine)]
+            if kind in tails:  # of a text the head is always left
+                out = conversations + np.arange(len(mine)) >= border if kind == "chat" else np.zeros(len(mine), bool)
+            conversations += len(mine) if kind == "chat" else 0
+            have[kind] += np.bincount(mine["source"], minlength=sources)
+            left[kind] += np.bincount(mine["source"][~out], minlength=sources)
+    empty = {kind: np.flatnonzero((have[kind] > 0) & (left[kind] == 0)).tolist() for kind in KINDS}
+    return frozenset((source, kind) for kind, numbers in empty.items() for source in numbers)
+
+
+def _choose(sizes: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Groups in the order of their hash, until each kind has `SHARE`; none may bring a kind above `MOST`."""
-    totals, held = np.array([kind.sum() for kind in sizes]), np.zeros(len(sizes))
-    table = np.stack(sizes)
+    totals, held = sizes.sum(1), np.zeros(len(sizes))
     chosen = np.zeros(BUCKETS, dtype=np.bool_)
-    for bucket in np.flatnonzero(table.sum(0)).tolist():
-        group = table[:, bucket]
+    for bucket in np.flatnonzero(sizes.sum(0)).tolist():
+        group = sizes[:, bucket]
         lacking = held < SHARE * totals
         if not lacking.any():
             break

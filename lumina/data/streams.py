@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,10 @@ class Stream:
         return f"{self.source}.{self.kind}.{self.side}"
 
 
+class DamagedError(Exception):
+    """What a killed process left cannot be gone on with."""
+
+
 class _Piece(NamedTuple):
     """A record, or what of it goes to one stream."""
 
@@ -78,29 +83,29 @@ class _Writer:
     end_id: int
     streams: dict[str, Stream] = field(default_factory=dict)
     opening: dict[str, bool] = field(default_factory=dict)
-    batches: int = 0
+    pieces: int = 0  # that are written
     unsynced: int = 0
 
     def resume(self) -> None:
         """Goes back to what the journal vouches for; without one, to nothing.
 
-        Raises `ValueError` if the journal or a stream is damaged.
+        Raises `DamagedError` if the journal or a stream is damaged.
         """
         path = self.folder / JOURNAL
-        kept: dict[str, Any] = {"batches": 0, "streams": {}, "opening": {}, "sizes": {}}
+        kept: dict[str, Any] = {"pieces": 0, "streams": {}, "opening": {}, "sizes": {}}
         try:
             if path.exists():
                 kept = json.loads(path.read_text(encoding="utf-8"))
-            self.batches = kept["batches"]
+            self.pieces = kept["pieces"]
             self.streams = {name: Stream(**values) for name, values in kept["streams"].items()}
             self.opening, sizes = kept["opening"], dict(kept["sizes"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{JOURNAL}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"{JOURNAL}: {error}") from None
         there = {file.name: file for file in self.folder.iterdir() if file.suffix.lstrip(".") in SUFFIXES}
         for name in there.keys() | sizes.keys():
             size = sizes.get(name, 0)
             if name not in there or there[name].stat().st_size < size:
-                raise ValueError(f"{name} is shorter than its journal says")
+                raise DamagedError(f"{name} is shorter than its journal says")
             os.truncate(there[name], size)
 
     def write(self, batch: Sequence[_Encoded]) -> None:
@@ -136,25 +141,25 @@ class _Writer:
         for name, parts in content.items():
             with (self.folder / name).open("ab") as file:
                 file.write(b"".join(parts))
-        self.batches += 1
+        self.pieces += len(batch)
         self.unsynced += sum(piece.record.size for piece, *_ in batch)
         self._keep_journal()
 
     def _keep_journal(self) -> None:
         files = [file for file in self.folder.iterdir() if file.suffix.lstrip(".") in SUFFIXES]
-        if self.unsynced >= SYNC_BYTES:
-            self.unsynced = 0
-            for file in files:
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
         state = {
-            "batches": self.batches,
+            "pieces": self.pieces,
             "streams": {name: asdict(stream) for name, stream in self.streams.items()},
             "opening": self.opening,
             "sizes": {file.name: file.stat().st_size for file in files},
         }
         aside = self.folder / f"{JOURNAL}.tmp"
         aside.write_text(json.dumps(state), encoding="utf-8")
+        if self.unsynced >= SYNC_BYTES:
+            self.unsynced = 0
+            for file in (*files, aside):
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
         aside.replace(self.folder / JOURNAL)
 
 
@@ -180,12 +185,11 @@ def write_streams(
     """
     writer = _Writer(folder, dtype, tokenizer.end_id)
     writer.resume()
-    done = writer.batches
-    jobs = (batch for k, batch in enumerate(_batches(sources, scan, buffer, progress, check)) if k >= done)
+    pieces = islice(_pieces(sources, scan, progress, check), writer.pieces, None)
     with ThreadPoolExecutor(UNDER_WAY) as pool:
         under_way: deque[Future[list[_Encoded]]] = deque()
         try:
-            for job in jobs:
+            for job in _batches(pieces, buffer):
                 under_way.append(pool.submit(_encode, job, tokenizer, dtype))
                 if len(under_way) > UNDER_WAY:
                     writer.write(under_way.popleft().result())
@@ -204,12 +208,10 @@ def training_pieces(sources: Sequence[Source], scan: Scan, check: Check | None) 
             yield int(piece.stream.partition(".")[0]), piece.record
 
 
-def _batches(
-    sources: Sequence[Source], scan: Scan, buffer: int, progress: Tell, check: Check | None
-) -> Iterator[list[_Piece]]:
+def _batches(pieces: Iterable[_Piece], buffer: int) -> Iterator[list[_Piece]]:
     batch: list[_Piece] = []
     size = 0
-    for piece in _pieces(sources, scan, progress, check):
+    for piece in pieces:
         batch.append(piece)
         size += piece.record.size
         if size >= buffer:
@@ -236,7 +238,7 @@ def _pieces(sources: Sequence[Source], scan: Scan, progress: Tell, check: Check 
             if split is None or side == "heldout":
                 parts = (record, None) if side == "train" else (None, record)
             else:
-                parts = split.parts(record, int(kept[row]), before, int(scan.rows["chars"][row]), conversations)
+                parts = split.parts(record, number, int(kept[row]), before, int(scan.rows["chars"][row]), conversations)
             for name, part in zip(("train", "heldout"), parts, strict=True):
                 if part is not None:
                     yield _Piece(f"{stream}.{name}", part)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from lumina.data.shards import Shard
 from lumina.data.template import COUNTED, TURN
 
+Whole = NDArray[np.int64]
 NOT_COUNTED = -1
 LOOKAHEAD = 4096  # conversations that are packed together: more hardly fills windows better
 
@@ -81,6 +82,8 @@ class Cuts:
     overlong: int = 0
     pieces: int = 0
     lost_tokens: int = 0  # of turns that alone are longer, and of pieces without an answer
+    counted: int = 0  # targets of overlong ones that should count, and how many of those are lost
+    lost_counted: int = 0
 
 
 class ChatWindows:
@@ -90,11 +93,9 @@ class ChatWindows:
         self.tokens, self.marks, self.seq_len, self.end_id = shard.tokens, shard.marks, seq_len, end_id
         self.every_token = train_on == "all"
         self.cuts = Cuts()
-        pieces = list(_pieces(shard, seq_len, self.every_token, self.cuts))
-        order, first = pack([length - 1 for _, length, _ in pieces], seq_len)
-        table = np.array(pieces, dtype=np.int64).reshape(-1, 3)[order]
-        self.start, self.length, self.document = table.T
-        self.first = np.array(first, dtype=np.int64)
+        pieces = _pieces(shard, seq_len, self.every_token, self.cuts)
+        order, self.first = pack(pieces[1] - 1, seq_len)
+        self.start, self.length, self.document = (column[order] for column in pieces)
         used = int((self.length - 1).sum())
         self.padding = 1 - used / max(1, len(self) * seq_len)
 
@@ -132,48 +133,62 @@ def windows_of(shard: Shard, seq_len: int, end_id: int, train_on: str) -> TextWi
     return ChatWindows(shard, seq_len, end_id, train_on)
 
 
-def pack(lengths: list[int], room: int) -> tuple[list[int], list[int]]:
+def pack(lengths: Whole, room: int) -> tuple[Whole, Whole]:
     """Pieces to windows of `room` tokens: their order, and where in it each window begins (and the last one ends).
 
     The longest of the next `LOOKAHEAD` pieces first, each into the fullest window that has room (best fit decreasing:
     at most 11/9 of the fewest windows; Johnson 1973). Windows come in the order in which they were begun.
     """
-    order: list[int] = []
-    first = [0]
+    orders, first, packed = [], [np.zeros(1, np.int64)], 0
     for begin in range(0, len(lengths), LOOKAHEAD):
-        chunk = sorted(range(begin, min(begin + LOOKAHEAD, len(lengths))), key=lambda i: -lengths[i])
+        chunk = lengths[begin : begin + LOOKAHEAD].tolist()
         windows: list[list[int]] = []
         free: list[tuple[int, int]] = []  # room left, window
-        for piece in chunk:
-            at = bisect_left(free, (lengths[piece], -1))
+        for piece in sorted(range(len(chunk)), key=chunk.__getitem__, reverse=True):
+            at = bisect_left(free, (chunk[piece], -1))
             left, window = free.pop(at) if at < len(free) else (room, len(windows))
             if window == len(windows):
                 windows.append([])
             windows[window].append(piece)
-            if left > lengths[piece]:
-                insort(free, (left - lengths[piece], window))
-        for window_pieces in windows:
-            order += window_pieces
-            first.append(len(order))
-    return order, first
+            if left > chunk[piece]:
+                insort(free, (left - chunk[piece], window))
+        orders.append(begin + np.array([piece for window in windows for piece in window], np.int64))
+        first.append(packed + np.cumsum([len(window) for window in windows], dtype=np.int64))
+        packed += len(chunk)
+    return np.concatenate(orders) if orders else np.zeros(0, np.int64), np.concatenate(first)
 
 
-def _pieces(shard: Shard, seq_len: int, every_token: bool, cuts: Cuts) -> Iterator[tuple[int, int, int]]:
+def _pieces(shard: Shard, seq_len: int, every_token: bool, cuts: Cuts) -> tuple[Whole, Whole, Whole]:
     """Start, length and document of each conversation, or of what it is cut into."""
-    borders = np.append(np.asarray(shard.starts, dtype=np.int64), len(shard.tokens))
-    lengths = np.diff(borders)
-    for document, (start, length) in enumerate(zip(borders[:-1].tolist(), lengths.tolist(), strict=True)):
-        if length <= seq_len + 1:
-            yield start, length, document
-            continue
-        cuts.overlong += 1
-        marks = np.asarray(shard.marks[start : start + length])
-        for at, size in _cut(np.flatnonzero(marks & TURN).tolist(), length, seq_len + 1, cuts):
+    start = np.asarray(shard.starts, dtype=np.int64)
+    length = np.diff(start, append=len(shard.tokens))
+    document = np.arange(len(start))
+    overlong = np.flatnonzero(length > seq_len + 1)
+    if not len(overlong):
+        return start, length, document
+    cuts.overlong = len(overlong)
+    found: list[tuple[int, int, int]] = []
+    for number in overlong.tolist():
+        begin = int(start[number])
+        marks = np.asarray(shard.marks[begin : begin + length[number]])
+        for at, size in _cut(np.flatnonzero(marks & TURN).tolist(), len(marks), seq_len + 1, cuts):
             if size > 1 and (every_token or (marks[at + 1 : at + size] & COUNTED).any()):
-                cuts.pieces += 1
-                yield start + at, size, document
+                found.append((begin + at, size, number))
             else:
                 cuts.lost_tokens += size
+        cuts.counted += int((marks[1:] & COUNTED).sum()) if not every_token else len(marks) - 1
+    cuts.pieces = len(found)
+    cuts.lost_counted = cuts.counted - sum(_counted(shard, every_token, at, size) for at, size, _ in found)
+    fitting = length <= seq_len + 1
+    pieces = np.array(found, dtype=np.int64).reshape(-1, 3)
+    columns = (np.concatenate([column[fitting], pieces[:, i]]) for i, column in enumerate((start, length, document)))
+    start, length, document = columns
+    order = np.argsort(start, kind="stable")
+    return start[order], length[order], document[order]
+
+
+def _counted(shard: Shard, every_token: bool, at: int, size: int) -> int:
+    return size - 1 if every_token else int((shard.marks[at + 1 : at + size] & COUNTED).sum())
 
 
 def _cut(turns: list[int], length: int, most: int, cuts: Cuts) -> Iterator[tuple[int, int]]:

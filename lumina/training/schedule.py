@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from lumina.config.phases import phases
 from lumina.config.schema.data import DataConfig
 from lumina.config.schema.model import MoDConfig
-from lumina.config.schema.train import Phase, TrainConfig
+from lumina.config.schema.train import TrainConfig
 from lumina.config.units import span
 
 DATA = {"base": "text", "finetune": "chat", "hybrid_sequential": "both", "hybrid_interleaved": "both"}  # of a mode
@@ -47,24 +48,21 @@ def parts(train: TrainConfig, data: DataConfig, steps: int) -> list[Part]:
 
     Each warms up, and decays at its end, for its own share of its own steps.
     """
-    mode, ratio = data.mode, data.base_ratio
-    phases = train.phases or (Phase.model_validate({}),)
-    if mode == "hybrid_sequential" and not train.phases:
-        phases = tuple(map(Phase.model_validate, ({"data": "text"}, {"at": ratio, "data": "chat"})))
-    begins = [span(phase.at, steps) for phase in phases]
+    planned = phases(train, data)
+    begins = [span(phase.at, steps) for phase in planned]
     made = []
-    for phase, begin, end in zip(phases, begins, [*begins[1:], steps], strict=True):
+    for phase, begin, end in zip(planned, begins, [*begins[1:], steps], strict=True):
         length = end - begin
         warmup = span(train.warmup if phase.warmup is None else phase.warmup, length)
         decay = max(0, min(span(train.decay, length), length - warmup))
-        wanted = DATA[mode] if phase.data == "both" else phase.data
+        wanted = DATA[data.mode] if phase.data == "both" else phase.data
         made.append(Part(begin, end, wanted, train.lr if phase.lr is None else phase.lr, warmup, decay))
     return made
 
 
-def rate(phases: Sequence[Part], schedule: str, step: int) -> float:
+def rate(planned: Sequence[Part], schedule: str, step: int) -> float:
     """The learning rate of step `step`, counted from 1."""
-    return next(phase for phase in reversed(phases) if step > phase.begin).rate(step, schedule)
+    return next(phase for phase in reversed(planned) if step > phase.begin).rate(step, schedule)
 
 
 def depth_stages(mod: MoDConfig, steps: int) -> list[tuple[float, int]]:

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from lumina.checkpoint import store
 from lumina.config.resolve import Resolved, adopt, read, settle
 from lumina.config.schema.config import Config
-from lumina.data.loader import DataPhase, Heldout, Loader
+from lumina.data.loader import DataPhase, Heldout, Loader, cuts_of
 from lumina.data.records import KINDS, Kind
 from lumina.data.shards import Corpus, prepare
 from lumina.data.tokenizer import BYTES, SPECIALS, Tokenizer
@@ -61,7 +61,16 @@ class Parts:
     def main_kind(self) -> Kind:
         """What decides which evaluation is the best: what the run ends on, texts where it ends on both."""
         kind: Kind = "chat" if self.config.data.mode in ("finetune", "hybrid_sequential") else "text"
-        return kind if self.corpus.of("heldout", kind) else next(k for k in KINDS if self.corpus.of("heldout", k))
+        return kind if kind in self.kinds else self.kinds[0]
+
+    @cached_property
+    def kinds(self) -> list[Kind]:
+        """What can be evaluated. Raises `UserError` if nothing can."""
+        kinds = [kind for kind in KINDS if len(self.heldout(kind, 1))]
+        if not kinds:
+            fix = "hold out others with data.eval=FILE, or set model.seq_len higher"
+            raise UserError("no held-out conversation has an answer that fits into a window", fix)
+        return kinds
 
     def heldout(self, kind: Kind, tokens: int) -> Heldout:
         """The held-out side of a kind, in batches of about so many tokens."""
@@ -124,7 +133,7 @@ def begin_with(resolved: Resolved, start: Origin | None) -> Resolved:
         )
     adopted = adopt(resolved, read(start.run.config).config, str(start.run.path))
     why = f"newest complete checkpoint of {resolved.config.train.init_from}"
-    return settle(adopted, {"train.init_from": (str(start.checkpoint.path), why)})
+    return settle(adopted, {"train.init_from": (str(start.checkpoint.path.resolve()), why)})
 
 
 def load_origin(parts: Parts) -> None:
@@ -331,7 +340,9 @@ def description(parts: Parts) -> dict[str, Any]:
         "compile": config.train.compile,
         "processes": parts.world.size,
         "vocab": config.model.vocab,
-        "data": corpus.facts | parts.loader.facts,
+        "data": corpus.facts
+        | parts.loader.facts
+        | {f"heldout_{key}": value for key, value in cuts_of(parts.heldout("chat", 1).windows).items()},
         "mode": config.data.mode,
         "phases": [asdict(phase) for phase in parts.phases],
         "lora": config.train.lora.rank,

@@ -21,7 +21,6 @@ from typing import Any
 
 from lumina.checkpoint import retention, store
 from lumina.config.resolve import Resolved, read, request_hash, resolve, write
-from lumina.data.records import KINDS
 from lumina.data.shards import Corpus, data_fingerprint
 from lumina.data.tokenizer import Tokenizer
 from lumina.errors import UserError
@@ -93,6 +92,7 @@ class Trainer:
         with whole("building the model", self.progress):
             parts = setup.build(settled.config, corpus, world)
             setup.load_origin(parts)
+            world.each(lambda: parts.kinds)
         meta = {
             "request": request,
             "data": corpus.fingerprint,
@@ -208,7 +208,7 @@ class Session:
         self.probe = Probe(parts.model, looked_at, parts.precision)
         self.observer = Observer(parts, self.peak, self._emit)
         self.freeze_from = parts.steps - parts.phases[-1].decay
-        self.heldout = {kind: parts.heldout(kind, EVAL_TOKENS) for kind in KINDS if parts.corpus.of("heldout", kind)}
+        self.heldout = {kind: parts.heldout(kind, EVAL_TOKENS) for kind in parts.kinds}
         self.progress = Progress()
         self.pending: Lagged | None = None
         self.last_eval: tuple[int, Evaluation] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field
@@ -86,23 +85,6 @@ def length_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
         return []
     keys = ("model.mod.anneal", "train.tokens" if train.steps is None else "train.steps")
     return [Problem(keys, f"the capacity would not have fallen when training ends; the run has {steps} steps")]
-
-
-def phase_problems(data: DataConfig, train: TrainConfig) -> list[Problem]:
-    """Phases follow one another inside the run, and want what the mode has."""
-    if not train.phases:
-        return []
-    found, key = [], ("train.phases",)
-    steps = train.steps or round((train.tokens or 0) / train.batch_tokens)  # 0: not known yet
-    begins = [span(phase.at, steps) if steps else phase.at for phase in train.phases]
-    if begins[0] != 0 or any(later <= earlier for earlier, later in pairwise(begins)):
-        found.append(Problem(key, "the first begins `at` 0, and each later one after the one before it"))
-    if steps and begins[-1] >= steps:
-        found.append(Problem(key, f"the last would begin when the run of {steps} steps is over"))
-    has = {"base": {"text"}, "finetune": {"chat"}}.get(data.mode, {"text", "chat"})
-    if missing := {phase.data for phase in train.phases} - has - {"both"}:
-        found.append(Problem((*key, "data.mode"), f"there is no {' and no '.join(sorted(missing))} in this mode"))
-    return found
 
 
 def batch_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
