@@ -6,8 +6,11 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("any machine", deadline=None)  # time is never asserted
+settings.load_profile("any machine")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: more would spin on busy cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

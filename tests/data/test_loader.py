@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ TOKENIZER = train_bpe(["a"], 260)
 MODES = {"base": "text", "finetune": "chat", "hybrid_interleaved": "both", "hybrid_sequential": "both"}
 
 
+NUMBERS = count(1)
+
+
 def shard(
     kind: str, tokens: list[int], starts: list[int], marks: list[int] | None = None,
-    weight: float | None = None, difficulty: list[float] | None = None, name: str = "x",
+    weight: float | None = None, difficulty: list[float] | None = None, name: str = "",
 ) -> Shard:  # fmt: skip
     """One whose arrays are in memory."""
     assert kind in ("text", "chat")
     stream = Stream(0, kind, "train", len(starts), 2 * len(tokens), 50, len(tokens))
     stream.counted = sum(mark & COUNTED for mark in marks or [])
-    made = Shard(Path("nowhere"), name, stream, "uint16", {}, weight)
+    made = Shard(Path("nowhere"), name or f"source {next(NUMBERS)}", stream, "uint16", {}, weight)
     made.__dict__.update(
         tokens=np.array(tokens, np.uint16),
         starts=np.array(starts, np.uint64),

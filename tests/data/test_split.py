@@ -24,7 +24,7 @@ def chat(answer: str) -> Record:
 
 def decided(records: Sequence[Record]) -> Split:
     rows = [(r.key, r.size, len(r.text), 0, KINDS.index(r.kind), 0) for r in records]
-    return decide(np.array(rows, ROW))
+    return decide(np.array(rows, ROW), 1)
 
 
 def divided(records: Sequence[Record]) -> tuple[list[Record], list[Record], Split]:
@@ -32,7 +32,7 @@ def divided(records: Sequence[Record]) -> tuple[list[Record], list[Record], Spli
     split = decided(records)
     train, heldout, conversations = list[Record](), list[Record](), 0
     for record in records:
-        head, tail = split.parts(record, record.key, 0, len(record.text), conversations)
+        head, tail = split.parts(record, 0, record.key, 0, len(record.text), conversations)
         conversations += record.kind == "chat"
         train += [head] if head else []
         heldout += [tail] if tail else []
@@ -102,7 +102,7 @@ def test_a_text_in_parts_gives_each_side_one_document(content: str, length: int)
     sides: tuple[list[Record], list[Record]] = ([], [])
     for i, piece in enumerate(pieces):
         record = Record("x.txt", piece, family="0" * 64, last=i == len(pieces) - 1)
-        for side, part in zip(sides, split.parts(record, whole.key, i * length, len(content), 0), strict=True):
+        for side, part in zip(sides, split.parts(record, 0, whole.key, i * length, len(content), 0), strict=True):
             side += [part] if part else []
     assert "".join(r.text for side in sides for r in side) == content
     for side in sides:
