@@ -7,7 +7,6 @@ and what to do. The answer is a user error, nothing is left behind, and nothing 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import settings, write_text
+from support import contents, settings, write_text
 
 from lumina.cli import main
 from lumina.data.tokenizer import train_bpe
@@ -191,19 +190,6 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     facts = json.loads(STOPPED.meta.read_text())
     STOPPED.meta.write_text(json.dumps(facts | {"started_in": str(folder)}))
     return folder
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """What every name below a folder is. Who holds a lock is no content; a log may have been opened, not written."""
-    found = {}
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            found[str(path)] = f"-> {os.readlink(path)}"
-        elif path.is_dir():
-            found[str(path)] = "folder"
-        elif path.name != "lock":
-            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
 
 
 @pytest.mark.parametrize(("prepare", "arguments", "needles"), [case[1:] for case in CASES], ids=[c[0] for c in CASES])
