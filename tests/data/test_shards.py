@@ -295,10 +295,10 @@ def test_an_entry_that_came_while_waiting_is_used(monkeypatch: pytest.MonkeyPatc
     locked = shards._locked
 
     @contextmanager
-    def late(folder: Path, name: str, what: str) -> Iterator[None]:
+    def late(folder: Path, *names: str) -> Iterator[None]:
         monkeypatch.setattr(shards, "_locked", locked)
         assert not made().facts["cached"]
-        with locked(folder, name, what):
+        with locked(folder, *names):
             yield
 
     monkeypatch.setattr(shards, "_locked", late)

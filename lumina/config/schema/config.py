@@ -99,10 +99,21 @@ def phase_problems(data: DataConfig, train: TrainConfig) -> list[Problem]:
         found.append(Problem(key, "the first begins `at` 0, and each later one after the one before it"))
     if steps and begins[-1] >= steps:
         found.append(Problem(key, f"the last would begin when the run of {steps} steps is over"))
+    lengths = [later - earlier for earlier, later in pairwise([*begins, steps])] if steps else []
+    for phase, length in zip(train.phases, lengths, strict=False):
+        if span(train.warmup if phase.warmup is None else phase.warmup, int(length)) > length > 0:
+            found.append(Problem(key, f"the warm-up of the phase that begins at {phase.at:g} is longer than it is"))
     has = {"base": {"text"}, "finetune": {"chat"}}.get(data.mode, {"text", "chat"})
     if missing := {phase.data for phase in train.phases} - has - {"both"}:
         found.append(Problem((*key, "data.mode"), f"there is no {' and no '.join(sorted(missing))} in this mode"))
     return found
+
+
+def lora_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
+    """Adapters of more than the width's rank hold nothing more, and are larger than what they adapt."""
+    if train.lora.rank <= model.width:
+        return []
+    return [Problem(("train.lora.rank", "model.width"), f"no matrix has so high a rank; use at most {model.width}")]
 
 
 def batch_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
