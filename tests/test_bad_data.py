@@ -29,6 +29,8 @@ BAD_CHAT, BEGIN = [*CHAT, "data.train=b.jsonl"], [*CHAT, "data.train=chats.jsonl
 FOREIGN = [*BEGIN, "data.tokenizer=tok"]
 PHASED = [*BOTH, "data.mode=hybrid_sequential"]
 ADAPT = [*TEXT, "train.init_from=runs/base"]
+LAST = "runs/base/checkpoints/step-000004"
+EXPORT = ["lora", "export", "runs/tuned", "--out", "adapter"]
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 GOOD = json.dumps({"messages": [USER, ANSWER]})
 ONE_TURN = "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}"
@@ -280,7 +282,7 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
      ["train.init_from: runs/base: no complete checkpoint", "until it saves one"]),
     ("begin with a checkpoint that is gone", nothing, [*BEGIN, "train.init_from=runs/base/checkpoints/step-000009"],
      ["step-000009: no such checkpoint", "name a step-… folder"]),
-    ("begin with a damaged checkpoint", flipped("runs/base/checkpoints/step-000004/state.json"), [*BEGIN, "train.init_from=runs/base/checkpoints/step-000004"],
+    ("begin with a damaged checkpoint", flipped(f"{LAST}/state.json"), [*BEGIN, f"train.init_from={LAST}"],
      ["damaged checkpoint", "state.json has other bytes", "name another one"]),
     ("begin with other tokens", tokenizer(own=True), [*BEGIN, "train.init_from=runs/base", "data.tokenizer=tok"],
      ["data.tokenizer=tok: another tokenizer than that of train.init_from=runs/base", "leave"]),
@@ -308,9 +310,9 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
      ["runs/tuned-merged: exists already", "move it away"]),
     ("export without adapters", nothing, ["lora", "export", "runs/base", "--out", "adapter"],
      ["runs/base: this run has no adapters", "train.lora.rank above 0"]),
-    ("export over a folder", lambda here, _: (here / "adapter").mkdir(), ["lora", "export", "runs/tuned", "--out", "adapter"],
+    ("export over a folder", lambda here, _: (here / "adapter").mkdir(), EXPORT,
      ["adapter: exists already", "move it away"]),
-    ("export without a checkpoint", gone("runs/tuned/checkpoints"), ["lora", "export", "runs/tuned", "--out", "adapter"],
+    ("export without a checkpoint", gone("runs/tuned/checkpoints"), EXPORT,
      ["runs/tuned: no complete checkpoint", "lumina resume runs/tuned"]),
     ("export below a file", nothing, ["lora", "export", "runs/tuned", "--out", "text.txt/adapter"],
      ["text.txt/adapter", "Not a directory", "check the path"]),
@@ -418,7 +420,8 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
      ["text.txt: not a folder of prepared shards", "lumina data prepare"]),
     ("difficulty of a run", nothing, ["data", "difficulty", "runs/base", "--by", "rarity"],
      ["runs/base: not a folder of prepared shards", "lumina data prepare"]),
-    ("difficulty of damaged shards", flipped("shards/0.text.train.tokens"), ["data", "difficulty", "shards", "--by", "rarity"],
+    ("difficulty of damaged shards", flipped("shards/0.text.train.tokens"),
+     ["data", "difficulty", "shards", "--by", "rarity"],
      ["shards: damaged shards: 0.text.train.tokens does not match", "prepare them again"]),
     ("difficulty by taste", nothing, ["data", "difficulty", "shards", "--by", "taste"], ["--by", "'length', 'rarity'"]),
 ]  # fmt: skip
