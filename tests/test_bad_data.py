@@ -474,3 +474,16 @@ def test_the_answer(
     assert not missing, said.out + said.err
     assert len(said.err) < 1500, "more than anybody reads"
     assert contents(here) == before
+
+
+def test_the_vocabulary_follows_larger_shards(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(here.iterdir())
+    large(here, monkeypatch)
+    assert set(here.iterdir()) - before == {here / "large"}, "no lock is left"
+    assert main([*TINY, "data.train=large"]) == 0
+    (run,) = here.glob("runs/tiny-*")
+    assert "of the shards, rounded up" in (run / "config.yaml").read_text()
+
+
+def test_there_are_no_two_of_a_name() -> None:
+    assert len({case[0] for case in CASES}) == len(CASES)

@@ -153,7 +153,8 @@ def test_the_first_run_as_written(
             tiny = debug_made_tiny(train__steps="4" if subject == "my.yaml" else "3", model__seq_len="64")
             given = {setting.partition("=")[0] for setting in tiny}
             arguments = [*(setting for setting in arguments if setting.partition("=")[0] not in given), *tiny]
-            arguments = [re.sub(r"runs/my-\S+", lambda _: str(runs[-1]), setting) for setting in arguments]
+            first = runs[0].as_posix() if runs else ""
+            arguments = [re.sub(r"runs/my-\S+", first, setting) for setting in arguments]
         elif verb != "data":
             runs += [path for path in Path("runs").glob("my-*") if path not in runs]
             subject = str(runs[-1])
