@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,19 @@ def write_chats(folder: Path, conversations: int = 200) -> Path:
             ]
             file.write(json.dumps({"messages": roles}) + "\n")
     return path
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """What every name below a folder is. Who holds a lock is no content; a log may have been opened, not written."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            found[str(path)] = f"-> {os.readlink(path)}"
+        elif path.is_dir():
+            found[str(path)] = "folder"
+        elif path.name != "lock":
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def debug_made_tiny(**changes: str | None) -> list[str]:

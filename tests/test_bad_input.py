@@ -7,7 +7,6 @@ is a finished tiny run, `STOPPED` one that could go on. Nothing may be left behi
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import settings, write_text
+from support import contents, settings, write_text
 
 from lumina.checkpoint import store
 from lumina.cli import main
@@ -277,12 +276,6 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"started_in": str(Path.cwd())}))
     (tmp_path / "here" / "other.txt").write_text("a text that no cache knows\n" * 2000)
     return tmp_path / "here"
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file's hash; who holds a lock is no content."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize(("prepare", "arguments", "needles"), [case[1:] for case in CASES], ids=[c[0] for c in CASES])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import debug_made_tiny, write_text
+from support import debug_made_tiny, write_chats, write_text
 
 from lumina.cli import main
 from lumina.cli.app import VERBS
@@ -135,6 +135,7 @@ def test_the_first_run_as_written(
     document = read("docs/first_run.md")
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path).rename("my.txt")
+    write_chats(tmp_path)
     (own,) = re.findall(r"```yaml\n(.*?)```", document, re.S)
     Path("my.yaml").write_text(own, encoding="utf-8")
     real, steps = trainer.train_step, itertools.count(1)
@@ -145,20 +146,23 @@ def test_the_first_run_as_written(
         return real(*arguments, **options)
 
     monkeypatch.setattr(trainer, "train_step", interrupted)
-    codes = []
+    codes, runs = [], list[Path]()
     for line in (line for line in shell_lines(document) if line.startswith("lumina ")):
         verb, subject, *arguments = shlex.split(line, comments=True)[1:]
         if verb == "train":
-            tiny = debug_made_tiny(train__steps="4" if subject == "my.yaml" else "3")
+            tiny = debug_made_tiny(train__steps="4" if subject == "my.yaml" else "3", model__seq_len="64")
             given = {setting.partition("=")[0] for setting in tiny}
             arguments = [*(setting for setting in arguments if setting.partition("=")[0] not in given), *tiny]
-        else:
-            (run,) = (path for path in Path("runs").glob("my-*"))
-            subject = str(run)
+            first = runs[0].as_posix() if runs else ""
+            arguments = [re.sub(r"runs/my-\S+", first, setting) for setting in arguments]
+        elif verb != "data":
+            runs += [path for path in Path("runs").glob("my-*") if path not in runs]
+            subject = str(runs[-1])
         codes.append((verb, main([verb, subject, *arguments])))
         said = capsys.readouterr().out
         assert verb != "generate" or said.startswith("Once upon a time")
     stopped = [("train", 0), ("train", 3), ("train", 3), ("resume", 0)]
-    assert codes == [*stopped, *[("generate", 0)] * 2, *[("train", 0)] * 3]
-    attempts = [json.loads(line)["attempt"] for line in (run / "events.jsonl").read_text().splitlines()]
+    answered = [("data", 0), ("train", 0), ("chat", 0)]
+    assert codes == [*stopped, *[("generate", 0)] * 2, *answered, *[("train", 0)] * 3]
+    attempts = [json.loads(line)["attempt"] for line in (runs[0] / "events.jsonl").read_text().splitlines()]
     assert sorted(set(attempts)) == [0, 1, 2]

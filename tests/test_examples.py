@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from support import debug_made_tiny, write_text
+from support import debug_made_tiny, write_chats, write_text
 
 import lumina
 from lumina.cli import main
@@ -22,8 +22,9 @@ YAML = sorted(EXAMPLES.glob("*.yaml"))
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a text, `my.txt`."""
+    """A folder with a text, `my.txt`, and conversations, `chats.jsonl`."""
     monkeypatch.chdir(tmp_path)
+    write_chats(tmp_path)
     write_text(tmp_path).rename("my.txt")
     return tmp_path
 
@@ -45,7 +46,7 @@ def test_a_file_says_something_and_nothing_twice(path: Path) -> None:
     resolved = resolve(path)
     preset = flatten(resolve(resolved.request["preset"], {"model.kind": resolved.config.model.kind}).config)
     mine = {key: value for key, value in resolved.request.items() if key not in ("preset", "model.kind")}
-    explained = {"data.eval", "model.moe.bias_rate", "model.mod.every", "model.ffn",
+    explained = {"data.eval", "data.train_on", "model.moe.bias_rate", "model.mod.every", "model.ffn",
                  "train.warmup", "train.weight_decay", "train.betas"}  # fmt: skip
     assert mine
     for key, value in mine.items():
@@ -71,6 +72,32 @@ def test_it_trains(name: str, kind: str, settings: list[str], here: Path) -> Non
     assert run.path.name.startswith(name.removesuffix(".yaml"))
     if name == "deadline.yaml":
         assert "resolved: train.time=0.1s at" in run.config.read_text()
+
+
+@pytest.mark.parametrize("name", ["finetune", "lora"])
+def test_it_begins_with_a_run(name: str, here: Path) -> None:
+    """The commands of its comment, one after the other."""
+    tiny = debug_made_tiny(train__steps=None, model__seq_len="64")
+    kind = ["model.kind=dense"] if name == "lora" else []
+    assert main(["train", str(EXAMPLES / "own_text.yaml"), "data.train=my.txt", "train.tokens=256", *kind, *tiny]) == 0
+    run_of(here).path.rename("first")
+    begin = ["data.train=chats.jsonl", "train.init_from=first", "train.tokens=512"]
+    assert main(["train", str(EXAMPLES / f"{name}.yaml"), *begin, *tiny]) == 0
+    run = run_of(here)
+    assert run.path.name.startswith(name)
+    assert [event["kind"] for event in run.events() if event["t"] == "run"] == ["dense" if kind else "hybrid"]
+    if name == "lora":
+        assert main(["lora", "merge", str(run.path)]) == 0
+        assert main(["lora", "export", str(run.path), "--out", "adapter"]) == 0
+
+
+def test_both_at_once(here: Path) -> None:
+    tiny = debug_made_tiny(train__steps=None, model__seq_len="64")
+    settings = ["data.train=[my.txt, chats.jsonl]", "train.tokens=512"]
+    assert main(["train", str(EXAMPLES / "hybrid_interleaved.yaml"), *settings, *tiny]) == 0
+    run = run_of(here)
+    assert run.finished
+    assert run.path.name.startswith("hybrid_interleaved")
 
 
 def test_a_tokenizer_of_ones_own(here: Path) -> None:

@@ -9,6 +9,9 @@ import statistics
 from pathlib import Path
 
 import pytest
+import test_bad_data
+import test_bad_input
+import test_damaged_input
 from support import write_text
 
 from lumina.cli import main
@@ -74,6 +77,11 @@ def test_the_error_shown_is_the_error_printed(capsys: pytest.CaptureFixture[str]
     command, shown = re.findall(r"```\n\$ lumina ([^\n]*)\n(.*?)```", README, re.S)[0]
     assert main(shlex.split(command)) == 2
     assert capsys.readouterr().err == shown
+
+
+def test_the_wrong_inputs_are_as_many_as_it_says() -> None:
+    tables = [module.CASES for module in (test_bad_input, test_damaged_input, test_bad_data)]
+    assert f"| {sum(map(len, tables))} wrong or damaged inputs " in README
 
 
 def test_the_presets_named_exist() -> None:

@@ -260,7 +260,7 @@ def read(path: Path) -> Checkpoint:
     if not STEP.fullmatch(path.name) or not path.is_dir():
         raise UserError(f"{path}: no such checkpoint", fix="name a step-… folder below a run's checkpoints/")
     if problems := verify(path):
-        raise UserError.collect(problems, f"{path}: damaged checkpoint")
+        raise UserError.collect(problems, f"{path}: damaged checkpoint", "restore it, or name another one")
     return _open(path)
 
 
@@ -294,7 +294,8 @@ def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None, w
     if problems:
         more = len(problems) - SHOWN
         shown = [*problems[:SHOWN], f"and {more} more"] if more > 0 else problems
-        raise UserError.collect(shown, f"{checkpoint.path}: saved from another model or optimizer")
+        title = f"{checkpoint.path}: saved from another model or optimizer"
+        raise UserError.collect(shown, title, "leave out the keys that change the model, or begin another run")
     for kind, targets in wanted.items():
         if targets:
             reader = HuggingFaceStorageReader(str(checkpoint.path / kind))

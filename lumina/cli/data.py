@@ -105,7 +105,7 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     eval: Annotated[list[str] | None, typer.Option(help="Held-out files; without, a part is held out.")] = None,
     tokenizer: Annotated[str, typer.Option(help="A tokenizer.json, a folder with one, or bpe: made of this.")] = "bpe",
-    vocab: Annotated[int, typer.Option(help="Ids of a tokenizer that is made.")] = 32768,
+    vocab: Annotated[int, typer.Option(min=260, help="Ids of a tokenizer that is made.")] = 32768,
     json: Json = False,
 ) -> None:
     """Write shards: token ids on disk that every run can train on. The same command goes on after a stop."""

@@ -12,7 +12,7 @@ from lumina.config import yaml12
 from lumina.config.names import sections
 from lumina.config.phases import phase_problems
 from lumina.config.schema.base import Problem
-from lumina.config.schema.config import Config, batch_problems, length_problems
+from lumina.config.schema.config import Config, batch_problems, length_problems, lora_problems
 from lumina.errors import UserError
 
 # pydantic's messages in our words, by error type.
@@ -28,7 +28,7 @@ _MESSAGES = {
     "finite_number": "must be finite",
     "too_short": "must not be empty",
     "value_error": "{error}",
-    "extra_forbidden": "unknown",
+    "extra_forbidden": "unknown; a phase has at, data, lr and warmup",  # every other key is known by now
     "model_type": "settings are needed, such as {{at: 0.7, data: chat}}",
     "model_attributes_type": "settings are needed, such as {{at: 0.7, data: chat}}",
     "tuple_type": "a list is needed",
@@ -51,9 +51,10 @@ def build(values: Mapping[str, Any], origins: Mapping[str, str], problems: Seque
             found += [_translate(name, detail) for detail in error.errors()]
     if "model" in built and "train" in built:
         found += batch_problems(built["model"], built["train"]) + length_problems(built["model"], built["train"])
+        found += lora_problems(built["model"], built["train"])
     if "data" in built and "train" in built:
         found += phase_problems(built["train"], built["data"])
-    lines = [*problems, *(_describe(problem, values, origins) for problem in found)]
+    lines = [*problems, *dict.fromkeys(_describe(problem, values, origins) for problem in found)]
     if lines:
         count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
         raise UserError.collect([_printable(line) for line in lines], f"the configuration has {count}")
@@ -80,10 +81,15 @@ def _translate(section: str, detail: ErrorDetails) -> Problem:
 
 def _describe(problem: Problem, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """`train.lr=-1 (command line): must be more than 0`."""
-    given = [
-        f"{key}={yaml12.dump_value(values[key])} ({origins[key]})" if key in values else key for key in problem.keys
-    ]
-    return f"{', '.join(given)}: {problem.message}"
+    return f"{', '.join(_given(key, values, origins) for key in problem.keys)}: {problem.message}"
+
+
+def _given(key: str, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    """A key, its value and where that came from; of a key inside a value the origin of that."""
+    if key in values:
+        return f"{key}={yaml12.dump_value(values[key])} ({origins[key]})"
+    around = next((name for name in values if key.startswith(f"{name}.")), None)
+    return f"{key} ({origins[around]})" if around else key
 
 
 def _printable(text: str) -> str:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,7 +152,7 @@ def prepare_folder(
         raise UserError(f"{out}: there is something else", fix="give a new folder with --out")
     own = _tokenizer(tokenizer or data.tokenizer, [])
     name = _key(request, data, own, vocab, progress)
-    with _locked(out.parent, f".{out.name}", f"the folder {out.parent}", "give with --out"):
+    with _locked(out.parent, f".{out.name}", f"the folder {out.parent}", "give another folder with --out"):
         if is_prepared(out) and _damage(out) is None and _meta(out)["key"] == name:
             return _together([_open(out)], request, data), True
         building = out.parent / f".{out.name}.building"
@@ -163,7 +163,7 @@ def prepare_folder(
 
 
 def is_prepared(path: Path) -> bool:
-    return (path / META).is_file() and (path / "tokenizer.json").is_file()
+    return os.path.isfile(path / META) and os.path.isfile(path / "tokenizer.json")  # no error for what is no path
 
 
 def data_fingerprint(data: DataConfig, progress: Tell = silent) -> str:
@@ -187,6 +187,9 @@ def _find(data: DataConfig) -> _Request:
             name, weight = split_weight(spec)
             path = Path(os.path.expanduser(name))
             if is_prepared(path):
+                if given := seen.get(str(path.resolve())):
+                    problems.file(f"{name}: is already given by {given!r}; give every folder once")
+                seen[str(path.resolve())] = spec
                 if side == "heldout":
                     problems.file(f"{name}: prepared shards bring their own held-out side; give files to data.eval")
                 folders.append((name, path, weight))
@@ -263,7 +266,8 @@ def _cached(
     entry, built, damage = folder / name, False, _damage(folder / name)
     if damage is not None:
         stem = name.rpartition("-")[0]
-        with _locked(folder, stem, f"the token cache {folder}", "set LUMINA_CACHE to"):
+        fix = "set LUMINA_CACHE to a folder you can write, with room for it"
+        with _locked(folder, stem, f"the token cache {folder}", fix):
             damage = _damage(entry)  # another process may have built it meanwhile
             if damage is not None:
                 built = True
@@ -440,11 +444,11 @@ def _identity(file: DataFile, digest: str) -> dict[str, Any]:
 
 @contextmanager
 def _locked(folder: Path, name: str, what: str, fix: str) -> Iterator[None]:
-    """Holds a lock, which the system frees when the process ends, however it ends."""
+    """Holds a lock, which the system frees when the process ends, however it ends. `fix`: if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder / f"{name}.lock"
+        with _flocked(path):
             try:
                 yield
             except UNFINISHED:
@@ -452,10 +456,22 @@ def _locked(folder: Path, name: str, what: str, fix: str) -> Iterator[None]:
             except BaseException:  # half of it would only fill the disk
                 shutil.rmtree(folder / f"{name}.building", ignore_errors=True)
                 raise
+            finally:
+                path.unlink(missing_ok=True)
     except OSError as error:
         if error.filename and not Path(error.filename).resolve().is_relative_to(folder.resolve()):
             raise  # a source that cannot be read
-        raise UserError(f"{what} cannot be written: {error}", fix=f"{fix} a folder you can write, with room") from None
+        raise UserError(f"{what} cannot be written: {error}", fix) from None
+
+
+def _flocked(path: Path) -> TextIO:
+    """The file, locked. One that its holder deleted meanwhile locks nobody out: then another one is made."""
+    while True:
+        lock = path.open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and os.path.samefile(path, lock.fileno()):
+            return lock
+        lock.close()
 
 
 # -- opening ------------------------------------------------------------------------------------------------
@@ -522,7 +538,7 @@ def replace_files(folder: Path, new: Mapping[str, Path]) -> bool:
         for path in new.values():
             path.unlink()
         return False
-    with _locked(folder.parent, f".{folder.name}", f"the folder {folder.parent}", "move the shards to"):
+    with _locked(folder.parent, f".{folder.name}", f"the folder {folder.parent}", "make it writable, with room for it"):
         others = {name: value for name, value in stored["files"].items() if name not in new}
         _write_meta(folder, stored | {"files": others})
         for name in new:

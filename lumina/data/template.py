@@ -105,7 +105,7 @@ class ChatTemplate:
         rendered = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return str(self._template.render(messages=rendered, add_generation_prompt=open))
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of somebody else and raises what it likes
             raise ValueError(f"the chat template refuses it: {error}") from None
 
     def parts(self, messages: Sequence[Message], open: bool = False) -> list[Part]:

@@ -168,11 +168,16 @@ def _beside(folder: Path) -> tuple[str, dict[str, Any]]:
             settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
             if not isinstance(settings, dict):
                 raise ValueError("no object")
+            for key in ("bos_token", "eos_token"):
+                token = settings.get(key) or ""
+                if not isinstance(token["content"] if isinstance(token, dict) else token, str):
+                    raise ValueError(f"{key} is no token")
         file = folder / template.FILE_NAME
         source = file.read_bytes().decode() if file.is_file() else settings.get("chat_template") or ""
-    except (OSError, ValueError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{folder}: the settings of its tokenizer cannot be read: {error}", f"mend {SETTINGS}"
+            f"{folder}: the settings of its tokenizer cannot be read: {error}",
+            fix=f"mend its {SETTINGS} or its {template.FILE_NAME}",
         ) from None
     if not isinstance(source, str):
         raise UserError(f"{folder / SETTINGS}: several chat templates", f"put the one to use into {template.FILE_NAME}")

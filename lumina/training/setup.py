@@ -118,6 +118,7 @@ def origin(config: Config) -> Origin | None:
     if read(run.config).config.train.lora.rank:
         fix = f"merge it, and begin with the result: lumina lora merge {run.path}"
         raise UserError(f"train.init_from: {run.path} holds adapters beside its weights", fix)
+    run.require_tokenizer()
     return Origin(run, found)
 
 
@@ -290,17 +291,20 @@ def _require_alone(config: Config, world: World) -> None:
 
 
 def _vocab_choice(resolved: Resolved, corpus: Corpus) -> machine.Choices:
-    """A foreign tokenizer sets the preset's vocabulary; a vocabulary that the user chose must hold it."""
+    """A foreign tokenizer, or a larger one of shards, sets the preset's vocabulary; a vocabulary that the user chose
+    must hold it."""
     have, need = resolved.config.model.vocab, corpus.tokenizer.vocab_size
-    if resolved.config.data.tokenizer == "bpe":
+    own = resolved.config.data.tokenizer
+    if own == "bpe" and need <= have:
         return {}
+    source = "the shards" if own == "bpe" else own
     if resolved.origins["model.vocab"].startswith(("preset", "default")):
         least = len(SPECIALS) + BYTES  # that the schema takes, also for an alphabet of 65 letters
         rounded = -(-max(need, least) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        return {"model.vocab": (rounded, f"{need} tokens of {resolved.config.data.tokenizer}, rounded up")}
+        return {"model.vocab": (rounded, f"{need} tokens of {source}, rounded up")}
     if have < need:
         raise UserError(
-            f"model.vocab={have} is smaller than the tokenizer {resolved.config.data.tokenizer}: {need} tokens",
+            f"model.vocab={have} is smaller than the vocabulary of {source}: {need} tokens",
             fix=f"leave model.vocab out, or set it to {need} or more",
         )
     return {}

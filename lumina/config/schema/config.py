@@ -87,6 +87,13 @@ def length_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
     return [Problem(keys, f"the capacity would not have fallen when training ends; the run has {steps} steps")]
 
 
+def lora_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
+    """Adapters of more than the width's rank hold nothing more, and are larger than what they adapt."""
+    if train.lora.rank <= model.width:
+        return []
+    return [Problem(("train.lora.rank", "model.width"), f"no matrix has so high a rank; use at most {model.width}")]
+
+
 def batch_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
     """A batch is whole sequences, a micro-batch divides it; neither is ever rounded silently."""
     sequences, rest = divmod(train.batch_tokens, model.seq_len)
