@@ -31,7 +31,10 @@ SETTINGS = "tokenizer_config.json"
 END = "<|end|>"
 SPECIALS = (END, "<|system|>", "<|user|>", "<|assistant|>")  # ids 0 to 3
 BYTES = 256
-FOREIGN_ENDS = (END, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+# Looked for in this order in a tokenizer that is not ours and whose settings name no eos_token. `END` is the last: in
+# some it ends a turn.
+FOREIGN_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]", END)
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # Words take one leading mark, numbers come in pairs of digits, and the end of a line joins the next line's
 # indentation, also after punctuation: `:\n        ` can be one token. On the sample with 2048 ids this gives
@@ -59,19 +62,23 @@ class Tokenizer:
         inner.no_truncation()  # published files often cut at 512 tokens, or pad
         inner.no_padding()
         self._inner, self._name, self._settings = inner, name, settings or {}
-        self.specials: dict[str, int] = {
-            token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special
-        }
-        ids = {token: inner.token_to_id(token) for token in FOREIGN_ENDS}
+        special = {i: token for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        self.specials: dict[str, int] = {token.content: i for i, token in special.items()}
+        # Which of them take the white space on their left, and on their right.
+        self.strips = {i: (token.lstrip, token.rstrip) for i, token in special.items() if token.lstrip or token.rstrip}
+        own = self.specials.keys() >= set(SPECIALS)
+        candidates = (END,) if own else (self._named().get("eos_token", FOREIGN_ENDS[0]), *FOREIGN_ENDS)
+        ids = {token: inner.token_to_id(token) for token in candidates}
         end, end_id = next(((token, i) for token, i in ids.items() if i is not None), (None, None))
         if end is None or end_id is None:
             raise UserError(
-                f"{name} has no token for the end of a document; looked for {' '.join(FOREIGN_ENDS)}",
+                f"{name} has no token for the end of a document; looked for {' '.join(ids)}",
                 fix="add one of these to its added_tokens, as special",
             )
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.end, self.end_id = end, end_id
-        own = self.specials.keys() >= set(SPECIALS)
+        if own or not settings:
+            self._settings = {**self._settings, "bos_token": end, "eos_token": end, **self._named()}
         self.chat_template = chat_template or (template.DEFAULT if own else "")
         try:
             ends_itself = self.end_id in self.encode(end)
@@ -83,8 +90,9 @@ class Tokenizer:
                 f"{name}: the text {end!r} inside a document would end it",
                 fix=f'mark {end!r} in its added_tokens as "special": true',
             )
-        canonical = json.dumps(json.loads(inner.to_str()), sort_keys=True)
-        self.fingerprint = hashlib.sha256((canonical + self.chat_template).encode()).hexdigest()[:16]
+        rendered = {name: token for name, token in self._named().items() if name in self.chat_template}
+        content = [json.loads(inner.to_str()), self.chat_template, end, rendered]
+        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @cached_property
     def chat(self) -> ChatTemplate:
@@ -94,9 +102,12 @@ class Tokenizer:
                 f"{self._name} has no chat template: conversations cannot be written in its tokens",
                 fix=f"put {template.FILE_NAME} beside {FILE_NAME}, as transformers does",
             )
-        bos, eos = (self._settings.get(key) or self.end for key in ("bos_token", "eos_token"))
-        names = (token["content"] if isinstance(token, dict) else str(token) for token in (bos, eos))
-        return ChatTemplate(self.chat_template, self, *names)
+        return ChatTemplate(self.chat_template, self, self._named())
+
+    def _named(self) -> dict[str, str]:
+        """The special tokens that a template may name, as transformers gives them: none for what is null or missing."""
+        tokens = {name: self._settings[name] for name in NAMED if self._settings.get(name)}
+        return {name: token["content"] if isinstance(token, dict) else str(token) for name, token in tokens.items()}
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -119,8 +130,7 @@ class Tokenizer:
         reads them."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._inner.save(str(Path(folder, FILE_NAME)))
-        ends = {"bos_token": self.end, "eos_token": self.end}
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **ends, **self._settings}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings}
         settings.pop("chat_template", None)
         Path(folder, SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         if self.chat_template:
@@ -147,10 +157,10 @@ class Tokenizer:
             ids[i].append(np.array(encoding.ids, dtype))
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in ids]
 
-    def encode_with_places(self, text: str) -> tuple[list[int], list[int]]:
-        """The ids of a text, and at which of its characters each begins."""
-        encoding = self._inner.encode(text, add_special_tokens=False)
-        return encoding.ids, [start for start, _ in encoding.offsets]
+    def encode_with_places(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of each text, and of which of its characters (from, to) each is made, in parallel."""
+        encoded = self._inner.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, _without_gaps(encoding.offsets)) for encoding in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -182,6 +192,15 @@ def _beside(folder: Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(source, str):
         raise UserError(f"{folder / SETTINGS}: several chat templates", f"put the one to use into {template.FILE_NAME}")
     return source, settings
+
+
+def _without_gaps(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Some tokenizers do not say that the spaces before a word are of its token."""
+    known, filled = 0, []
+    for start, stop in places:
+        filled.append((min(start, known), stop))
+        known = max(known, stop)
+    return filled
 
 
 class TextStream:
