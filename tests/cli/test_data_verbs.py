@@ -199,7 +199,7 @@ def test_a_source_of_which_nothing_is_left_is_named(capsys: pytest.CaptureFixtur
         (["notes:2"], "a weight is not for preparing"),
         (["data.skip_bad=1"], "there is nothing to prepare"),
         (["gone"], "no such file or folder"),
-        (["notes", "--vocab", "10"], "too small"),
+        (["notes", "--vocab", "10"], "greater than or equal to 260"),
     ],
 )
 def test_what_prepare_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
