@@ -12,6 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from lumina.data.files import HUB, DataFile, parse_hub
@@ -287,12 +288,30 @@ def _rows(batch: Any) -> Iterator[object]:
                 yield ValueError("not UTF-8")
 
 
+@lru_cache(maxsize=64)
+def hub_revision(file: DataFile) -> str:
+    """The commit that a data set of the hub is at, asked once: all readings see the same.
+
+    Raises `UserError` if the hub does not answer.
+    """
+    from huggingface_hub import HfApi
+
+    name, _, _ = parse_hub(file.name)
+    try:
+        return str(HfApi().dataset_info(name).sha)
+    except Exception as error:  # the library raises nothing narrower
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"{file.name}: not found on the hub, {reason}", "check its name, and the network") from None
+
+
 def hub_rows(file: DataFile) -> Iterator[Item]:
     """The records of a data set by name, as they are downloaded; `where` counts them from 1."""
     datasets = _library("datasets", file.name)
     name, split, config = parse_hub(file.name)
+    revision = hub_revision(file)
     try:
-        for row, value in enumerate(datasets.load_dataset(name, config, split=split, streaming=True), 1):
+        rows = datasets.load_dataset(name, config, split=split, streaming=True, revision=revision)
+        for row, value in enumerate(rows, 1):
             yield Item(f"{HUB}{name}:{row}", value)
     except Exception as error:  # the library raises nothing narrower
         reason = str(error).partition("\n")[0]

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from lumina.config.schema.data import DataConfig
 from lumina.config.weights import split_weight
 from lumina.data import split
+from lumina.data.containers import hub_revision
 from lumina.data.files import DataFile, find_files
 from lumina.data.records import Kind, Problems, Record, digest
 from lumina.data.scan import FACTS, TABLE, Check, Scan, Source, documents, file_size, reopen, scan
@@ -240,7 +241,7 @@ def _stamp(file: DataFile) -> tuple[int, int]:
 def file_digest(file: DataFile) -> str:
     """What names a file's content and how it is read."""
     if file.container == "hub":
-        return f"hub {file.name}"
+        return f"hub {file.name} {hub_revision(file)}"
     try:
         return f"{file.container} {file.compression} {_sha256(file.path)}"
     except OSError as error:

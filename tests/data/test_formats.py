@@ -449,7 +449,10 @@ class Hub(ModuleType):
         self.asked: list[tuple[str, str | None, str, bool]] = []
         self.records, self.error = records, error
 
-    def load_dataset(self, name: str, config: str | None, split: str, streaming: bool) -> Iterator[object]:
+    def load_dataset(
+        self, name: str, config: str | None, split: str, streaming: bool, revision: str
+    ) -> Iterator[object]:
+        assert revision == "a commit"
         self.asked.append((name, config, split, streaming))
         return self.rows()
 
@@ -459,6 +462,12 @@ class Hub(ModuleType):
             raise self.error
 
 
+@pytest.fixture
+def _found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "hub_revision", lambda _: "a commit")
+
+
+@pytest.mark.usefixtures("_found")
 def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}, {"text": "x"})
     monkeypatch.setitem(sys.modules, "datasets", hub)
@@ -468,6 +477,7 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(problem.startswith("hub:owner/name:2: is a record of format") for problem in problems.fatal)
 
 
+@pytest.mark.usefixtures("_found")
 def test_a_data_set_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", Hub({"text": "x"}, error=ConnectionError("no route\nto host")))
     reason = "hub:a/b: cannot be loaded, ConnectionError: no route; 1 records before that were read"
