@@ -203,7 +203,7 @@ def stats(run: Run, conversation: Conversation) -> list[str]:
     model, last = conversation.model, conversation.last
     config = model.transformer.config
     cost = count(config)
-    ids, left_out = conversation.prompt(conversation.turns)
+    ids, left_out = conversation.prompt(conversation.turns) if conversation.turns else ([], 0)
     lines = [
         f"model     step {model.step} of {run.path}: {config.kind}, {cost.total:,} parameters, {cost.active:,} active",
         f"context   {len(ids)} of {config.seq_len} tokens; {left_out} older ones are left out",

@@ -70,7 +70,7 @@ class Conversation:
     def set_system(self, text: str) -> None:
         """Puts `text` before the conversation, where it stays when the oldest turns are left out.
 
-        Raises `UserError` for one that takes more than half of what is read.
+        Raises `UserError` for one that takes more than half of what is read, or that the chat template refuses.
         """
         tokens, room = len(self.model.encode(text)), self.model.prompt_room(self.max_tokens)
         if tokens > room // 2:
@@ -78,6 +78,8 @@ class Conversation:
                 f"{tokens} tokens are too many: of {room} that are read, half is for the conversation",
                 fix="write a shorter one",
             )
+        if text and self.model.talks:
+            self._encode([*_system(text), Message("user", "x")])
         self.system = text
 
     def prompt(self, turns: Sequence[Turn]) -> tuple[list[int], int]:
@@ -102,17 +104,23 @@ class Conversation:
 
     def _written(self, turns: Sequence[Turn]) -> list[int]:
         """Ends where the model has to write: at the begin of an answer, or in one that it did not end."""
-        messages = _merged([*self._system, *(Message(turn.role, turn.text) for turn in turns)])
+        messages = _merged([*_system(self.system), *(Message(turn.role, turn.text) for turn in turns)])
         begun = messages.pop().content if messages and messages[-1].role == "assistant" else ""
-        ((ids, _),) = self.model.tokenizer.chat.encode([messages], open=True)
-        return [*ids, *self.model.tokenizer.encode(begun)]
+        return [*self._encode(messages), *self.model.tokenizer.encode(begun)]
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        try:
+            ((ids, _),) = self.model.tokenizer.chat.encode([messages], open=True)
+        except ValueError as error:
+            raise _refused(error) from None
+        return ids
 
     def answer(self, line: str, write: Callable[[str], object]) -> Answer:
         """Appends `line` and the model's continuation, each piece of which goes to `write` as it comes.
 
         An empty line adds nothing: the model goes on where it stopped. Whatever ends the answer early, an interrupt
         or a `write` that fails, what was written until then is kept. Raises `UserError`, with the conversation as
-        it was, if the line is not Unicode.
+        it was, if the line is not Unicode or the chat template refuses the conversation.
         """
         self.model.encode(line)  # refuses it with the place inside the line
         turns = [*self.turns, Turn("user", line)] if line else self.turns
@@ -149,25 +157,33 @@ class Conversation:
     def transcript(self) -> str:
         """The text as the model would read it, had it room for all."""
         if self.model.talks:
-            turns = [*self._system, *(Message(turn.role, turn.text) for turn in self.turns)]
-            return self.model.tokenizer.chat.render(_merged(turns))
+            turns = [*_system(self.system), *(Message(turn.role, turn.text) for turn in self.turns)]
+            try:
+                return self.model.tokenizer.chat.render(_merged(turns))
+            except ValueError as error:
+                raise _refused(error) from None
         return self._head + self.text
-
-    @property
-    def _system(self) -> list[Message]:
-        return [Message("system", self.system)] if self.system else []
 
     @property
     def _head(self) -> str:
         return f"{self.system}\n" if self.system else ""
 
 
+def _system(text: str) -> list[Message]:
+    return [Message("system", text)] if text else []
+
+
+def _refused(error: ValueError) -> UserError:
+    return UserError(str(error), fix="/reset forgets the turns, /system without TEXT what stands before them")
+
+
 def _merged(messages: Sequence[Message]) -> list[Message]:
-    """An answer that the model was asked to go on with is one answer."""
+    """An answer that the model was asked to go on with is one answer; lines without an answer between are one turn."""
     merged: list[Message] = []
     for message in messages:
-        if merged and message.role == merged[-1].role == "assistant":
-            merged[-1] = Message("assistant", merged[-1].content + message.content)
+        if merged and message.role == merged[-1].role:
+            between = "" if message.role == "assistant" else "\n"
+            merged[-1] = Message(message.role, merged[-1].content + between + message.content)
         else:
             merged.append(message)
     return merged

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,14 +154,29 @@ def test_a_turn_of_chatml_begins_with_its_start() -> None:
     assert tokenizer.chat.stop_ids == {tokenizer.specials["<|im_end|>"]}
 
 
-def test_a_token_over_the_border_of_an_answer_counts_where_it_begins() -> None:
-    """`:` and `a` are one token: it begins before the answer."""
+def test_a_token_over_the_border_of_an_answer_counts() -> None:
+    """`:` and `a` are one token, the first that the model has to write."""
     inner = HuggingFace(models.BPE({":": 0, "a": 1, "b": 2, ":a": 3}, [(":", "a")]))
     inner.add_tokens([AddedToken("</s>", special=True)])
     template = "{% for m in messages %}{{ ':' + m['content'] + '</s>' }}{% endfor %}"
     tokenizer = Tokenizer(inner, chat_template=template)
     ((ids, marks),) = tokenizer.chat.encode([[Message("assistant", "ab")]])
-    assert (ids, list(marks)) == ([3, 2, 4], [0, COUNTED, COUNTED])
+    assert (ids, list(marks)) == ([3, 2, 4], [COUNTED, COUNTED, COUNTED])
+
+
+def test_threads_do_not_mix_up_masks() -> None:
+    """A skeleton is made while others are encoded."""
+    roles = list(itertools.product(("user", "assistant"), repeat=7))
+    chats = [[Message(role, "x") for role in pattern] for pattern in roles]
+    expected = foreign(MARKED).chat.encode(chats)
+    template, interval = foreign(MARKED).chat, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            encoded = list(pool.map(lambda chat: (template.render(chat), template.encode([chat])[0])[1], chats))
+    finally:
+        sys.setswitchinterval(interval)
+    assert encoded == expected
 
 
 def test_encoding_many_equals_encoding_each() -> None:
@@ -196,12 +214,15 @@ def refused(template: str, *messages: tuple[Role, str]) -> str:
     return str(caught.value)
 
 
-def test_a_template_that_changes_what_is_said() -> None:
-    trimmed = CHATML.replace("message['content']", "message['content'] | trim")
-    spaced: tuple[tuple[Role, str], ...] = (("user", " hi"), ("assistant", "hello"))
-    assert "changes what is said" in refused(trimmed, *spaced)
-    plain = [Message("user", "hi"), Message("assistant", "hello")]
-    assert foreign(trimmed).chat.parts(plain) == foreign(CHATML).chat.parts(plain)
+@pytest.mark.parametrize("change", ["upper", "replace('\\n', ' ')", "truncate(3, True)"])
+def test_a_template_that_changes_what_is_said(change: str) -> None:
+    changing = CHATML.replace("message['content']", f"message['content'] | {change}")
+    assert "changes what is said" in refused(changing, ("user", "a line\nand another"), ("assistant", "hello"))
+
+
+def test_a_template_that_fails_as_a_program() -> None:
+    failing = CHATML + "{% if messages | length > 2 %}{{ 1 / 0 }}{% endif %}"
+    assert "division by zero" in refused(failing, ("user", "x"), ("assistant", "y"), ("user", "z"))
 
 
 def test_a_template_that_looks_at_what_is_said() -> None:

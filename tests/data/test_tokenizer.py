@@ -35,13 +35,18 @@ def metaspace() -> Tokenizer:
     return Tokenizer(inner)
 
 
-def foreign(path: Path, end: str = "<|endoftext|>", special: bool = True) -> tokenizers.Tokenizer:
+def foreign(path: Path, *ends: str, special: bool = True) -> tokenizers.Tokenizer:
+    inner = foreign_inner(*ends, special=special)
+    inner.save(str(path))
+    return inner
+
+
+def foreign_inner(*ends: str, special: bool = True) -> tokenizers.Tokenizer:
     vocab = {chr_: i for i, chr_ in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = tokenizers.Tokenizer(models.BPE(vocab, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    inner.add_tokens([tokenizers.AddedToken(end, special=special)])
-    inner.save(str(path))
+    inner.add_tokens([tokenizers.AddedToken(end, special=special) for end in ends or ("<|endoftext|>",)])
     return inner
 
 
@@ -126,13 +131,23 @@ def test_arrays_hold_the_ids_of_each_text(dtype: str, monkeypatch: pytest.Monkey
 
 
 @given(st.text(alphabet="def main \n12é🙂", max_size=60))
-def test_places_say_where_each_token_begins(text: str) -> None:
-    ids, places = BPE.encode_with_places(text)
+def test_places_say_of_which_characters_each_token_is(text: str) -> None:
+    ((ids, places),) = BPE.encode_with_places([text])
     assert ids == BPE.encode(text)
     assert places == sorted(places)
-    for i, place in enumerate(places):
-        if i == 0 or place != places[i - 1]:  # else a character of several tokens
-            assert BPE.decode(ids[:i]).rstrip("\ufffd") == text[:place].rstrip("\ufffd")
+    assert [i for i, (start, stop) in enumerate(places) if start >= stop] == []
+    for i, (start, _) in enumerate(places):
+        if i == 0 or start != places[i - 1][0]:  # else a character of several tokens
+            assert BPE.decode(ids[:i]).rstrip("\ufffd") == text[:start].rstrip("\ufffd")
+
+
+def test_places_have_no_gaps() -> None:
+    """Some tokenizers say that the space before a word is of no token."""
+    inner = foreign_inner()
+    inner.post_processor = processors.ByteLevel(trim_offsets=True)
+    ((ids, places),) = Tokenizer(inner).encode_with_places([" é  b "])
+    assert places == [(0, 1), (1, 2), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]
+    assert len(ids) == 7
 
 
 @given(st.lists(st.integers(0, 299), max_size=60))
@@ -173,7 +188,7 @@ def test_what_is_saved_is_complete(tmp_path: Path) -> None:
     Tokenizer.load(tmp_path).save(tmp_path / "again")
     settings = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
     assert settings["model_max_length"] == 9
-    assert settings["eos_token"] == settings["bos_token"] == "<|endoftext|>"
+    assert "eos_token" not in settings  # in a template of its own this would be something else
     assert "chat_template" not in settings
     assert (tmp_path / "again" / "chat_template.jinja").read_text() == "x"
     assert Tokenizer.load(tmp_path / "again").fingerprint == Tokenizer.load(tmp_path).fingerprint
@@ -200,6 +215,37 @@ def test_foreign_tokenizer(tmp_path: Path, end: str) -> None:
     assert len(loaded.encode(text)) == len(text)
     assert [len(ids) for ids in loaded.encode_batch(["a", text])] == [1, len(text)]
     assert loaded.decode(loaded.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "end"),
+    [
+        ({}, "<|endoftext|>"),
+        ({"eos_token": "<|im_end|>"}, "<|im_end|>"),
+        ({"eos_token": {"content": "<|end|>"}}, "<|end|>"),
+        ({"eos_token": "<missing>"}, "<|endoftext|>"),
+        ({"eos_token": None}, "<|endoftext|>"),
+    ],
+)
+def test_the_end_is_what_the_settings_say(settings: dict[str, object], end: str) -> None:
+    """`<|end|>` is ours only beside our other special tokens: in Phi-3 it ends a turn."""
+    inner = foreign_inner("<|end|>", "<|im_end|>", "<|endoftext|>")
+    assert Tokenizer(inner, settings=settings).end == end
+
+
+def test_another_end_is_another_tokenizer() -> None:
+    ends = [{"eos_token": end} for end in ("<|im_end|>", "<|endoftext|>")]
+    inner = foreign_inner("<|im_end|>", "<|endoftext|>")
+    assert len({Tokenizer(inner, settings=dict(end)).fingerprint for end in ends}) == 2
+
+
+def test_what_a_template_names_is_of_the_fingerprint() -> None:
+    source = "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|endoftext|>' }}{% endfor %}"
+    settings: list[dict[str, object]] = [{"bos_token": None}, {"bos_token": "<|im_end|>"}, {"bos_token": "x"}, {}]
+    tokenizers_ = [Tokenizer(foreign_inner(), chat_template=source, settings={"x": 1, **s}) for s in settings]
+    assert len({tokenizer.fingerprint for tokenizer in tokenizers_}) == 3
+    plain = [Tokenizer(foreign_inner(), settings={"x": 1, **s}).fingerprint for s in settings]
+    assert len(set(plain)) == 1
 
 
 def test_foreign_ids_may_have_holes(tmp_path: Path) -> None:
