@@ -78,7 +78,7 @@ LLAMA2 = Style(
     ("<unk>", "<s>", "</s>"),
     turn="<s>",
     stops=("</s>",),
-    settings={"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}, "unk_token": "<unk>"},
+    settings={"bos_token": {"content": "<s>", "__type": "AddedToken"}, "eos_token": "</s>", "unk_token": "<unk>"},
     system=False,
 )
 QWEN = Style(
