@@ -107,6 +107,11 @@ def test_what_the_template_refuses_changes_nothing(
     assert conversation.answer("hello", ignore).prompt_tokens == len("<[hello]")
 
 
+def test_an_empty_line_before_any_other(conversation: Conversation) -> None:
+    with pytest.raises(UserError, match="nothing to answer yet"):
+        conversation.answer("", ignore)
+
+
 def test_an_answer_ends_where_the_template_ends_it(conversation: Conversation) -> None:
     tokenizer = conversation.model.tokenizer
     assert conversation.model.stop_ids == {tokenizer.specials["</s>"]}
