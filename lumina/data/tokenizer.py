@@ -195,9 +195,11 @@ def _beside(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _without_gaps(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Some tokenizers do not say that the spaces before a word are of its token."""
-    known, filled = 0, []
+    """Some tokenizers do not say of which token a space is: it is of the next one."""
+    known, filled = 0, list[tuple[int, int]]()
     for start, stop in places:
+        if filled and filled[-1][0] == filled[-1][1]:  # a token of spaces only, at the beginning
+            filled[-1], known = (known, max(known, start)), max(known, start)
         filled.append((min(start, known), stop))
         known = max(known, stop)
     return filled

@@ -120,10 +120,12 @@ class Conversation:
 
         An empty line adds nothing: the model goes on where it stopped. Whatever ends the answer early, an interrupt
         or a `write` that fails, what was written until then is kept. Raises `UserError`, with the conversation as
-        it was, if the line is not Unicode or the chat template refuses the conversation.
+        it was, if the line is not Unicode, if there is nothing to answer, or if the chat template refuses the turns.
         """
         self.model.encode(line)  # refuses it with the place inside the line
         turns = [*self.turns, Turn("user", line)] if line else self.turns
+        if self.model.talks and not turns:
+            raise UserError("there is nothing to answer yet", fix="write a line")
         ids, left_out = self.prompt(turns)
         self.turns, text, reason, cache = turns, "", "interrupted", self.model.new_cache()
         pieces = self.model.stream_ids(ids, self.max_tokens, self.seed + self._answers, self.sampler, cache)

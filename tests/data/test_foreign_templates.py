@@ -78,15 +78,14 @@ LLAMA2 = Style(
     ("<unk>", "<s>", "</s>"),
     turn="<s>",
     stops=("</s>",),
-    settings={"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}, "unk_token": "<unk>"},
+    settings={"bos_token": {"content": "<s>", "__type": "AddedToken"}, "eos_token": "</s>", "unk_token": "<unk>"},
     system=False,
 )
 QWEN = Style(
     "{{ bos_token }}{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
-    "GEN{{ message['content'] + '<|im_end|>' }}END{% else %}"
-    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "GEN{{ message['content'] + '<|im_end|>' }}END{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     turn="<|im_start|>",
     stops=("<|im_end|>",),
@@ -216,7 +215,7 @@ def test_the_first_token_of_an_answer_counts_though_it_begins_before() -> None:
 def test_turns_between_which_no_special_token_stands() -> None:
     """The text is one for the tokenizer, and a turn is marked inside."""
     names = "{'user': '\nUSER: ', 'assistant': '\nBOT: '}"
-    source = "{% for m in messages %}{{ " + names + "[m['role']] + m['content'] }}{% endfor %}</s>"
+    source = f"{{% for m in messages %}}{{{{ {names}[m['role']] + m['content'] }}}}{{% endfor %}}</s>"
     tokenizer = Style(source, ("</s>",), "", ()).tokenizer(marked=False)
     messages = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
     ((ids, marks),) = tokenizer.chat.encode([messages])
