@@ -31,8 +31,9 @@ def phase_problems(train: TrainConfig, data: DataConfig) -> list[Problem]:
     elif steps and len(planned) > 1 and begins[-1] >= steps:
         found.append(Problem(keys, f"the last would begin when the run of {steps} steps is over"))
     lengths = [later - earlier for earlier, later in pairwise([*begins, steps])] if steps else []
-    for phase, length in zip(planned, lengths, strict=False):
-        if len(planned) > 1 and span(train.warmup if phase.warmup is None else phase.warmup, int(length)) > length > 0:
+    for phase, length in zip(planned, lengths if train.phases or len(planned) > 1 else [], strict=False):
+        warmup = span(train.warmup if phase.warmup is None else phase.warmup, int(length))
+        if warmup > length > 0:
             found.append(Problem(keys, f"the warm-up of the phase that begins at {phase.at:g} is longer than it is"))
     has = {"base": {"text"}, "finetune": {"chat"}}.get(data.mode, {"text", "chat"})
     if missing := {phase.data for phase in planned} - has - {"both"}:

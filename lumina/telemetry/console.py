@@ -75,11 +75,11 @@ def data_lines(data: dict[str, Any]) -> list[str]:
     if data["padding"] >= 0.001 or "answers" in data:
         answers = f"; {data['answers']:.0%} of the conversations' tokens are answers" if "answers" in data else ""
         lines.append(f"       {data['windows']:,} windows, {data['padding']:.1%} padding{answers}")
-    for side, words in (("", "conversations"), ("heldout_", "held-out conversations")):
-        if data.get(f"{side}overlong"):
-            lost = f", {count(data[f'{side}lost_tokens'])} tokens fit nowhere" if data[f"{side}lost_tokens"] else ""
-            into = f"cut into {data[f'{side}pieces']} at turns{lost}"
-            lines.append(f"! {data[f'{side}overlong']} {words} are longer than a window: {into}")
+    for side, held in (("", ""), ("heldout_", " held-out")):
+        overlong, pieces, lost_tokens = (data.get(f"{side}{name}", 0) for name in ("overlong", "pieces", "lost_tokens"))
+        if overlong:
+            lost = f" at turns, {count(lost_tokens)} tokens fit nowhere" if lost_tokens else " at turns"
+            lines.append(f"! {overlong}{held} conversations are longer than a window: cut into {pieces}{lost}")
     for reason, removed in data.get("removed", {}).items():
         if removed["documents"]:
             lines.append(f"       removed: {removed['documents']:,} documents, {size(removed['bytes'])}, {reason}")

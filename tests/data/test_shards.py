@@ -495,10 +495,10 @@ class TestBadRecords:
 
     def test_what_a_template_refuses_is_a_bad_record(self) -> None:
         tokenizer = train_bpe(TEXTS, 300)
-        source = tokenizer.chat_template.replace("message['content'] }}", "message['content'] | trim }}")
+        source = tokenizer.chat_template.replace("message['content'] }}", "message['content'] | lower }}")
         Tokenizer(tokenizer._inner, chat_template=source).save("own")
         write_chats("chat.jsonl", [f"answer {i}" for i in range(100)])
-        spaced = {"messages": [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "hello"}]}
+        spaced = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "hello"}]}
         with Path("chat.jsonl").open("a") as file:
             file.write(json.dumps(spaced))
         error = refused("chat.jsonl", mode="finetune", tokenizer="own")
