@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -141,7 +142,8 @@ class ChatTemplate:
                 if part.uniform:
                     new = [part.id] if part.id >= 0 else next(uniform)
                     own = bytearray([COUNTED if part.counted else 0]) * len(new)
-                    own[:1] = bytes(mark | (TURN if part.turns else 0) for mark in own[:1])
+                    if part.turns and new:
+                        own[0] |= TURN
                 else:
                     new, places = next(mixed)
                     own = _marks(part, places)
@@ -291,10 +293,14 @@ class _Skeleton:
 
 def _marks(part: Part, places: Sequence[tuple[int, int]]) -> bytearray:
     """Of a text's tokens, each made of the characters of its place: those that reach into a counted span count."""
-    marks = bytearray(any(a < stop and start < b for a, b in part.counted) for start, stop in places)
+    marks = bytearray(len(places))
+    for begin, end in part.counted:
+        first = bisect_right(places, begin, key=lambda place: place[1])
+        behind = bisect_left(places, end, key=lambda place: place[0])
+        marks[first:behind] = bytes([COUNTED]) * (behind - first)
     for turn in part.turns:
-        first = next((i for i, (start, _) in enumerate(places) if start >= turn), None)
-        if first is not None:
+        first = bisect_left(places, turn, key=lambda place: place[0])
+        if first < len(marks):
             marks[first] |= TURN
     return marks
 

@@ -160,7 +160,13 @@ class Tokenizer:
     def encode_with_places(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """The ids of each text, and of which of its characters (from, to) each is made, in parallel."""
         encoded = self._inner.encode_batch(list(texts), add_special_tokens=False)
-        return [(encoding.ids, _without_gaps(encoding.offsets)) for encoding in encoded]
+        known = [(encoding.ids, encoding.offsets) for encoding in encoded]
+        return [(ids, _without_gaps(places)) for ids, places in known] if self._leaves_gaps else known
+
+    @cached_property
+    def _leaves_gaps(self) -> bool:
+        places = self._inner.encode(" a ", add_special_tokens=False).offsets
+        return _without_gaps(places) != places
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are no UTF-8 become U+FFFD."""
