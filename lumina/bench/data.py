@@ -31,6 +31,7 @@ from lumina.training.step import train_step
 
 CEILING, OURS, PEER = "encode_batch, in all threads", "lumina data prepare", "datasets.map, 2 processes"
 STEP, BATCH = "a step of the debug preset", "its batch"
+THREADS = "TOKENIZERS_PARALLELISM"
 BATCH_CHARACTERS = 1 << 22
 VOCAB = 8192
 SIZES = (10, 100, 1000)  # MB, of the files whose preparation's memory is measured
@@ -100,7 +101,7 @@ def _map(source: Path, root: Path) -> None:
     name = str(root / "tokenizer" / "tokenizer.json")
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.environ[THREADS] = "false"
         global _inner
         if _inner is None:
             _inner = Library.from_file(name)
@@ -110,8 +111,11 @@ def _map(source: Path, root: Path) -> None:
         flat = np.concatenate([np.array(ids) for ids in rows["ids"]])
         return {"ids": np.split(flat, range(512, len(flat), 512))}
 
-    encoded = loaded.map(encode, batched=True, num_proc=2, remove_columns=loaded.column_names)
-    encoded.map(pack, batched=True, num_proc=2)
+    try:
+        encoded = loaded.map(encode, batched=True, num_proc=2, remove_columns=loaded.column_names)
+        encoded.map(pack, batched=True, num_proc=2)
+    finally:
+        os.environ[THREADS] = "true"  # the library switches threads off for good, and the other arms would have one
 
 
 _inner: Any = None
