@@ -6,6 +6,7 @@ the ceiling of any that also reads, splits and writes. A training step and the a
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
@@ -40,7 +41,7 @@ BARS = ((OURS, CEILING, 0.95), (OURS, PEER, 1.0))
 
 def suite(copies: int = 2, folder: str = "") -> list[Arm]:
     """The arms, on `copies` of the standard library as JSON lines, a document a file."""
-    root = Path(folder or tempfile.mkdtemp(prefix="lumina-bench-"))
+    root = Path(folder) if folder else _temporary()
     texts = [f"# {i}\n{text}" for i, text in enumerate(_texts() * copies)]  # copies differ, so that documents do
     source, tokenizer = _write(root, texts)
     tokens = sum(map(len, tokenizer.encode_batch(texts))) + len(texts)
@@ -51,6 +52,13 @@ def suite(copies: int = 2, folder: str = "") -> list[Arm]:
     if importlib.util.find_spec("datasets"):
         arms.append(Arm(PEER, lambda: timed(lambda: _map(source, root), "cpu"), tokens))
     return [*arms, *_step_arms()]
+
+
+def _temporary() -> Path:
+    """A folder that goes when the process does."""
+    root = tempfile.mkdtemp(prefix="lumina-bench-")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return Path(root)
 
 
 def _texts() -> list[str]:
@@ -89,8 +97,7 @@ def _prepare(source: Path, root: Path) -> None:
 
 
 def _map(source: Path, root: Path) -> None:
-    """Tokenise, then pack into windows of 512, as `run_clm` does: its best setting here (peers' measurement: one map or
-    two make no difference)."""
+    """Tokenise, then pack into windows of 512, as transformers' `run_clm` does, in two processes for two cores."""
     import datasets
     from tokenizers import Tokenizer as Library
 

@@ -296,7 +296,8 @@ def _data_config(arguments: Sequence[str], held_out: Sequence[str], tokenizer: s
     wrong = [setting for setting in settings if not setting.startswith(SETTINGS)]
     if wrong:
         known = ", ".join(key + "*" * key.endswith(".") for key in SETTINGS)
-        raise UserError(f"{wrong[0]}: preparing does not read this key", fix=f"it reads {known}; give others to train")
+        fix = f"it reads {known}; files are given as they are, other keys to train"
+        raise UserError(f"{wrong[0]}: preparing does not read this key", fix)
     if not specs:
         raise UserError("there is nothing to prepare", fix="give files, folders or globs")
     if weighed := [spec for spec in specs if split_weight(spec)[1] is not None]:

@@ -151,7 +151,10 @@ def _data_file(path: Path, problems: Problems) -> list[DataFile]:
 def _folder(folder: Path, problems: Problems) -> list[DataFile]:
     files: list[DataFile] = []
     for parent, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        seen = sorted(name for name in folders if not name.startswith("."))
+        ours = [Path(parent, name) for name in seen if _is_ours(Path(parent, name))]
+        folders[:] = [name for name in seen if Path(parent, name) not in ours]
+        files += [DataFile(path, path.as_posix(), "ignored") for path in ours]
         for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
             if kind_of(path)[0]:
                 files += _data_file(path, problems)
@@ -161,6 +164,11 @@ def _folder(folder: Path, problems: Problems) -> list[DataFile]:
         others = f", only others such as {files[0].name}" if files else ""
         problems.file(f"{folder}: the folder has no files that can be read ({KNOWN}){others}")
     return files
+
+
+def _is_ours(folder: Path) -> bool:
+    """A run, or shards: what we made is no data, unless it is named."""
+    return (folder / "meta.json").is_file() and any((folder / n).is_file() for n in ("tokenizer.json", "config.yaml"))
 
 
 def _raise(error: OSError) -> None:

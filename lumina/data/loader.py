@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -190,6 +191,12 @@ class Heldout:
         self.sequences = sequences
         pairs = zip(shards, self.windows, strict=True)
         self.text_bytes = round(sum(_counted_bytes(shard, windows, train_on) for shard, windows in pairs))
+
+    def in_batches(self, sequences: int) -> Heldout:
+        """The same in batches of so many sequences."""
+        other = copy(self)
+        other.sequences = sequences
+        return other
 
     def __len__(self) -> int:
         return -(-int(self.offsets[-1]) // self.sequences)

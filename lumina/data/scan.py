@@ -53,7 +53,7 @@ class Scan:
 
     @cached_property
     def split(self) -> Split:
-        return decide(self.rows[: self.facts["train_documents"]], len(self.facts["formats"]))
+        return decide(self.rows[: self.facts["train_documents"]], self.facts["weighted"])
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -140,7 +140,10 @@ def documents(
 
 
 def file_size(file: DataFile) -> int:
-    return file.path.stat().st_size if file.path.is_file() else 0
+    try:
+        return file.path.stat().st_size
+    except OSError:
+        return 0
 
 
 def scan(
@@ -179,6 +182,7 @@ def scan(
         current = None
     problems.raise_any()
     table.flush()
+    facts["weighted"] = [source.weight is not None for source in sources]
     facts |= {"skipped": problems.skipped, "formats": [dict(counter) for counter in formats]}
     rows = np.memmap(table.path, dtype=ROW, mode="r+") if table.count else np.zeros(0, ROW)
     if judge:

@@ -56,6 +56,7 @@ class Shard:
     dtype: str
     formats: dict[str, int]  # documents of the source by how they were written
     weight: float | None = None
+    vouched: frozenset[str] = frozenset()  # the files that the folder's hashes cover
 
     @property
     def kind(self) -> Kind:
@@ -76,7 +77,7 @@ class Shard:
     @cached_property
     def difficulty(self) -> NDArray[Any] | None:
         file = self._file("difficulty")
-        return np.memmap(file, mode="r", dtype="<f4") if file.exists() else None
+        return np.memmap(file, mode="r", dtype="<f4") if file.name in self.vouched else None
 
     def _file(self, what: str) -> Path:
         return self.folder / f"{self.stream.name}.{what}"
@@ -144,6 +145,9 @@ def prepare_folder(
 
     Shards of other or changed data are replaced as a whole. Raises `UserError` if `out` is something else.
     """
+    if out.resolve() == Path.cwd():
+        raise UserError(f"{out}: the folder in which this runs", fix="name another, or a new one below it, with --out")
+    out = out.resolve() if out.is_symlink() else out
     request = _find(data)
     if request.folders:
         raise UserError(
@@ -234,7 +238,10 @@ def _stamp(file: DataFile) -> tuple[int, int]:
     """Changes when the file does."""
     if file.container == "hub":
         return 0, 0
-    status = file.path.stat()
+    try:
+        status = file.path.stat()
+    except OSError as error:
+        raise UserError(f"{file.name}: {error.strerror}", fix="make the file readable") from None
     return status.st_size, status.st_mtime_ns
 
 
@@ -250,7 +257,7 @@ def file_digest(file: DataFile) -> str:
 
 def _key(request: _Request, data: DataConfig, own: Tokenizer | None, vocab: int, progress: Tell) -> str:
     """Names what the shards of a request hold."""
-    contents = [[side, files] for side, _, files in _contents(request, progress)]
+    contents = [[side, weight is not None, files] for side, weight, files in _contents(request, progress)]
     quality = data.quality.model_dump() if data.quality.active else None
     text = json.dumps([contents, quality, data.skip_bad])
     return f"{FORMAT}-{digest(text)[:16]}-{own.fingerprint if own else f'{BPE}{vocab}'}"
@@ -460,7 +467,9 @@ def _locked(folder: Path, name: str, what: str, fix: str) -> Iterator[None]:
             finally:
                 path.unlink(missing_ok=True)
     except OSError as error:
-        if error.filename and not Path(error.filename).resolve().is_relative_to(folder.resolve()):
+        ours = (folder / f"{name}.building", folder / f"{name}.lock")
+        where = Path(error.filename or folder)
+        if where != folder and not any(where.is_relative_to(path) for path in ours):
             raise  # a source that cannot be read
         raise UserError(f"{what} cannot be written: {error}", fix) from None
 
@@ -507,7 +516,7 @@ def _open(entry: Path) -> Corpus:
     """Opens whole shards. Their streams stay on disk until they are read."""
     meta = _meta(entry)
     shards = [
-        Shard(entry, source["name"], Stream(**values), meta["dtype"], source["formats"])
+        Shard(entry, source["name"], Stream(**values), meta["dtype"], source["formats"], None, frozenset(meta["files"]))
         for values in meta["streams"]
         for source in [meta["sources"][values["source"]]]
     ]
@@ -578,10 +587,11 @@ def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell
 def _has_changed(identity: dict[str, Any]) -> bool:
     """Whether a file that shards were made of is another one now; one that is gone is not."""
     path = Path(identity["path"])
-    if not path.is_file():
+    try:
+        file = DataFile(path, path.name, identity["container"], identity["compression"])
+        return path.is_file() and file_digest(file) != str(identity["digest"])
+    except (OSError, UserError):  # not known
         return False
-    file = DataFile(path, path.name, identity["container"], identity["compression"])
-    return file_digest(file) != str(identity["digest"])
 
 
 def _together(corpora: Sequence[Corpus], request: _Request, data: DataConfig) -> Corpus:
@@ -593,6 +603,8 @@ def _together(corpora: Sequence[Corpus], request: _Request, data: DataConfig) ->
     for corpus in corpora:
         prepared = "changed" in corpus.facts
         for side, shards in (("train", corpus.train), ("heldout", corpus.heldout)):
+            if prepared and side == "heldout" and data.eval:
+                continue  # what is given is held out, and nothing else
             if prepared:
                 sides[side] += shards
             else:  # a cache entry may have been made of files of other names

@@ -6,7 +6,8 @@ in another order: the same documents are always split the same way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,14 +30,12 @@ Rule = Literal["families", "tails"]
 class Split:
     """`heldout` says of each bucket whether it is held out; `tails`, of which kinds the ends are instead.
 
-    Of conversations those from number `border` on are held out. A source of which nothing would be left to train on is
-    `spared`: (source, kind).
+    Of the conversations of source i those from number `borders[i]` on are held out then.
     """
 
     heldout: NDArray[np.bool_]
     tails: frozenset[Kind]
-    border: int
-    spared: frozenset[tuple[int, Kind]]
+    borders: tuple[int, ...]
 
     @property
     def rule(self) -> Rule:
@@ -47,14 +46,12 @@ class Split:
     ) -> tuple[Record | None, Record | None]:
         """What of a record is trained on and what is held out.
 
-        `before` characters of its document came earlier, of `chars` in all; `number` counts the conversations.
+        `before` characters of its document came earlier, of `chars` in all; `number` counts its source's conversations.
         """
-        if (source, record.kind) in self.spared:
-            return record, None
         if record.kind not in self.tails:
             return (None, record) if self.heldout[key >> 48] else (record, None)
         if record.kind == "chat":
-            return (record, None) if number < self.border else (None, record)
+            return (record, None) if number < self.borders[source] else (None, record)
         cut, end = _cut(record.text, chars, before), int(chars * (1 - TAIL)) - before
         head, tail = record.text[:cut], record.text[cut:]
         return (
@@ -63,18 +60,26 @@ class Split:
         )
 
 
-def decide(rows: NDArray[Any], sources: int) -> Split:
-    """The split of documents with the columns `key`, `bytes`, `kind` (of `KINDS`), `source` (of so many), `removed`."""
+def decide(rows: NDArray[Any], weighted: Sequence[bool]) -> Split:
+    """The split of documents with the columns `key`, `bytes`, `kind` (of `KINDS`), `source`, `removed`.
+
+    `weighted` says which sources have a weight: something of each of those is left to train on.
+    """
     sizes = np.zeros((len(KINDS), BUCKETS))
+    guarded = {(i, k): np.zeros(BUCKETS, np.int64) for i, has in enumerate(weighted) if has for k in range(len(KINDS))}
+    conversations = np.zeros(len(weighted), np.int64)
     for some in kept(rows):
-        for number in range(len(KINDS)):
+        for number, kind in enumerate(KINDS):
             mine = some[some["kind"] == number]
             sizes[number] += np.bincount(_bucket(mine), mine["bytes"], BUCKETS)
-    chosen = _choose(sizes)
+            if kind == "chat":
+                conversations += np.bincount(mine["source"], minlength=len(weighted))
+        for (source, number), documents in guarded.items():
+            mine = some[(some["source"] == source) & (some["kind"] == number)]
+            documents += np.bincount(_bucket(mine), minlength=BUCKETS)
+    chosen = _choose(sizes, [documents for documents in guarded.values() if documents.any()])
     tails = frozenset(k for k, size in zip(KINDS, sizes, strict=True) if size[chosen].sum() < SHARE / 2 * size.sum())
-    conversations = sum(int((some["kind"] == KINDS.index("chat")).sum()) for some in kept(rows))
-    border = max(1, min(conversations - 1, int(conversations * (1 - TAIL))))
-    return Split(chosen, tails, border, _spared(rows, sources, chosen, tails, border))
+    return Split(chosen, tails, _borders(conversations.tolist()))
 
 
 def kept(rows: NDArray[Any]) -> Iterator[NDArray[Any]]:
@@ -89,38 +94,32 @@ def _bucket(rows: NDArray[Any]) -> NDArray[np.int64]:
     return bucket
 
 
-def _spared(
-    rows: NDArray[Any], sources: int, chosen: NDArray[np.bool_], tails: frozenset[Kind], border: int
-) -> frozenset[tuple[int, Kind]]:
-    have = {kind: np.zeros(sources, np.int64) for kind in KINDS}
-    left = {kind: np.zeros(sources, np.int64) for kind in KINDS}
-    conversations = 0
-    for some in kept(rows):
-        for number, kind in enumerate(KINDS):
-            mine = some[some["kind"] == number]
-            out = chosen[_bucket(mine)]
-            if kind in tails:  # of a text the head is always left
-                out = conversations + np.arange(len(mine)) >= border if kind == "chat" else np.zeros(len(mine), bool)
-            conversations += len(mine) if kind == "chat" else 0
-            have[kind] += np.bincount(mine["source"], minlength=sources)
-            left[kind] += np.bincount(mine["source"][~out], minlength=sources)
-    empty = {kind: np.flatnonzero((have[kind] > 0) & (left[kind] == 0)).tolist() for kind in KINDS}
-    return frozenset((source, kind) for kind, numbers in empty.items() for source in numbers)
+def _choose(sizes: NDArray[np.float64], guarded: Sequence[NDArray[np.int64]]) -> NDArray[np.bool_]:
+    """Groups in the order of their hash, until each kind has `SHARE`.
 
-
-def _choose(sizes: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Groups in the order of their hash, until each kind has `SHARE`; none may bring a kind above `MOST`."""
+    None may bring a kind above `MOST`, or take the last documents of those that are `guarded`.
+    """
     totals, held = sizes.sum(1), np.zeros(len(sizes))
+    left = np.array([documents.sum() for documents in guarded], np.int64)
     chosen = np.zeros(BUCKETS, dtype=np.bool_)
     for bucket in np.flatnonzero(sizes.sum(0)).tolist():
-        group = sizes[:, bucket]
+        group, documents = sizes[:, bucket], np.array([own[bucket] for own in guarded], np.int64)
         lacking = held < SHARE * totals
         if not lacking.any():
             break
-        if group[lacking].any() and (held + group <= MOST * totals).all():
+        if group[lacking].any() and (held + group <= MOST * totals).all() and (left > documents).all():
             chosen[bucket] = True
             held += group
+            left -= documents
     return chosen
+
+
+def _borders(conversations: Sequence[int]) -> tuple[int, ...]:
+    """Where the held-out end of each source's conversations begins; the largest gives one if none would give any."""
+    borders = [math.ceil(count * (1 - TAIL)) for count in conversations]
+    if borders == list(conversations) and max(conversations, default=0) > 1:
+        borders[conversations.index(max(conversations))] -= 1
+    return tuple(borders)
 
 
 def _cut(text: str, chars: int, before: int) -> int:

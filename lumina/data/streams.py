@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -226,7 +226,8 @@ def _pieces(sources: Sequence[Source], scan: Scan, progress: Tell, check: Check 
     split = scan.split if scan.facts["train_documents"] == len(scan.rows) else None
     problems = Problems(tolerated=len(scan.facts["skipped"]))
     kept, removed = (scan.rows[name] for name in ("key", "removed"))
-    row = conversations = before = 0
+    row = before = 0
+    conversations: Counter[int] = Counter()
     for number, record in documents(sources, problems, progress, "encoding", check):
         if not before and not record.content and record.last:
             continue
@@ -238,13 +239,14 @@ def _pieces(sources: Sequence[Source], scan: Scan, progress: Tell, check: Check 
             if split is None or side == "heldout":
                 parts = (record, None) if side == "train" else (None, record)
             else:
-                parts = split.parts(record, number, int(kept[row]), before, int(scan.rows["chars"][row]), conversations)
+                chars = int(scan.rows["chars"][row])
+                parts = split.parts(record, number, int(kept[row]), before, chars, conversations[number])
             for name, part in zip(("train", "heldout"), parts, strict=True):
                 if part is not None:
                     yield _Piece(f"{stream}.{name}", part)
         before += len(record.text)
         if record.last:
-            conversations += record.kind == "chat" and not removed[row]
+            conversations[number] += record.kind == "chat" and not removed[row]
             row, before = row + 1, 0
     problems.raise_any()
     if row != len(scan.rows):

@@ -155,7 +155,8 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], open: bool, marking: bool) -> str:
         plain = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return str(self._template.render(messages=plain, add_generation_prompt=open, marking=marking))
+            given = {"messages": plain, "add_generation_prompt": open, "tools": None, "documents": None}
+            return str(self._template.render(given, marking=marking))
         except Exception as error:  # a template is a program, and can fail as one
             raise ValueError(f"the chat template refuses it: {error}") from None
 

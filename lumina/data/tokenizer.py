@@ -107,7 +107,8 @@ class Tokenizer:
     def _named(self) -> dict[str, str]:
         """The special tokens that a template may name, as transformers gives them: none for what is null or missing."""
         tokens = {name: self._settings[name] for name in NAMED if self._settings.get(name)}
-        return {name: token["content"] if isinstance(token, dict) else str(token) for name, token in tokens.items()}
+        texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+        return {name: token for name, token in texts.items() if isinstance(token, str)}
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:

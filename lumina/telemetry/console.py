@@ -159,6 +159,10 @@ class Console:
             f"data   {count(data['tokens']['train'])} tokens to train on, {count(data['tokens']['heldout'])} held out, "
             f"{data['bytes_per_token']:.2f} bytes a token, loader {count(event['loader_tok_s'])} tok/s"
         )
+        if event["lora"]:
+            self.write(f"       adapters of rank {event['lora']}: {count(event['trained'])} parameters are trained")
+            if not event["init_from"]:
+                self.write("! the weights below the adapters were never trained: train.init_from=RUN begins with some")
         for line in data_lines(data):
             self.write(line)
         if data["ignored_files"]:

@@ -74,9 +74,13 @@ class Parts:
 
     def heldout(self, kind: Kind, tokens: int) -> Heldout:
         """The held-out side of a kind, in batches of about so many tokens."""
+        return self._heldout[kind].in_batches(max(1, tokens // self.config.model.seq_len))
+
+    @cached_property
+    def _heldout(self) -> dict[Kind, Heldout]:
         seq_len, end_id = self.config.model.seq_len, self.corpus.tokenizer.end_id
-        sequences = max(1, tokens // seq_len)
-        return Heldout(self.corpus.of("heldout", kind), seq_len, sequences, end_id, self.config.data.train_on)
+        on = self.config.data.train_on
+        return {kind: Heldout(self.corpus.of("heldout", kind), seq_len, 1, end_id, on) for kind in KINDS}
 
     @property
     def steps(self) -> int:
@@ -350,5 +354,6 @@ def description(parts: Parts) -> dict[str, Any]:
         "mode": config.data.mode,
         "phases": [asdict(phase) for phase in parts.phases],
         "lora": config.train.lora.rank,
+        "trained": sum(p.numel() for p in parts.model.parameters() if p.requires_grad),
         "init_from": config.train.init_from,
     }

@@ -40,7 +40,7 @@ def lines(text: str) -> set[tuple[str, ...]]:
 
 def test_no_held_out_file_shares_much_with_training(documents: list[Record]) -> None:
     given = [document for document in documents if document.text]
-    split = decide(np.array([(d.key, d.size, len(d.text), 0, 0, 0) for d in given], ROW), 1)
+    split = decide(np.array([(d.key, d.size, len(d.text), 0, 0, 0) for d in given], ROW), [False])
     assert split.rule == "families"
     heldout = [document for document in given if split.heldout[document.key >> 48]]
     train = [document for document in given if not split.heldout[document.key >> 48]]
@@ -91,7 +91,7 @@ def test_a_files_text_and_its_conversations_are_on_the_same_side(documents: list
     """What is asked about a held-out source must not be answered by a source in training."""
     chats = list(read_records(["sample_chat"]))
     rows = [(r.key, r.size, len(r.text), 0, KINDS.index(r.kind), 0) for r in [*documents, *chats] if r.size]
-    split = decide(np.array(rows, ROW), 2)
+    split = decide(np.array(rows, ROW), [False, False])
     assert split.rule == "families"
     keys = {document.where: document.key for document in documents}
     sides = {True: 0, False: 0}

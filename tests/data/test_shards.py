@@ -659,3 +659,31 @@ class TestPreparedFolders:
     def test_their_kind_is_checked(self) -> None:
         self.prepared()
         assert "out holds texts" in refused("out", mode="finetune").message
+
+
+def test_many_sources_of_one_document_each_hold_some_out() -> None:
+    for i in range(40):
+        Path(f"t{i}.txt").write_text("".join(f"{i} and {k}\n" for k in range(300)))
+    corpus = made(*(f"t{i}.txt" for i in range(40)))
+    assert corpus.facts["documents"]["heldout"] >= 1
+    assert sum(corpus.facts["documents"].values()) == 40
+
+
+def test_of_a_source_with_a_weight_something_is_left() -> None:
+    """Without it the others would get its share, and nobody would know."""
+    write_jsonl("large.jsonl", [f"text {i} of many" for i in range(300)])
+    for i in range(60):
+        Path("small.txt").write_text(f"a small one, the {i}th of its kind, of which there are some\n" * 3)
+        corpus = made("small.txt:0.7", "large.jsonl:0.3")
+        assert {shard.name for shard in corpus.train} == {"small.txt", "large.jsonl"}
+
+
+def test_our_own_folders_are_no_data_unless_they_are_named() -> None:
+    Path("d").mkdir()
+    Path("d/a.txt").write_text("some text " * 500)
+    before = made("d").fingerprint
+    prepare_folder(data_config("d"), Path("d/shards"), vocab=300)
+    again = made("d")
+    assert again.fingerprint == before
+    assert again.facts["ignored_files"] == 1
+    assert prepare_folder(data_config("d"), Path("d/shards"), vocab=300)[1]

@@ -24,7 +24,7 @@ def chat(answer: str) -> Record:
 
 def decided(records: Sequence[Record]) -> Split:
     rows = [(r.key, r.size, len(r.text), 0, KINDS.index(r.kind), 0) for r in records]
-    return decide(np.array(rows, ROW), 1)
+    return decide(np.array(rows, ROW), [False])
 
 
 def divided(records: Sequence[Record]) -> tuple[list[Record], list[Record], Split]:
