@@ -23,8 +23,8 @@ from lumina.visible import visible
 
 if TYPE_CHECKING:
     from lumina.config.schema.data import DataConfig
+    from lumina.data.corpus import Corpus, Shard
     from lumina.data.look import Checked, Example, Figures, Finding
-    from lumina.data.shards import Corpus, Shard
     from lumina.telemetry.console import Console
 
 Specs = Annotated[list[str], typer.Argument(help="Files, folders, globs; as in data.train.", show_default=False)]

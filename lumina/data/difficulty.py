@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.data.shards import Corpus, Shard, open_folder, replace_files
+from lumina.data.corpus import Corpus, Shard, open_folder, replace_files
 from lumina.errors import UserError
 from lumina.progress import Tell, silent, tracked
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lumina.config.schema.data import DataConfig
 from lumina.config.units import span
+from lumina.data.corpus import Corpus, Shard
 from lumina.data.mixture import Blend, Draw, Paced, Pool
-from lumina.data.shards import Corpus, Shard
 from lumina.data.windows import NOT_COUNTED, ChatWindows, TextWindows, windows_of
 from lumina.errors import UserError
 

@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lumina.config.weights import split_weight
+from lumina.data.corpus import is_prepared
 from lumina.data.files import find_files
 from lumina.data.records import Message, Problems, Record
 from lumina.data.repeats import Repeats, hash_of
 from lumina.data.scan import Check, Source, documents
-from lumina.data.shards import BPE, is_prepared, template_check
+from lumina.data.shards import BPE, template_check
 from lumina.data.template import COUNTED
 from lumina.data.tokenizer import FILE_NAME, Tokenizer, train_bpe
 from lumina.errors import UserError

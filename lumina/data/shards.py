@@ -7,26 +7,32 @@ checked against its hashes when it is opened.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from lumina.config.schema.data import DataConfig
 from lumina.config.weights import split_weight
 from lumina.data import split
 from lumina.data.containers import hub_revision
+from lumina.data.corpus import (
+    META,
+    Corpus,
+    Shard,
+    damage,
+    is_prepared,
+    locked,
+    open_shards,
+    read_meta,
+    sha256,
+    verify,
+    write_meta,
+)
 from lumina.data.files import DataFile, find_files
 from lumina.data.records import Kind, Problems, Record, digest
 from lumina.data.scan import FACTS, TABLE, Check, Scan, Source, documents, file_size, reopen, scan
@@ -38,63 +44,6 @@ from lumina.progress import Tell, silent, tracked, whole
 
 FORMAT = f"v2.{split.RULE}"  # of a folder of shards
 BPE = "bpe"
-META = "meta.json"
-UNFINISHED = (KeyboardInterrupt, SystemExit)  # what leaves work behind that is gone on with
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One side of one source: `tokens` (uint16 or uint32), of conversations with `marks`, and where documents begin.
-
-    `text_bytes` are bytes of UTF-8, `answer_bytes` those of the assistant's turns, whose `counted` tokens are marked.
-    `difficulty` of each document is there if `lumina data difficulty` wrote it.
-    """
-
-    folder: Path
-    name: str  # of the source
-    stream: Stream
-    dtype: str
-    formats: dict[str, int]  # documents of the source by how they were written
-    weight: float | None = None
-    vouched: frozenset[str] = frozenset()  # the files that the folder's hashes cover
-
-    @property
-    def kind(self) -> Kind:
-        return self.stream.kind
-
-    @cached_property
-    def tokens(self) -> NDArray[Any]:
-        return np.memmap(self._file("tokens"), mode="r", dtype=self.dtype)
-
-    @cached_property
-    def marks(self) -> NDArray[np.uint8]:
-        return np.memmap(self._file("marks"), mode="r", dtype=np.uint8)
-
-    @cached_property
-    def starts(self) -> NDArray[Any]:
-        return np.memmap(self._file("starts"), mode="r", dtype="<u8")
-
-    @cached_property
-    def difficulty(self) -> NDArray[Any] | None:
-        file = self._file("difficulty")
-        return np.memmap(file, mode="r", dtype="<f4") if file.name in self.vouched else None
-
-    def _file(self, what: str) -> Path:
-        return self.folder / f"{self.stream.name}.{what}"
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Both sides of all sources; `fingerprint` names the streams and the tokenizer; `facts` are for a reader."""
-
-    train: tuple[Shard, ...]
-    heldout: tuple[Shard, ...]
-    tokenizer: Tokenizer
-    fingerprint: str
-    facts: dict[str, Any]
-
-    def of(self, side: str, kind: Kind) -> tuple[Shard, ...]:
-        return tuple(shard for shard in (self.train if side == "train" else self.heldout) if shard.kind == kind)
 
 
 @dataclass(frozen=True)
@@ -157,24 +106,20 @@ def prepare_folder(
         raise UserError(f"{out}: there is something else", fix="give a new folder with --out")
     own = _tokenizer(tokenizer or data.tokenizer, [])
     name = _key(request, data, own, vocab, progress)
-    with _locked(out.parent, f".{out.name}", f"the folder {out.parent}", "give another folder with --out"):
-        if is_prepared(out) and _damage(out) is None and _meta(out)["key"] == name:
-            return _together([_open(out)], request, data), True
+    with locked(out.parent, f".{out.name}", f"the folder {out.parent}", "give another folder with --out"):
+        if is_prepared(out) and damage(out) is None and read_meta(out)["key"] == name:
+            return _together([open_shards(out)], request, data), True
         building = out.parent / f".{out.name}.building"
         _build(building, request, data, own, vocab, name, progress)
         shutil.rmtree(out, ignore_errors=True)
         building.rename(out)
-    return _together([_open(out)], request, data), False
-
-
-def is_prepared(path: Path) -> bool:
-    return os.path.isfile(path / META) and os.path.isfile(path / "tokenizer.json")  # no error for what is no path
+    return _together([open_shards(out)], request, data), False
 
 
 def data_fingerprint(data: DataConfig, progress: Tell = silent) -> str:
     """Names the contents of the files of both sides, whatever their names. Raises `UserError` if one is missing."""
     request = _find(data)
-    prepared = [[digest(json.dumps(_meta(folder)["files"])), weight] for _, folder, weight in request.folders]
+    prepared = [[digest(json.dumps(read_meta(folder)["files"])), weight] for _, folder, weight in request.folders]
     return digest(json.dumps([prepared, _contents(request, progress)]))[:16]
 
 
@@ -250,7 +195,7 @@ def file_digest(file: DataFile) -> str:
     if file.container == "hub":
         return f"hub {file.name} {hub_revision(file)}"
     try:
-        return f"{file.container} {file.compression} {_sha256(file.path)}"
+        return f"{file.container} {file.compression} {sha256(file.path)}"
     except OSError as error:
         raise UserError(f"{file.name}: {error.strerror}", fix="make the file readable") from None
 
@@ -271,13 +216,13 @@ def _cached(
 ) -> Corpus:
     """The shards of the cache, made if they are not there."""
     name = _key(request, data, own, vocab, progress)
-    entry, built, damage = folder / name, False, _damage(folder / name)
-    if damage is not None:
+    entry, built, wrong = folder / name, False, damage(folder / name)
+    if wrong is not None:
         stem = name.rpartition("-")[0]
         fix = "set LUMINA_CACHE to a folder you can write, with room for it"
-        with _locked(folder, stem, f"the token cache {folder}", fix):
-            damage = _damage(entry)  # another process may have built it meanwhile
-            if damage is not None:
+        with locked(folder, stem, f"the token cache {folder}", fix):
+            wrong = damage(entry)  # another process may have built it meanwhile
+            if wrong is not None:
                 built = True
                 building = folder / f"{stem}.building"
                 made = _build(building, request, data, own, vocab, name, progress, data.mode)
@@ -288,10 +233,10 @@ def _cached(
                 if entry != final:
                     entry.unlink(missing_ok=True)
                     entry.symlink_to(final.name)
-    corpus = _open(entry)
+    corpus = open_shards(entry)
     corpus.facts["cached"] = not built
-    if damage:
-        corpus.facts["rebuilt"] = damage
+    if wrong:
+        corpus.facts["rebuilt"] = wrong
     return corpus
 
 
@@ -436,10 +381,10 @@ def _seal(
         ],
         "streams": [asdict(stream) for stream in streams],
         "files": {
-            p.name: _sha256(p) for p in sorted(building.iterdir()) if p not in leftovers and not p.name.startswith(META)
+            p.name: sha256(p) for p in sorted(building.iterdir()) if p not in leftovers and not p.name.startswith(META)
         },
     }
-    _write_meta(building, meta)
+    write_meta(building, meta)
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)
 
@@ -450,132 +395,10 @@ def _identity(file: DataFile, digest: str) -> dict[str, Any]:
     return {"path": path, "digest": digest, "container": file.container, "compression": file.compression}
 
 
-@contextmanager
-def _locked(folder: Path, name: str, what: str, fix: str) -> Iterator[None]:
-    """Holds a lock, which the system frees when the process ends, however it ends. `fix`: if it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{name}.lock"
-        with _flocked(path):
-            try:
-                yield
-            except UNFINISHED:
-                raise
-            except BaseException:  # half of it would only fill the disk
-                shutil.rmtree(folder / f"{name}.building", ignore_errors=True)
-                raise
-            finally:
-                path.unlink(missing_ok=True)
-    except OSError as error:
-        ours = (folder / f"{name}.building", folder / f"{name}.lock")
-        where = Path(error.filename or folder)
-        if where != folder and not any(where.is_relative_to(path) for path in ours):
-            raise  # a source that cannot be read
-        raise UserError(f"{what} cannot be written: {error}", fix) from None
-
-
-def _flocked(path: Path) -> TextIO:
-    """The file, locked. One that its holder deleted meanwhile locks nobody out: then another one is made."""
-    while True:
-        lock = path.open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists() and os.path.samefile(path, lock.fileno()):
-            return lock
-        lock.close()
-
-
-# -- opening ------------------------------------------------------------------------------------------------
-
-
-def _damage(entry: Path) -> str | None:
-    """What is wrong with a folder of shards: None if it is whole, "" if there is none."""
-    if not os.path.exists(entry):  # False, too, where we may not look: `_locked` will say so
-        return ""
-    try:
-        stored = json.loads((entry / META).read_text(encoding="utf-8"))
-        if digest(json.dumps(stored["meta"])) != stored["sha256"]:
-            return f"{META} does not match its hash"
-        for name, expected in stored["meta"]["files"].items():
-            if _sha256(entry / name) != expected:
-                return f"{name} does not match its hash"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"cannot be read ({type(error).__name__}: {error})"
-    return None
-
-
-def _meta(entry: Path) -> dict[str, Any]:
-    try:
-        meta: dict[str, Any] = json.loads((entry / META).read_text(encoding="utf-8"))["meta"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = "prepare it again: lumina data prepare … --out"
-        raise UserError(f"{entry / META}: cannot be read ({type(error).__name__}: {error})", fix) from None
-    return meta
-
-
-def _open(entry: Path) -> Corpus:
-    """Opens whole shards. Their streams stay on disk until they are read."""
-    meta = _meta(entry)
-    shards = [
-        Shard(entry, source["name"], Stream(**values), meta["dtype"], source["formats"], None, frozenset(meta["files"]))
-        for values in meta["streams"]
-        for source in [meta["sources"][values["source"]]]
-    ]
-    tokenizer = Tokenizer.load(entry)
-    names = [*meta["files"].values(), tokenizer.fingerprint]
-    train, heldout = (tuple(s for s in shards if s.stream.side == side) for side in ("train", "heldout"))
-    return Corpus(
-        train, heldout, tokenizer, digest(" ".join(names))[:16], {**meta["facts"], "sources": meta["sources"]}
-    )
-
-
-def open_folder(folder: Path, progress: Tell = silent) -> Corpus:
-    """The shards of a prepared folder. Raises `UserError` if it is none, or damaged."""
-    if not is_prepared(folder):
-        fix = "give one that was made so: lumina data prepare … --out DIR"
-        raise UserError(f"{folder}: not a folder of prepared shards", fix)
-    _verify(str(folder), folder, progress)
-    return _open(folder)
-
-
-def replace_files(folder: Path, new: Mapping[str, Path]) -> bool:
-    """Moves files into a prepared folder, under these names, and vouches for them; says whether anything changed.
-
-    First it stops vouching for the old ones: whenever it is killed, the folder stays whole.
-    """
-    stored = _meta(folder)
-    hashes = {name: _sha256(path) for name, path in new.items()}
-    if all(stored["files"].get(name) == value for name, value in hashes.items()):
-        for path in new.values():
-            path.unlink()
-        return False
-    with _locked(folder.parent, f".{folder.name}", f"the folder {folder.parent}", "make it writable, with room for it"):
-        others = {name: value for name, value in stored["files"].items() if name not in new}
-        _write_meta(folder, stored | {"files": others})
-        for name in new:
-            (folder / name).unlink(missing_ok=True)
-        for name, path in new.items():
-            path.replace(folder / name)
-        _write_meta(folder, stored | {"files": dict(sorted((others | hashes).items()))})
-    return True
-
-
-def _write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    aside = folder / f"{META}.tmp"
-    aside.write_text(json.dumps({"sha256": digest(json.dumps(meta)), "meta": meta}), encoding="utf-8")
-    aside.replace(folder / META)
-
-
-def _verify(name: str, folder: Path, progress: Tell) -> None:
-    with whole(f"verifying {name}", progress):
-        damage = _damage(folder)
-    if damage:
-        raise UserError(f"{folder}: damaged shards: {damage}", fix="prepare them again: lumina data prepare … --out")
-
-
 def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell) -> Corpus:
     """A prepared folder as one source. Raises `UserError` if it is damaged; a changed source is a fact."""
-    _verify(name, folder, progress)
-    corpus = _open(folder)
+    verify(name, folder, progress)
+    corpus = open_shards(folder)
     changed = [f["path"] for source in corpus.facts["sources"] for f in source["files"] if _has_changed(f)]
     facts = {**corpus.facts, "changed": changed, "sources": [{**s, "name": name} for s in corpus.facts["sources"]]}
     train, heldout = (
@@ -648,11 +471,6 @@ def _told(shard: Shard) -> dict[str, Any]:
     told = {"name": shard.name, "kind": shard.kind, "documents": stream.documents, "tokens": stream.tokens}
     told["formats"] = [name for name in shard.formats if (name == "text") == (shard.kind == "text")]
     return told | ({"weight": shard.weight} if shard.weight is not None else {})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_length(corpus: Corpus, seq_len: int) -> None:

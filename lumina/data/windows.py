@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lumina.data.shards import Shard
+from lumina.data.corpus import Shard
 from lumina.data.template import COUNTED, TURN
 
 Whole = NDArray[np.int64]

@@ -18,9 +18,10 @@ import torch
 from lumina.checkpoint import store
 from lumina.config.resolve import Resolved, adopt, read, settle
 from lumina.config.schema.config import Config
+from lumina.data.corpus import Corpus
 from lumina.data.loader import DataPhase, Heldout, Loader, cuts_of
 from lumina.data.records import KINDS, Kind
-from lumina.data.shards import Corpus, prepare
+from lumina.data.shards import prepare
 from lumina.data.tokenizer import BYTES, SPECIALS, Tokenizer
 from lumina.errors import UserError
 from lumina.model import cost

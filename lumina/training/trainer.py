@@ -21,7 +21,8 @@ from typing import Any
 
 from lumina.checkpoint import retention, store
 from lumina.config.resolve import Resolved, read, request_hash, resolve, write
-from lumina.data.shards import Corpus, data_fingerprint
+from lumina.data.corpus import Corpus
+from lumina.data.shards import data_fingerprint
 from lumina.data.tokenizer import Tokenizer
 from lumina.errors import UserError
 from lumina.events import EventWriter

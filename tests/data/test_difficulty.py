@@ -13,9 +13,10 @@ import pytest
 
 from lumina.config.resolve import resolve
 from lumina.data import difficulty, shards
+from lumina.data.corpus import Corpus, open_folder
 from lumina.data.difficulty import write
 from lumina.data.loader import DataPhase, Loader
-from lumina.data.shards import Corpus, open_folder, prepare, prepare_folder
+from lumina.data.shards import prepare, prepare_folder
 from lumina.errors import UserError
 
 OUT = Path("out")

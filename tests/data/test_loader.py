@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import data_config
 
+from lumina.data.corpus import Corpus, Shard
 from lumina.data.loader import Batch, DataPhase, Heldout, Loader
-from lumina.data.shards import Corpus, Shard
 from lumina.data.streams import Stream
 from lumina.data.template import COUNTED, TURN
 from lumina.data.tokenizer import train_bpe

@@ -23,10 +23,11 @@ import lumina
 from lumina.data import scan as scan_module
 from lumina.data import shards, streams
 from lumina.data import tokenizer as tokenizer_module
+from lumina.data.corpus import Corpus, Shard
 from lumina.data.files import DataFile
 from lumina.data.formats import read_file
 from lumina.data.records import Problems, Record
-from lumina.data.shards import Corpus, Shard, data_fingerprint, prepare, prepare_folder
+from lumina.data.shards import data_fingerprint, prepare, prepare_folder
 from lumina.data.template import COUNTED
 from lumina.data.tokenizer import Tokenizer, train_bpe
 from lumina.errors import UserError
@@ -313,16 +314,16 @@ def test_of_two_processes_at_once_one_builds() -> None:
 
 
 def test_an_entry_that_came_while_waiting_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    locked = shards._locked
+    locked = shards.locked
 
     @contextmanager
     def late(*args: Any) -> Iterator[None]:
-        monkeypatch.setattr(shards, "_locked", locked)
+        monkeypatch.setattr(shards, "locked", locked)
         assert not made().facts["cached"]
         with locked(*args):
             yield
 
-    monkeypatch.setattr(shards, "_locked", late)
+    monkeypatch.setattr(shards, "locked", late)
     assert made().facts["cached"]
 
 

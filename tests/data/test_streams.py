@@ -15,7 +15,8 @@ from support import data_config
 import lumina
 from lumina.config.schema.data import DataConfig
 from lumina.data import shards, streams
-from lumina.data.shards import Corpus, prepare, prepare_folder
+from lumina.data.corpus import Corpus
+from lumina.data.shards import prepare, prepare_folder
 from lumina.errors import UserError
 
 ROOT = str(Path(lumina.__file__).parents[1])

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lumina.data import windows as module
-from lumina.data.shards import Shard
+from lumina.data.corpus import Shard
 from lumina.data.streams import Stream
 from lumina.data.template import COUNTED, TURN
 from lumina.data.windows import NOT_COUNTED, ChatWindows, Rows, TextWindows, pack, windows_of
