@@ -23,6 +23,7 @@ import numpy as np
 from lumina.bench.harness import Arm, Measurement, Ratio, Run, timed
 from lumina.config.resolve import resolve
 from lumina.config.schema.data import DataConfig
+from lumina.data.corpus import open_folder
 from lumina.data.sample import sample_files
 from lumina.data.shards import prepare_folder
 from lumina.data.tokenizer import Tokenizer, train_bpe
@@ -45,6 +46,7 @@ def suite(copies: int = 2, folder: str = "") -> list[Arm]:
     texts = [f"# {i}\n{text}" for i, text in enumerate(_texts() * copies)]  # copies differ, so that documents do
     source, tokenizer = _write(root, texts)
     tokens = sum(map(len, tokenizer.encode_batch(texts))) + len(texts)
+    _require_same(source, root, tokens)
     arms = [
         Arm(CEILING, lambda: timed(lambda: _encode(tokenizer, texts), "cpu"), tokens),
         Arm(OURS, lambda: timed(lambda: _prepare(source, root), "cpu"), tokens),
@@ -59,6 +61,15 @@ def _temporary() -> Path:
     root = tempfile.mkdtemp(prefix="lumina-bench-")
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return Path(root)
+
+
+def _require_same(source: Path, root: Path, tokens: int) -> None:
+    """What is timed is the same work: shards hold as many tokens, and an end token more where each side begins."""
+    _prepare(source, root)
+    shards = open_folder(root / "shards")
+    made = sum(len(shard.tokens) - 1 for shard in (*shards.train, *shards.heldout))
+    if made != tokens:
+        raise ValueError(f"{made} tokens are prepared, {tokens} are encoded")
 
 
 def _texts() -> list[str]:
