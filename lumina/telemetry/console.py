@@ -68,7 +68,9 @@ def data_lines(data: dict[str, Any]) -> list[str]:
     if len(data["sources"]) > 1 or data["sources"][0]["kind"] == "chat":
         for source in data["sources"]:
             weight = f", weight {source['weight']:g}" if "weight" in source else ""
-            things = "texts" if source["kind"] == "text" else f"conversations ({', '.join(source['formats'])})"
+            one = "" if source["documents"] == 1 else "s"
+            formats = f" ({', '.join(source['formats'])})" if source["kind"] == "chat" else ""
+            things = f"{'conversation' if source['kind'] == 'chat' else 'text'}{one}{formats}"
             lines.append(
                 f"       {source['name']}: {source['documents']:,} {things}, {count(source['tokens'])} tokens{weight}"
             )
