@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from lumina.cli import main
 from lumina.config.resolve import resolve
 from lumina.config.schema.data import DataConfig
 from lumina.config.schema.model import ModelConfig
@@ -77,6 +80,41 @@ def contents(folder: Path) -> dict[str, str]:
         elif path.name != "lock":
             found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def hugging_face_settings(config: ModelConfig) -> dict[str, Any]:
+    """What the classes of transformers call our shape."""
+    return {
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": config.tied,
+        "max_position_embeddings": config.seq_len,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "attn_implementation": "eager",
+    }
+
+
+def require_refusal(
+    folder: Path, command: list[str], needles: list[str], capsys: pytest.CaptureFixture[str], output: bool = False
+) -> None:
+    """A command ends with 2, says all `needles` (on standard error, or on `output` too), and leaves `folder` as it was.
+
+    No traceback, and not more than anybody reads.
+    """
+    before = contents(folder)
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+    heard = said.out + said.err if output else said.err
+    assert not [needle for needle in needles if needle not in heard], heard
+    assert len(said.err) < 1500
+    assert contents(folder) == before
 
 
 def debug_made_tiny(**changes: str | None) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import contents, write_chats, write_text
+from support import require_refusal, write_chats, write_text
 
 from lumina.cli import main
 from lumina.data.tokenizer import SPECIALS, train_bpe
@@ -465,15 +465,7 @@ def test_the_answer(
 ) -> None:
     with monkeypatch.context() as patch:
         prepare(here, patch)
-        before = contents(here)
-        code = main(arguments)
-    said = capsys.readouterr()
-    assert code == 2
-    assert "Traceback" not in said.err + said.out
-    missing = [needle for needle in needles if needle not in said.out + said.err]
-    assert not missing, said.out + said.err
-    assert len(said.err) < 1500, "more than anybody reads"
-    assert contents(here) == before
+        require_refusal(here, arguments, needles, capsys, output=True)
 
 
 def test_the_vocabulary_follows_larger_shards(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

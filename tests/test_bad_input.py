@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import contents, settings, write_text
+from support import contents, require_refusal, settings, write_text
 
 from lumina.checkpoint import store
 from lumina.cli import main
@@ -289,14 +289,8 @@ def test_bad_input(
 ) -> None:
     with monkeypatch.context() as patch:
         prepare(here, patch)
-        before = contents(here)
         command = [{"RUN": "runs/done", "STOPPED": "runs/stopped"}.get(word, word) for word in arguments]
-        assert main(command) == 2
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err + said.out
-    missing = [needle for needle in needles if needle not in said.err]
-    assert not missing, said.err
-    assert contents(here) == before
+        require_refusal(here, command, needles, capsys)
 
 
 def test_there_are_many_kinds() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import contents, settings, write_text
+from support import require_refusal, settings, write_text
 
 from lumina.cli import main
 from lumina.data.tokenizer import train_bpe
@@ -197,14 +197,7 @@ def test_the_answer(
     prepare: Prepare, arguments: list[str], needles: list[str], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(here)
-    before = contents(here)
-    assert main(arguments) == 2
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err + said.out
-    missing = [needle for needle in needles if needle not in said.err]
-    assert not missing, said.err
-    assert len(said.err) < 1500, "more than anybody reads"
-    assert contents(here) == before
+    require_refusal(here, arguments, needles, capsys)
 
 
 def test_keys_of_a_record_are_few_and_cannot_steer_a_terminal(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
 """How fast files become shards, beside what the tokenizer alone can do and beside `datasets.map`; and its memory.
 
-All arms encode the same documents with the same tokenizer and make the same tokens; one of them only encodes, which is
-the ceiling of any that also reads, splits and writes. A training step and the assembly of its batch are timed beside.
+All arms encode the same documents with the same tokenizer; one of them does nothing else, which is the ceiling of any
+that also reads, splits and writes. That the shards hold as many tokens is checked before anything is timed. A training
+step and the assembly of its batch are timed beside.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from lumina.bench.harness import Arm, Measurement, Ratio, Run, timed
+from lumina.bench.harness import Arm, Measurement, Ratio, Run, memory_of, timed
 from lumina.config.resolve import resolve
 from lumina.config.schema.data import DataConfig
 from lumina.data.corpus import open_folder
 from lumina.data.sample import sample_files
 from lumina.data.shards import prepare_folder
 from lumina.data.tokenizer import Tokenizer, train_bpe
-from lumina.errors import UserError
 from lumina.training import setup
 from lumina.training.step import train_step
 
@@ -37,7 +35,7 @@ STEP, BATCH = "a step of the debug preset", "its batch"
 THREADS = "TOKENIZERS_PARALLELISM"
 BATCH_CHARACTERS = 1 << 22
 VOCAB = 8192
-SIZES = (10, 100, 1000)  # MB, of the files whose preparation's memory is measured
+LARGE = "large.txt"
 BARS = ((OURS, CEILING, 0.95), (OURS, IDS, 0.95), (OURS, PEER, 1.0))
 
 
@@ -190,26 +188,21 @@ def _verdict(met: bool) -> str:
 # -- memory ---------------------------------------------------------------------------------------------------
 
 
-def memory(sizes: Sequence[int] = SIZES) -> dict[int, int]:
+def memory(sizes: Sequence[int]) -> dict[int, int]:
     """Bytes that preparing a file of so many MB takes at its peak, each in a fresh process, above an empty one."""
-    return {size: _memory(size) for size in sizes}
+    found = {}
+    for size in sizes:
+        with tempfile.TemporaryDirectory(prefix="lumina-bench-") as folder:
+            _write(Path(folder), _texts())
+            _grow(Path(folder, LARGE), size * 10**6)
+            found[size] = memory_of(preparing, [OURS], repeats=1, folder=folder)[OURS]
+    return found
 
 
-def _memory(size: int) -> int:
-    with tempfile.TemporaryDirectory(prefix="lumina-bench-") as folder:
-        root = Path(folder)
-        _write(root, _texts())
-        source = root / "large.txt"
-        _grow(source, size * 10**6)
-        program = (
-            "import sys; from pathlib import Path; from lumina.bench.data import _peak\n"
-            "print(_peak(Path(sys.argv[1]), Path(sys.argv[2])))"
-        )
-        command = [sys.executable, "-c", program, str(source), str(root)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"preparing {size} MB failed: {done.stderr.strip().splitlines()[-1:]}", "see above")
-        return int(done.stdout.split()[-1])
+def preparing(folder: str) -> list[Arm]:
+    """The suite of `memory`: preparing the large file in a folder."""
+    root = Path(folder)
+    return [Arm(OURS, lambda: timed(lambda: _prepare(root / LARGE, root), "cpu"), 1)]
 
 
 def _grow(path: Path, size: int) -> None:
@@ -223,11 +216,3 @@ def _grow(path: Path, size: int) -> None:
                 turn += 1
                 if written >= size:
                     break
-
-
-def _peak(source: Path, root: Path) -> int:
-    from lumina.bench.harness import _most_resident
-
-    before = _most_resident()
-    _prepare(source, root)
-    return _most_resident() - before

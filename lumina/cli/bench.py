@@ -111,7 +111,8 @@ def gap(
 def data(
     rounds: Rounds = 6,
     copies: Annotated[int, typer.Option(min=1, help="How often the standard library's sources, about 10 MB.")] = 2,
-    memory: Annotated[bool, typer.Option(help="The peak memory of preparing 10, 100 and 1000 MB, too.")] = True,
+    memory: Annotated[bool, typer.Option(help="The peak memory of preparing files of each --size, too.")] = True,
+    size: Annotated[list[int] | None, typer.Option(min=1, help="MB; 10, 100 and 1000 if none is given.")] = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -120,23 +121,16 @@ def data(
     from lumina.bench import harness, report
     from lumina.telemetry.console import Console
 
-    used = files.memory() if memory else {}
+    used = files.memory(size or (10, 100, 1000)) if memory else {}
     with Console(1, quiet=json) as console:
         measured = harness.measure(files.suite(copies), rounds, warm=1, progress=console.progress)
     page = report.markdown("Files to shards", {"Speed": (measured, files.CEILING, ())})
     page += report.table("Bars", ("bar", "measured", "verdict"), files.bars(measured))
     if used:
-        cells = [[f"{size} MB", f"{peak / 2**20:.0f} MiB"] for size, peak in used.items()]
+        cells = [[f"{megabytes} MB", f"{peak / 2**20:.0f} MiB"] for megabytes, peak in used.items()]
         page += report.table("Peak memory of preparing one file", ("file", "above an empty process"), cells)
     made = measured.as_json() | {"bars": files.bars(measured), "peak_bytes": {str(k): v for k, v in used.items()}}
-    if out:
-        path = report.write_pair(out, time.strftime("%Y-%m-%d-prepare"), page, made)
-    if json:
-        print_json(made)
-        return
-    typer.echo(page)
-    if out:
-        typer.echo(f"wrote  {path} and .json")
+    _tell("prepare", page, made, out, json)
 
 
 def tuning(
@@ -163,13 +157,19 @@ def tuning(
         outcomes = answers.measure(plan, folder, {"train.eval_every": 0, **_training_keys(settings)}, console.progress)
     made = answers.as_json(plan, outcomes) | {"machine": machine.facts("cpu"), "date": time.strftime("%Y-%m-%d")}
     table = report.table("Tuning", answers.HEADER, answers.rows(outcomes), answers.said(plan))
-    if out:
-        path = report.write_pair(out, time.strftime("%Y-%m-%d-tuning"), table.lstrip(), made)
+    _tell("tuning", table.lstrip(), made, out, json)
+
+
+def _tell(name: str, page: str, made: dict[str, Any], out: Path | None, json: bool) -> None:
+    """Prints a page, or its JSON, and writes both into `out` under today's date, if asked for."""
+    from lumina.bench import report
+
+    path = report.write_pair(out, f"{time.strftime('%Y-%m-%d')}-{name}", page, made) if out else None
     if json:
         print_json(made)
         return
-    typer.echo(table)
-    if out:
+    typer.echo(page)
+    if path:
         typer.echo(f"wrote  {path} and .json")
 
 

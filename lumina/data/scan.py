@@ -158,7 +158,7 @@ def scan(
     table = _Table(folder / TABLE)
     table.path.unlink(missing_ok=True)
     judge = Quality(quality, folder) if quality.active else None
-    facts: dict[str, Any] = {"empty": 0, "train_documents": 0, "formats": {}, "turns": 0}
+    facts: dict[str, Any] = {"empty": 0, "train_documents": 0}
     formats: list[Counter[str]] = [Counter() for _ in sources]
     current: _Open | None = None
     for number, record in documents(sources, problems, progress, "reading the data", check):

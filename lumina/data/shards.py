@@ -12,14 +12,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lumina.config.schema.data import DataConfig
-from lumina.config.weights import split_weight
 from lumina.data import split
-from lumina.data.containers import hub_revision
 from lumina.data.corpus import (
     META,
     Corpus,
@@ -33,27 +31,28 @@ from lumina.data.corpus import (
     verify,
     write_meta,
 )
-from lumina.data.files import DataFile, find_files
-from lumina.data.records import Kind, Problems, Record, digest
-from lumina.data.scan import FACTS, TABLE, Check, Scan, Source, documents, file_size, reopen, scan
+from lumina.data.files import DataFile
+from lumina.data.records import Problems, Record, digest
+from lumina.data.request import (
+    Request,
+    check_kinds,
+    check_length,
+    contents,
+    find,
+    has_changed,
+    identity,
+    kinds_of,
+    stamp,
+)
+from lumina.data.scan import FACTS, TABLE, Check, Scan, Source, reopen, scan
 from lumina.data.streams import JOURNAL, DamagedError, Stream, training_pieces, write_streams
 from lumina.data.template import DEFAULT
 from lumina.data.tokenizer import BPE_CHARACTERS, Tokenizer, train_bpe
 from lumina.errors import UserError
-from lumina.progress import Tell, silent, tracked, whole
+from lumina.progress import Tell, silent, whole
 
 FORMAT = f"v2.{split.RULE}"  # of a folder of shards
 BPE = "bpe"
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is to be prepared, and where what was prepared lies."""
-
-    sources: tuple[Source, ...]
-    folders: tuple[tuple[str, Path, float | None], ...]  # name, shards, weight
-    ignored: int
-    hashes: dict[DataFile, tuple[str, tuple[int, int]]] = field(default_factory=dict)  # and size, time of change
 
 
 def prepare(
@@ -73,7 +72,7 @@ def prepare(
     `data.mode` has no use for, or that is shorter than one sequence of `seq_len` tokens.
     """
     start = time.perf_counter()
-    request = _find(data)
+    request = find(data)
     named = tokenizer or data.tokenizer
     corpora = [_open_prepared(*folder, progress) for folder in request.folders]
     own = _tokenizer(named, corpora)
@@ -81,8 +80,8 @@ def prepare(
         folder = cache or Path(os.environ.get("LUMINA_CACHE") or "~/.cache/lumina").expanduser()
         corpora.append(_cached(request, data, own, vocab, folder, progress))
     corpus = _together(corpora, request, data)
-    _check_kinds(data.mode, [(s.name, s.kind, next(iter(s.formats), s.kind)) for s in corpus.train])
-    _check_length(corpus, seq_len)
+    check_kinds(data.mode, [(s.name, s.kind, next(iter(s.formats), s.kind)) for s in corpus.train])
+    check_length(corpus, seq_len)
     corpus.facts["seconds"] = round(time.perf_counter() - start, 3)
     return corpus
 
@@ -97,7 +96,7 @@ def prepare_folder(
     if out.resolve() == Path.cwd():
         raise UserError(f"{out}: the folder in which this runs", fix="name another, or a new one below it, with --out")
     out = out.resolve() if out.is_symlink() else out
-    request = _find(data)
+    request = find(data)
     if request.folders:
         raise UserError(
             f"{request.folders[0][0]}: prepared already", fix="give the files it was made of, or train on it"
@@ -118,42 +117,9 @@ def prepare_folder(
 
 def data_fingerprint(data: DataConfig, progress: Tell = silent) -> str:
     """Names the contents of the files of both sides, whatever their names. Raises `UserError` if one is missing."""
-    request = _find(data)
+    request = find(data)
     prepared = [[digest(json.dumps(read_meta(folder)["files"])), weight] for _, folder, weight in request.folders]
-    return digest(json.dumps([prepared, _contents(request, progress)]))[:16]
-
-
-# -- what is asked for --------------------------------------------------------------------------------------
-
-
-def _find(data: DataConfig) -> _Request:
-    """All files of both sides, each side's in the order of their content. Raises `UserError` with all problems."""
-    problems, seen = Problems(data.skip_bad), dict[str, str]()
-    sources: list[Source] = []
-    folders: list[tuple[str, Path, float | None]] = []
-    ignored = 0
-    for side, specs in (("train", data.train), ("heldout", data.eval)):
-        for spec in specs:
-            name, weight = split_weight(spec)
-            path = Path(os.path.expanduser(name))
-            if is_prepared(path):
-                if given := seen.get(str(path.resolve())):
-                    problems.file(f"{name}: is already given by {given!r}; give every folder once")
-                seen[str(path.resolve())] = spec
-                if side == "heldout":
-                    problems.file(f"{name}: prepared shards bring their own held-out side; give files to data.eval")
-                folders.append((name, path, weight))
-                continue
-            files = find_files([name], problems, seen)
-            ignored += sum(file.container == "ignored" for file in files)
-            sources.append(Source(name, side, tuple(f for f in files if f.container != "ignored"), weight))
-    if problems.fatal and sources:  # say what is wrong inside the other files too
-        for _ in documents(sources, problems, silent, ""):
-            pass
-    problems.raise_any()
-    if not any(source.side == "train" for source in sources) and not folders:
-        raise UserError("data.train is empty", fix="give files, folders or globs, or sample")
-    return _Request(tuple(sources), tuple(folders), ignored)
+    return digest(json.dumps([prepared, contents(request, progress)]))[:16]
 
 
 def _tokenizer(name: str, corpora: Sequence[Corpus]) -> Tokenizer | None:
@@ -170,41 +136,11 @@ def _tokenizer(name: str, corpora: Sequence[Corpus]) -> Tokenizer | None:
     return own
 
 
-def _contents(request: _Request, progress: Tell) -> list[Any]:
-    """The hashes of all files, by side and source; the request keeps them."""
-    files = [file for source in request.sources for file in source.files]
-    for file in tracked(files, "hashing the data", sum(map(file_size, files)), progress, file_size):
-        stamp = _stamp(file)
-        request.hashes[file] = file_digest(file), stamp
-    return [[s.side, s.weight, sorted(request.hashes[file][0] for file in s.files)] for s in request.sources]
-
-
-def _stamp(file: DataFile) -> tuple[int, int]:
-    """Changes when the file does."""
-    if file.container == "hub":
-        return 0, 0
-    try:
-        status = file.path.stat()
-    except OSError as error:
-        raise UserError(f"{file.name}: {error.strerror}", fix="make the file readable") from None
-    return status.st_size, status.st_mtime_ns
-
-
-def file_digest(file: DataFile) -> str:
-    """What names a file's content and how it is read."""
-    if file.container == "hub":
-        return f"hub {file.name} {hub_revision(file)}"
-    try:
-        return f"{file.container} {file.compression} {sha256(file.path)}"
-    except OSError as error:
-        raise UserError(f"{file.name}: {error.strerror}", fix="make the file readable") from None
-
-
-def _key(request: _Request, data: DataConfig, own: Tokenizer | None, vocab: int, progress: Tell) -> str:
+def _key(request: Request, data: DataConfig, own: Tokenizer | None, vocab: int, progress: Tell) -> str:
     """Names what the shards of a request hold."""
-    contents = [[side, weight is not None, files] for side, weight, files in _contents(request, progress)]
+    named = [[side, weight is not None, files] for side, weight, files in contents(request, progress)]
     quality = data.quality.model_dump() if data.quality.active else None
-    text = json.dumps([contents, quality, data.skip_bad])
+    text = json.dumps([named, quality, data.skip_bad])
     return f"{FORMAT}-{digest(text)[:16]}-{own.fingerprint if own else f'{BPE}{vocab}'}"
 
 
@@ -212,7 +148,7 @@ def _key(request: _Request, data: DataConfig, own: Tokenizer | None, vocab: int,
 
 
 def _cached(
-    request: _Request, data: DataConfig, own: Tokenizer | None, vocab: int, folder: Path, progress: Tell
+    request: Request, data: DataConfig, own: Tokenizer | None, vocab: int, folder: Path, progress: Tell
 ) -> Corpus:
     """The shards of the cache, made if they are not there."""
     name = _key(request, data, own, vocab, progress)
@@ -242,7 +178,7 @@ def _cached(
 
 def _build(
     building: Path,
-    request: _Request,
+    request: Request,
     data: DataConfig,
     own: Tokenizer | None,
     vocab: int,
@@ -266,7 +202,7 @@ def _build(
         scanned = scan(sources, building, data.quality, Problems(data.skip_bad), progress, check)
     _require_text(scanned, sources)
     if mode:
-        _check_kinds(mode, _kinds(scanned, sources), whole=False)
+        check_kinds(mode, kinds_of(scanned, sources), whole=False)
     tokenizer = own or _trained(building) or _train(sources, scanned, vocab, progress)
     tokenizer.save(building)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -275,7 +211,7 @@ def _build(
     except DamagedError:  # a disk that lost power: nothing there can be relied on
         shutil.rmtree(building)
         return _build(building, request, data, own, vocab, name, progress, mode)
-    if changed := [file.name for file, (_, stamp) in hashes.items() if _stamp(file) != stamp]:
+    if changed := [file.name for file, (_, before) in hashes.items() if stamp(file) != before]:
         raise UserError(f"{changed[0]}: changed while it was being read", "start again when nothing writes to it")
     _seal(building, sources, scanned, streams, dtype, name, hashes)
     return tokenizer
@@ -316,33 +252,6 @@ def _trained(building: Path) -> Tokenizer | None:
         return None
 
 
-def _kinds(scanned: Scan, sources: Sequence[Source]) -> list[tuple[str, Kind, str]]:
-    """The name, kind and format of what each source of the training side holds."""
-    found: list[tuple[str, Kind, str]] = []
-    for source, formats in zip(sources, scanned.facts["formats"], strict=True):
-        if source.side == "train":
-            found += [(source.name, "text" if name == "text" else "chat", name) for name in formats]
-    return found
-
-
-def _check_kinds(mode: str, found: Sequence[tuple[str, Kind, str]], whole: bool = True) -> None:
-    """Raises `UserError` if there is what `data.mode` has no use for or, in the `whole`, not what it needs."""
-    wanted = {"base": {"text"}, "finetune": {"chat"}}.get(mode, {"text", "chat"})
-    words = {"text": "texts", "chat": "conversations"}
-    has = {kind for _, kind, _ in found}
-    problems = [
-        f"{name} holds {words[kind]}" + (f" ({format})" if kind == "chat" else "")
-        for name, kind, format in found
-        if kind not in wanted
-    ]
-    problems += [f"there are no {words[kind]}" for kind in sorted(wanted - has) if whole]
-    if problems:
-        modes = "hybrid_interleaved or hybrid_sequential" if len(has) > 1 else "base" if has == {"text"} else "finetune"
-        needs = " and ".join(words[kind] for kind in sorted(wanted))
-        fix = f"set data.mode={modes}, or give it what it reads in data.train"
-        raise UserError.collect(problems, f"data.mode={mode} reads {needs}", fix)
-
-
 def _train(sources: Sequence[Source], scanned: Scan, vocab: int, progress: Tell) -> Tokenizer:
     """BPE of the training side's texts; each source gives as much of `BPE_CHARACTERS` as it has of the corpus."""
     with whole("training the tokenizer", progress):
@@ -376,7 +285,7 @@ def _seal(
         "dtype": dtype,
         "facts": facts,
         "sources": [
-            {"name": s.name, "formats": formats, "files": [_identity(file, hashes[file][0]) for file in s.files]}
+            {"name": s.name, "formats": formats, "files": [identity(file, hashes[file][0]) for file in s.files]}
             for s, formats in zip(sources, scanned.facts["formats"], strict=True)
         ],
         "streams": [asdict(stream) for stream in streams],
@@ -389,17 +298,11 @@ def _seal(
         leftover.unlink(missing_ok=True)
 
 
-def _identity(file: DataFile, digest: str) -> dict[str, Any]:
-    """A source file as it was: a later look tells whether it changed."""
-    path = str(file.path.resolve()) if file.container != "hub" else file.name
-    return {"path": path, "digest": digest, "container": file.container, "compression": file.compression}
-
-
 def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell) -> Corpus:
     """A prepared folder as one source. Raises `UserError` if it is damaged; a changed source is a fact."""
     verify(name, folder, progress)
     corpus = open_shards(folder)
-    changed = [f["path"] for source in corpus.facts["sources"] for f in source["files"] if _has_changed(f)]
+    changed = [f["path"] for source in corpus.facts["sources"] for f in source["files"] if has_changed(f)]
     facts = {**corpus.facts, "changed": changed, "sources": [{**s, "name": name} for s in corpus.facts["sources"]]}
     train, heldout = (
         tuple(replace(s, name=name, weight=weight) for s in side) for side in (corpus.train, corpus.heldout)
@@ -407,17 +310,7 @@ def _open_prepared(name: str, folder: Path, weight: float | None, progress: Tell
     return Corpus(train, heldout, corpus.tokenizer, corpus.fingerprint, facts)
 
 
-def _has_changed(identity: dict[str, Any]) -> bool:
-    """Whether a file that shards were made of is another one now; one that is gone is not."""
-    path = Path(identity["path"])
-    try:
-        file = DataFile(path, path.name, identity["container"], identity["compression"])
-        return path.is_file() and file_digest(file) != str(identity["digest"])
-    except (OSError, UserError):  # not known
-        return False
-
-
-def _together(corpora: Sequence[Corpus], request: _Request, data: DataConfig) -> Corpus:
+def _together(corpora: Sequence[Corpus], request: Request, data: DataConfig) -> Corpus:
     """All corpora as one, with what a reader should know of it."""
     weights = [source.weight for source in request.sources]
     names = [source.name for source in request.sources]
@@ -471,22 +364,3 @@ def _told(shard: Shard) -> dict[str, Any]:
     told = {"name": shard.name, "kind": shard.kind, "documents": stream.documents, "tokens": stream.tokens}
     told["formats"] = [name for name in shard.formats if (name == "text") == (shard.kind == "text")]
     return told | ({"weight": shard.weight} if shard.weight is not None else {})
-
-
-def _check_length(corpus: Corpus, seq_len: int) -> None:
-    """Of texts both sides fill at least one sequence: `seq_len` inputs and their targets, one token more."""
-    sides = {"training": corpus.of("train", "text"), "held-out": corpus.of("heldout", "text")}
-    tokens = {side: sum(len(shard.tokens) for shard in shards) for side, shards in sides.items() if shards}
-    if not corpus.heldout:
-        raise UserError("nothing can be held out of so little", fix="give more, or hold out a file with data.eval=FILE")
-    short = [f"the {side} side has {count} tokens" for side, count in tokens.items() if count <= seq_len]
-    if short:
-        given = corpus.facts.get("split") == "given"
-        longest = min(tokens.values()) - 1
-        raise UserError(
-            f"corpus shorter than one sequence: {' and '.join(short)}; "
-            f"one sequence of model.seq_len={seq_len} needs {seq_len + 1}",
-            fix="give more text"
-            + ("" if given else ", or hold out a file of your own with data.eval=FILE")
-            + (f", or set model.seq_len to at most {longest}" if longest else ""),
-        )

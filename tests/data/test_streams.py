@@ -154,7 +154,7 @@ def test_without_a_kill_every_step_is_taken_once(monkeypatch: pytest.MonkeyPatch
     ("dying(Path, 'replace', 2, only=lambda path, *_: path.name == 'journal.json.tmp')", (0, 0, BATCHES - 1)),
     ("dying(Path, 'replace', 6, only=lambda path, *_: path.name == 'journal.json.tmp')", (0, 0, 1)),
     ("dying(shards, '_seal', 1)", (0, 0, 0)),
-    ("dying(shards, '_identity', 2)", (0, 0, 0)),
+    ("dying(shards, 'identity', 2)", (0, 0, 0)),
     ("dying(Path, 'rename', 1)", (1, 1, BATCHES)),
 ], ids=str)  # fmt: skip
 def test_the_next_process_goes_on(patch: str, left: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import settings
+from support import hugging_face_settings, settings
 from torch import Tensor
 
 from lumina.errors import UserError
@@ -29,25 +29,6 @@ def train(folder: Path, kind: str = "dense", **keys: Any) -> Run:
     """A run whose adapters are not zero."""
     own = {"train.steps": 2, "train.lr": 0.03, "train.warmup": 0, "train.lora.rank": 4, "train.compile": "off", **keys}
     return Trainer("tiny", root=folder / "runs", **settings(folder, kind) | own).fit()
-
-
-def common(model: Transformer) -> dict[str, Any]:
-    config = model.config
-    return {
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": config.tied,
-        "max_position_embeddings": config.seq_len,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "attention_bias": False,
-        "attn_implementation": "eager",
-    }
 
 
 def network(ffn: FeedForward, prefix: str) -> dict[str, Tensor]:
@@ -112,7 +93,7 @@ def test_a_dense_model_with_adapters_is_qwen3_with_peft(tmp_path: Path) -> None:
     run, out = train(tmp_path), tmp_path / "adapter"
     assert export(run, out) == 2
     model = load(run).transformer
-    compare(run, transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common(model))), out)
+    compare(run, transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**hugging_face_settings(model.config))), out)
     said = json.loads((out / "adapter_config.json").read_text())
     assert said["target_modules"] == sorted(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
     assert (said["r"], said["lora_alpha"]) == (4, 32)
@@ -128,7 +109,7 @@ def test_a_moe_with_adapted_attention_is_qwen3_moe_with_peft(tmp_path: Path) -> 
     moe = model.config.moe
     assert moe is not None
     config = transformers.Qwen3MoeConfig(
-        **common(model),
+        **hugging_face_settings(model.config),
         moe_intermediate_size=moe.ffn,
         num_experts=moe.experts,
         num_experts_per_tok=moe.top_k,

@@ -6,31 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import model_config
+from support import hugging_face_settings, model_config
 from torch import Tensor
 
-from lumina.config.schema.model import ModelConfig
 from lumina.model.transformer import Block, Transformer
 
 transformers = pytest.importorskip("transformers", reason="installed by `make test`")
-EPS = 1e-6
-
-
-def shared_settings(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.ffn,
-        "rms_norm_eps": EPS,
-        "tie_word_embeddings": config.tied,
-        "max_position_embeddings": config.seq_len,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "attn_implementation": "eager",
-    }
 
 
 def common_weights(block: Block, prefix: str) -> dict[str, Tensor]:
@@ -81,7 +62,7 @@ def test_dense_is_qwen3(tied: bool) -> None:
             f"{prefix}mlp.up_proj.weight": up,
             f"{prefix}mlp.down_proj.weight": block.ffn.w_down,
         }
-    config = transformers.Qwen3Config(**shared_settings(model.config), attention_bias=False)
+    config = transformers.Qwen3Config(**hugging_face_settings(model.config), attention_bias=False)
     compare(model, transformers.Qwen3ForCausalLM(config), weights)
 
 
@@ -99,7 +80,7 @@ def test_softmax_moe_is_qwen3_moe(normalise: bool) -> None:
             f"{prefix}mlp.experts.down_proj": ffn.w_down,
         }
     config = transformers.Qwen3MoeConfig(
-        **shared_settings(model.config),
+        **hugging_face_settings(model.config),
         attention_bias=False,
         moe_intermediate_size=moe.ffn,
         num_experts=moe.experts,
@@ -131,7 +112,7 @@ def test_shared_expert_moe_is_glm4_moe() -> None:
             f"{prefix}mlp.shared_experts.down_proj.weight": ffn.shared.w_down,
         }
     config = transformers.Glm4MoeConfig(
-        **shared_settings(model.config),
+        **hugging_face_settings(model.config),
         attention_bias=False,
         use_qk_norm=True,
         partial_rotary_factor=1.0,
