@@ -35,7 +35,6 @@ def phase_problems(train: TrainConfig, data: DataConfig) -> list[Problem]:
         warmup = span(train.warmup if phase.warmup is None else phase.warmup, int(length))
         if warmup > length > 0:
             found.append(Problem(keys, f"the warm-up of the phase that begins at {phase.at:g} is longer than it is"))
-    has = {"base": {"text"}, "finetune": {"chat"}}.get(data.mode, {"text", "chat"})
-    if missing := {phase.data for phase in planned} - has - {"both"}:
+    if missing := {phase.data for phase in planned} - data.kinds - {"both"}:
         found.append(Problem((*keys, "data.mode"), f"there is no {' and no '.join(sorted(missing))} in this mode"))
     return found

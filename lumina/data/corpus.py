@@ -86,12 +86,13 @@ class Corpus:
 
 
 def is_prepared(path: Path) -> bool:
+    """Whether a folder looks like shards; `damage` says whether they are whole."""
     return os.path.isfile(path / META) and os.path.isfile(path / "tokenizer.json")  # no error for what is no path
 
 
 def damage(entry: Path) -> str | None:
     """What is wrong with a folder of shards: None if it is whole, "" if there is none."""
-    if not os.path.exists(entry):  # False, too, where we may not look: `_locked` will say so
+    if not os.path.exists(entry):  # False, too, where we may not look: `locked` will say so
         return ""
     try:
         stored = json.loads((entry / META).read_text(encoding="utf-8"))
@@ -106,6 +107,7 @@ def damage(entry: Path) -> str | None:
 
 
 def read_meta(entry: Path) -> dict[str, Any]:
+    """What `meta.json` says, unverified. Raises `UserError` if it cannot be read."""
     try:
         meta: dict[str, Any] = json.loads((entry / META).read_text(encoding="utf-8"))["meta"]
     except (OSError, ValueError, KeyError, TypeError) as error:

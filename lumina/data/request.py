@@ -114,22 +114,21 @@ def kinds_of(scanned: Scan, sources: Sequence[Source]) -> list[tuple[str, Kind, 
     return found
 
 
-def check_kinds(mode: str, found: Sequence[tuple[str, Kind, str]], whole: bool = True) -> None:
+def check_kinds(data: DataConfig, found: Sequence[tuple[str, Kind, str]], whole: bool = True) -> None:
     """Raises `UserError` if there is what `data.mode` has no use for or, in the `whole`, not what it needs."""
-    wanted = {"base": {"text"}, "finetune": {"chat"}}.get(mode, {"text", "chat"})
     words = {"text": "texts", "chat": "conversations"}
     has = {kind for _, kind, _ in found}
     problems = [
         f"{name} holds {words[kind]}" + (f" ({format})" if kind == "chat" else "")
         for name, kind, format in found
-        if kind not in wanted
+        if kind not in data.kinds
     ]
-    problems += [f"there are no {words[kind]}" for kind in sorted(wanted - has) if whole]
+    problems += [f"there are no {words[kind]}" for kind in sorted(data.kinds - has) if whole]
     if problems:
         modes = "hybrid_interleaved or hybrid_sequential" if len(has) > 1 else "base" if has == {"text"} else "finetune"
-        needs = " and ".join(words[kind] for kind in sorted(wanted))
+        needs = " and ".join(words[kind] for kind in sorted(data.kinds))
         fix = f"set data.mode={modes}, or give it what it reads in data.train"
-        raise UserError.collect(problems, f"data.mode={mode} reads {needs}", fix)
+        raise UserError.collect(problems, f"data.mode={data.mode} reads {needs}", fix)
 
 
 def check_length(corpus: Corpus, seq_len: int) -> None:

@@ -80,7 +80,7 @@ def prepare(
         folder = cache or Path(os.environ.get("LUMINA_CACHE") or "~/.cache/lumina").expanduser()
         corpora.append(_cached(request, data, own, vocab, folder, progress))
     corpus = _together(corpora, request, data)
-    check_kinds(data.mode, [(s.name, s.kind, next(iter(s.formats), s.kind)) for s in corpus.train])
+    check_kinds(data, [(s.name, s.kind, next(iter(s.formats), s.kind)) for s in corpus.train])
     check_length(corpus, seq_len)
     corpus.facts["seconds"] = round(time.perf_counter() - start, 3)
     return corpus
@@ -161,7 +161,7 @@ def _cached(
             if wrong is not None:
                 built = True
                 building = folder / f"{stem}.building"
-                made = _build(building, request, data, own, vocab, name, progress, data.mode)
+                made = _build(building, request, data, own, vocab, name, progress, to_train=True)
                 # Named after the tokenizer, so that a run which brings its own BPE back finds it; "bpe" is a link.
                 final = folder / f"{stem}-{made.fingerprint}"
                 shutil.rmtree(final, ignore_errors=True)  # if it was damaged
@@ -184,7 +184,7 @@ def _build(
     vocab: int,
     name: str,
     progress: Tell,
-    mode: str = "",
+    to_train: bool = False,
 ) -> Tokenizer:
     """Writes the shards of a request into `building`, going on with what a killed process left there of the same."""
     began = building / "request"
@@ -201,8 +201,8 @@ def _build(
         began.write_text(name, encoding="utf-8")
         scanned = scan(sources, building, data.quality, Problems(data.skip_bad), progress, check)
     _require_text(scanned, sources)
-    if mode:
-        check_kinds(mode, kinds_of(scanned, sources), whole=False)
+    if to_train:
+        check_kinds(data, kinds_of(scanned, sources), whole=False)
     tokenizer = own or _trained(building) or _train(sources, scanned, vocab, progress)
     tokenizer.save(building)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -210,7 +210,7 @@ def _build(
         streams = write_streams(sources, scanned, tokenizer, dtype, building, data.buffer, progress, check)
     except DamagedError:  # a disk that lost power: nothing there can be relied on
         shutil.rmtree(building)
-        return _build(building, request, data, own, vocab, name, progress, mode)
+        return _build(building, request, data, own, vocab, name, progress, to_train)
     if changed := [file.name for file, (_, before) in hashes.items() if stamp(file) != before]:
         raise UserError(f"{changed[0]}: changed while it was being read", "start again when nothing writes to it")
     _seal(building, sources, scanned, streams, dtype, name, hashes)

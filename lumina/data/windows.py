@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,22 +33,8 @@ class Rows(NamedTuple):
     segments_BS: NDArray[np.int32]
 
 
-class Windows(Protocol):
-    """One shard, window by window. `padding` is the share of its inputs that are filled up."""
-
-    padding: float
-
-    def __len__(self) -> int: ...
-
-    def fetch(self, windows: NDArray[np.int64]) -> Rows: ...
-
-    def places(self) -> NDArray[np.int64]:
-        """A document's number for each window: the one that fills its middle, or its first."""
-        ...
-
-
 class TextWindows:
-    """Window j is tokens[j·S : j·S + S + 1], inputs and targets in one."""
+    """Window j is tokens[j·S : j·S + S + 1], inputs and targets in one. `padding` is the share that is filled up."""
 
     def __init__(self, shard: Shard, seq_len: int, end_id: int) -> None:
         self.shard, self.tokens, self.seq_len, self.end_id = shard, shard.tokens, seq_len, end_id
@@ -63,13 +49,14 @@ class TextWindows:
         last = len(self.tokens) - 1
         tokens = self.tokens[np.minimum(where, last)].astype(np.int64)
         ids, targets = tokens[:, :-1], tokens[:, 1:].copy()
-        if where[-1, -1] > last or (where[:, -1] > last).any():
+        if (where[:, -1] > last).any():
             ids = np.where(where[:, :-1] > last, self.end_id, ids)
             targets[where[:, 1:] > last] = NOT_COUNTED
         opened = np.cumsum(ids == self.end_id, axis=1, dtype=np.int32)
         return Rows(ids, targets, opened - opened[:, :1])
 
     def places(self) -> NDArray[np.int64]:
+        """For each window the number of the document that fills its middle."""
         middle = np.arange(self._count, dtype=np.int64) * self.seq_len + self.seq_len // 2
         after: NDArray[np.int64] = np.searchsorted(np.asarray(self.shard.starts, np.int64), middle, side="right")
         return np.maximum(0, after - 1)
@@ -123,6 +110,7 @@ class ChatWindows:
         return Rows(ids, targets, segments)
 
     def places(self) -> NDArray[np.int64]:
+        """For each window the number of its first document."""
         document: NDArray[np.int64] = self.document[self.first[:-1]]
         return document
 

@@ -13,8 +13,6 @@ from lumina.config.schema.model import MoDConfig
 from lumina.config.schema.train import TrainConfig
 from lumina.config.units import span
 
-DATA = {"base": "text", "finetune": "chat", "hybrid_sequential": "both", "hybrid_interleaved": "both"}  # of a mode
-
 
 @dataclass(frozen=True)
 class Part:
@@ -50,12 +48,13 @@ def parts(train: TrainConfig, data: DataConfig, steps: int) -> list[Part]:
     """
     planned = phases(train, data)
     begins = [span(phase.at, steps) for phase in planned]
+    everything = "both" if len(data.kinds) > 1 else min(data.kinds)
     made = []
     for phase, begin, end in zip(planned, begins, [*begins[1:], steps], strict=True):
         length = end - begin
         warmup = span(train.warmup if phase.warmup is None else phase.warmup, length)
         decay = max(0, min(span(train.decay, length), length - warmup))
-        wanted = DATA[data.mode] if phase.data == "both" else phase.data
+        wanted = everything if phase.data == "both" else phase.data
         made.append(Part(begin, end, wanted, train.lr if phase.lr is None else phase.lr, warmup, decay))
     return made
 

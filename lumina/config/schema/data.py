@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import Field
 
@@ -10,7 +10,6 @@ from lumina.config.schema.base import Bytes, Count, Name, Number, Paths, Problem
 from lumina.config.weights import split_weight
 
 Mode = Literal["base", "finetune", "hybrid_sequential", "hybrid_interleaved"]
-MODES: tuple[str, ...] = get_args(Mode)
 
 
 class QualityConfig(Section):
@@ -59,6 +58,11 @@ class DataConfig(Section):
     buffer: Bytes = Field(1 << 22, ge=1 << 16, description="bytes of text that are encoded at once")
     quality: QualityConfig = Field(QualityConfig.model_validate({}), description="which documents are removed")
     curriculum: CurriculumConfig = Field(CurriculumConfig.model_validate({}), description="easy text first")
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What the mode reads, of `text` and `chat`."""
+        return frozenset({"base": ["text"], "finetune": ["chat"]}.get(self.mode, ["text", "chat"]))
 
     def problems(self) -> list[Problem]:
         found = []
