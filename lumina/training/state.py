@@ -1,4 +1,4 @@
-"""Everything that a run needs to go on to the bit, as tensors and plain values for `checkpoint.store`."""
+"""Everything that a run needs to go on to the bit, as tensors and plain values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumina.model.transformer import Transformer
 from lumina.training.optim import Optimizer
+from lumina.training.probe import Probe
 
 
 @dataclass
@@ -26,15 +28,32 @@ class Progress:
     depth: list[float] | None = None  # what the depth routers did, likewise
 
 
-def pack(progress: Progress, optimizer: Optimizer, identity: dict[str, Any]) -> dict[str, Any]:
-    """The `state.json` of a checkpoint. `identity` names what the state belongs to (tokenizer, data, model)."""
-    return {**identity, "progress": vars(progress), "optimizer_steps": optimizer.steps_taken}
+class State:
+    """Everything that changes while a run trains: what a checkpoint holds, and what a snapshot copies."""
 
+    def __init__(self, model: Transformer, optimizer: Optimizer, probe: Probe) -> None:
+        self.model, self.optimizer, self.probe = model, optimizer, probe
+        self.progress = Progress()
+        self.pending: Lagged | None = None  # metrics of `progress.step`, if this attempt took it
 
-def unpack(state: dict[str, Any], optimizer: Optimizer) -> Progress:
-    """Restores what `pack` saved; the tensors are loaded separately."""
-    optimizer.steps_taken = state["optimizer_steps"]
-    return Progress(**state["progress"])
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Weights and router buffers by name; writing into them changes the model."""
+        return self.model.tensors()
+
+    def optim_tensors(self) -> dict[str, Tensor]:
+        """Moments and what the probe remembers, likewise."""
+        return self.optimizer.tensors() | self.probe.tensors()
+
+    def pack(self) -> dict[str, Any]:
+        """The plain values, as `state.json` holds them."""
+        if self.pending:  # else it is what this attempt began with, if that is not observed yet
+            self.progress.pending = self.pending.read()
+        return {"progress": vars(self.progress), "optimizer_steps": self.optimizer.steps_taken}
+
+    def unpack(self, state: dict[str, Any]) -> None:
+        """Restores what `pack` gave; the tensors are loaded separately."""
+        self.optimizer.steps_taken = state["optimizer_steps"]
+        self.progress, self.pending = Progress(**state["progress"]), None
 
 
 class Lagged:

@@ -13,7 +13,8 @@ from support import settings
 from lumina.cli import main
 from lumina.errors import UserError
 from lumina.run.lock import RunLock, is_held
-from lumina.training.trainer import Stopped, Trainer
+from lumina.training.session import Stopped
+from lumina.training.trainer import Trainer
 
 
 def listed(capsys: pytest.CaptureFixture[str], root: Path) -> dict[str, dict[str, Any]]:

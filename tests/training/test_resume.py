@@ -16,7 +16,8 @@ from support import KINDS, settings, write_chats
 from lumina.checkpoint import store
 from lumina.errors import UserError
 from lumina.run.folder import Run
-from lumina.training.trainer import Stopped, Trainer, resume
+from lumina.training.session import Stopped
+from lumina.training.trainer import Trainer, resume
 
 STEPS = 8
 VARIANTS: list[dict[str, Any]] = [
