@@ -1,0 +1,147 @@
+"""The way of a run, one step after another; the run takes it, and so does an arm that leaves it on trial.
+
+    batch index -> loader -> train_step -> (one step later) observe -> maybe evaluate -> maybe probe
+
+Metrics are observed at a fixed lag of one step, so that no step waits for the host; the metrics not yet observed are
+part of the state. Whatever a step does is told through `emit`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from lumina.progress import Tell
+from lumina.training.evaluate import Evaluation, evaluate
+from lumina.training.observer import Emit, Observer
+from lumina.training.probe import TOKENS as PROBE_TOKENS
+from lumina.training.probe import Probe
+from lumina.training.schedule import depth_capacity, rate
+from lumina.training.setup import Parts
+from lumina.training.state import Lagged, State
+from lumina.training.step import train_step
+
+EVAL_TOKENS = 16384  # tokens evaluated at once
+
+
+class Course:
+    """Steps through a run: what it trains with, where it stands, and who is told."""
+
+    def __init__(self, parts: Parts, peak: float, emit: Emit, told: Tell) -> None:
+        self.parts, self.config, self.emit, self.told = parts, parts.config, emit, told
+        self.first = "compiling, and the first step" if self.config.train.compile == "on" else "the first step"
+        looked_at = parts.heldout(parts.main_kind, PROBE_TOKENS)[0]
+        self.probe = Probe(parts.model, looked_at, parts.precision)
+        self.state = State(parts.model, parts.optimizer, self.probe)
+        self.observer = Observer(parts, peak, self._tell)
+        self.freeze_from = parts.steps - parts.phases[-1].decay
+        self.heldout = {kind: parts.heldout(kind, EVAL_TOKENS) for kind in parts.kinds}
+        self.last_eval: tuple[int, Evaluation] | None = None
+        self.last = 0.0  # when the last step ended, less what since was not training
+
+    def begin(self) -> None:
+        """Training time counts from here on."""
+        self.last = time.perf_counter()
+        self.told(self.first, 0, 1)
+
+    def advance(self) -> None:
+        """The next step, then what is due after it."""
+        self.step()
+        step = self.state.progress.step
+        if step == self.parts.steps:
+            return
+        if (every := self.config.train.eval_every) and step % every == 0:
+            self.evaluate()
+        if (every := self.config.orchestrator.probe_every) and step % every == 0:
+            self.look()
+
+    def step(self) -> None:
+        """The next step alone."""
+        parts, progress, train = self.parts, self.state.progress, self.config.train
+        step = progress.step + 1
+        self._tell_phase(step)
+        capacity = self._capacity(step)
+        for router in parts.model.routers:
+            router.capacity = capacity
+        metrics = train_step(
+            parts.model,
+            parts.optimizer,
+            parts.loader.batch(step - 1),
+            rate(parts.phases, train.schedule, step),
+            parts.plan,
+            parts.precision,
+            freeze_bias=step > self.freeze_from,
+            step=step,
+        )
+        self.observe()
+        now = time.perf_counter()
+        progress.step_seconds, self.last = now - self.last, now
+        progress.step, progress.tokens = step, progress.tokens + train.batch_tokens
+        progress.wall += progress.step_seconds
+        self.state.pending = Lagged(metrics)
+
+    def _tell_phase(self, step: int) -> None:
+        """A change that was planned: so says an event, for whoever would take it for a fault."""
+        for number, phase in enumerate(self.parts.phases):
+            if len(self.parts.phases) > 1 and step == phase.begin + 1:
+                told = {"data": phase.data, "lr": phase.lr, "warmup": phase.warmup, "decay": phase.decay}
+                steps = phase.end - phase.begin
+                self.emit("phase", step=step, phase=number + 1, of=len(self.parts.phases), steps=steps, **told)
+
+    def _capacity(self, step: int) -> float:
+        """What depth routers take of a sequence in this step."""
+        mod = self.config.model.mod
+        return depth_capacity(mod, step, self.parts.steps) if mod else 1.0
+
+    def observe(self) -> None:
+        """Tells what the previous step did."""
+        values = self.state.pending.read() if self.state.pending else self.state.progress.pending
+        self.state.progress.pending = None
+        if values is None:
+            return
+        if self.first:
+            self.told(self.first, 1, 1)
+            self.first = ""
+        self.observer(self.state.progress, values)
+
+    def evaluate(self) -> None:
+        """Evaluates all held-out tokens of each kind with the causal routing; its time is not training time."""
+        parts, begin, mod = self.parts, time.perf_counter(), self.config.model.mod
+        for kind, batches in self.heldout.items():
+            start = time.perf_counter()
+            result = evaluate(
+                parts.model,
+                batches,
+                batches.text_bytes,
+                parts.precision,
+                mod.capacity if mod else None,
+                parts.world,
+                self.told,
+            )
+            if mod and self._capacity(self.state.progress.step) != mod.capacity:
+                result = replace(result, comparable=False)  # it still computes more than it will
+            self.emit(
+                "eval",
+                step=self.state.progress.step,
+                tokens=self.state.progress.tokens,
+                split="heldout" if kind == parts.main_kind else f"heldout {kind}",
+                data=kind,
+                routing="causal",
+                seconds=round(time.perf_counter() - start, 3),
+                **result.fields(),
+            )
+            if kind == parts.main_kind:
+                self.last_eval = self.state.progress.step, result
+        self.last += time.perf_counter() - begin
+
+    def look(self) -> None:
+        """Tells what the probe sees; its time is not training time."""
+        start = time.perf_counter()
+        seen = self.probe()
+        seconds = time.perf_counter() - start
+        self.emit("probe", step=self.state.progress.step, seconds=round(seconds, 3), **seen)
+        self.last += seconds
+
+    def _tell(self, type: str, /, **fields: Any) -> None:
+        self.emit(type, **fields)
