@@ -1,6 +1,6 @@
-"""Shards to batches. Batch i is f(seed, data, i): no state, no history, no workers, O(1) for any i.
+"""Shards to batches. Batch i is f(seed, data, overlays, i): no state, no history, no workers, O(1) for any i.
 
-    phase of step i -> its draw (`mixture`) -> windows (`windows`) -> one batch
+    phase of step i -> past quarantined blocks -> its draw (`mixture`) -> windows (`windows`) -> one batch
 
 Legend: B sequences of a batch, S tokens of a sequence.
 """
@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lumina.config.overlay import Block
 from lumina.config.schema.data import DataConfig
 from lumina.config.units import span
 from lumina.data.corpus import Corpus, Shard
@@ -83,23 +85,49 @@ class Loader:
         self.offsets = np.cumsum([0, *map(len, self.windows)])
         self.begins = [phase.begin for phase in phases]
         self.steps, self.curriculum = steps, data.curriculum
-        self.draws = [
-            self._draw(data, phase, (seed, number) if number else (seed,)) for number, phase in enumerate(phases)
-        ]
+        self.data, self.phases, self.seed = data, phases, seed
+        self.draws = self._draws()
+        self.orders = {0: self.draws}
 
-    def ids(self, i: int) -> NDArray[np.int64]:
-        """Global sample ids (B,) of batch `i`, the same for any number of processes."""
-        phase = bisect_right(self.begins, i) - 1
-        n = (i - self.begins[phase]) * self.sequences + np.arange(self.sequences)
-        shards, windows = self.draws[phase](n)
+    def ids(self, i: int, skipped: Sequence[Block] = (), order: int = 0) -> NDArray[np.int64]:
+        """Global sample ids (B,) of batch `i`, the same for any number of processes.
+
+        Batches read on behind those `skipped`, within their phase. Each `order` is another shuffle of the same data.
+        """
+        if order not in self.orders:
+            self.orders[order] = self._draws(order)
+        phase, n = self._phase(i), self.planned(i, skipped)
+        n_B = (n - self.begins[phase]) * self.sequences + np.arange(self.sequences)
+        shards, windows = self.orders[order][phase](n_B)
         return self.offsets[shards] + windows
+
+    def planned(self, i: int, skipped: Sequence[Block] = ()) -> int:
+        """Which batch, as its phase numbers them without a quarantine, batch `i` is.
+
+        A number behind the end of the phase is what the phase would read if it were longer: the next one is not moved.
+        """
+        phase = self._phase(i)
+        mine = sorted((block.start, block.start + block.length) for block in skipped if self._phase(block.at) == phase)
+        n, passed = i, 0
+        for start, end in mine:
+            if start > n:
+                break
+            n += max(0, end - max(start, passed))  # blocks may overlap
+            passed = max(passed, end)
+        return n
+
+    def blocks(self, first: int, last: int, skipped: Sequence[Block] = ()) -> list[Block]:
+        """What to quarantine so that batches `first` to `last`, as read past `skipped`, are left out: one a phase."""
+        borders = sorted({first, last + 1, *(begin for begin in self.begins if first < begin <= last)})
+        spans = [(self.planned(a, skipped), self.planned(b - 1, skipped), a) for a, b in pairwise(borders)]
+        return [Block(start, end - start + 1, at) for start, end, at in spans]
 
     def fetch(self, ids: NDArray[np.int64]) -> Batch:
         """The batch of these samples."""
         return _fetch(self.windows, self.offsets, ids)
 
-    def batch(self, i: int) -> Batch:
-        return self.fetch(self.ids(i))
+    def batch(self, i: int, skipped: Sequence[Block] = (), order: int = 0) -> Batch:
+        return self.fetch(self.ids(i, skipped, order))
 
     def throughput(self) -> float:
         """Tokens a second, measured over a few batches."""
@@ -120,6 +148,17 @@ class Loader:
             tokens = max(1, sum(stream.tokens for stream in streams))
             facts["answers"] = round(sum(stream.counted for stream in streams) / tokens, 4)
         return facts | cuts_of(self.windows)
+
+    def _phase(self, i: int) -> int:
+        return bisect_right(self.begins, i) - 1
+
+    def _draws(self, order: int = 0) -> list[Draw]:
+        """One draw a phase."""
+        draws = []
+        for number, phase in enumerate(self.phases):
+            usual = (self.seed, number) if number else (self.seed,)
+            draws.append(self._draw(self.data, phase, (self.seed, number, 5, order) if order else usual))
+        return draws
 
     def _draw(self, data: DataConfig, phase: DataPhase, key: tuple[int, ...]) -> Draw:
         """How a phase that wants text, chat or both goes through the shards."""

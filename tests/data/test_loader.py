@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import data_config
 
+from lumina.config.overlay import Block
 from lumina.data.corpus import Corpus, Shard
 from lumina.data.loader import Batch, DataPhase, Heldout, Loader
 from lumina.data.streams import Stream
@@ -309,3 +310,59 @@ def test_held_out_conversations_count_their_answers() -> None:
     assert sum(answers[i].targets for i in range(len(answers))) == 25 * 4
     assert sum(everything[i].targets for i in range(len(everything))) == 25 * 8
     assert (answers.text_bytes, everything.text_bytes) == (50, 2 * 25 * 9)
+
+
+@st.composite
+def quarantines(draw: st.DrawFn) -> list[Block]:
+    """Blocks as they come about: each quarantined where a run stands that reads past those before it."""
+    made, blocks = two_phases(), []
+    for _ in range(draw(st.integers(0, 4))):
+        first = draw(st.integers(0, 19))
+        blocks += made.blocks(first, draw(st.integers(first, 19)), blocks)
+    return blocks
+
+
+def two_phases() -> Loader:
+    """Of ten batches of texts and ten of conversations."""
+    phases = DataPhase(0, "text"), DataPhase(10, "chat")
+    return loader(text(400), chat(300), mode="hybrid_sequential", phases=phases, base_ratio=0.5)
+
+
+@given(quarantines())
+def test_with_a_quarantine_the_batches_are_the_old_ones_without_it(blocks: list[Block]) -> None:
+    made = two_phases()
+    for begin, end in ((0, 10), (10, 20)):
+        mine = [block for block in blocks if begin <= block.at < end]
+        out = {n for block in mine for n in range(block.start, block.start + block.length)}
+        left = (n for n in count(begin) if n not in out)
+        assert [made.planned(i, blocks) for i in range(begin, end)] == [
+            n for n, _ in zip(left, range(10), strict=False)
+        ]
+
+
+def test_what_is_read_past_a_quarantine_is_what_the_phase_would_have_read_later() -> None:
+    made, block = two_phases(), [Block(3, 2, 3)]
+    assert made.ids(2, block).tolist() == made.ids(2).tolist()
+    assert [made.ids(i, block).tolist() for i in range(3, 8)] == [made.ids(i).tolist() for i in range(5, 10)]
+    assert made.planned(9, block) == 11  # not the first of the other phase
+    assert kinds(made, made.ids(9, block)) == ["text"] * 4
+    assert made.ids(10, block).tolist() == made.ids(10).tolist()  # which is not moved
+
+
+def test_what_was_read_twice_over_can_be_quarantined_again() -> None:
+    made = two_phases()
+    first = made.blocks(2, 4)
+    again = made.blocks(2, 12, first)  # up to the second phase, which is not moved by the first block
+    assert again == [Block(5, 8, 2), Block(10, 3, 10)]
+    assert made.planned(2, first + again) == 13
+    assert made.planned(10, first + again) == 13
+
+
+def test_another_order_shuffles_the_same_windows() -> None:
+    made = loader(text(320), sequences=4, seq_len=8)
+    batches = range(10)
+    usual, other = ([made.ids(i, (), order).tolist() for i in batches] for order in (0, 1))
+    assert usual != other
+    assert np.array_equal(np.sort(usual, axis=None), np.sort(other, axis=None))
+    assert made.ids(3, (), 2).tolist() != other[3]
+    assert made.batch(3, (), 1).sample_ids_B.tolist() == other[3]

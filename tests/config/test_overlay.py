@@ -1,0 +1,93 @@
+"""Overlays: bounded, reversible, pure functions of the step."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from lumina.config.overlay import KEYS, SKIP, Block, Overlay, acting, added, check, lifted, pack, skipped, unpack
+from lumina.errors import UserError
+
+PLAN = {"lr": 1.0, "clip": 1.0, "weight_decay": 0.1, "z_loss": 1e-4, "bias_rate": 1e-3, "data.order": 0.0}
+
+
+def test_every_key_acts_in_its_steps_and_only_there() -> None:
+    for name, key in KEYS.items():
+        value = 4 if key.whole else key.high
+        one = [check(Overlay("a", name, value, begin=5, end=7), fork=True)]
+        assert [acting(one, step, PLAN) != PLAN for step in range(1, 10)] == [
+            step in (5, 6, 7) for step in range(1, 10)
+        ]
+        changed = acting(one, 6, PLAN)
+        assert {what for what in PLAN if changed[what] != PLAN[what]} == {key.acts_on}
+
+
+def test_what_an_overlay_makes_of_the_plan() -> None:
+    def rates(*overlays: Overlay) -> list[float]:
+        return [acting(overlays, step, PLAN)["lr"] for step in range(1, 8)]
+
+    half, decay = Overlay("a", "lr.scale", 0.5, begin=2), Overlay("b", "lr.decay", 3, begin=4)
+    assert rates(half) == [1, *[0.5] * 6]
+    assert rates(decay) == [1, 1, 1, 0.75, 0.5, 0.25, 0]
+    assert rates(half, decay) == [1, 0.5, 0.5, 0.375, 0.25, 0.125, 0]
+    assert rates(Overlay("c", "lr.warmup", 4, begin=3)) == [1, 1, 0.25, 0.5, 0.75, 1, 1]
+    late = Overlay("d", "clip", 0.5, begin=1), Overlay("e", "clip", 2.0, begin=3)
+    assert [acting(late, step, PLAN)["clip"] for step in (2, 3)] == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("lr.scale", 2.1, "0.05 to 2"), ("lr.scale", 0.04, "0.05 to 2"), ("lr.scale", math.nan, "0.05 to 2"),
+        ("lr.scale", True, "a number"), ("lr.scale", "0.5", "a number"), ("lr.scale", [1, 2], "a number"),
+        ("lr.decay", 2.5, "a whole number"), ("lr.decay", math.inf, "a whole number"), ("clip", 0, "0.1 to 10"),
+        ("bias_rate", 0.1, "0 to 0.01"), ("lr", 1.0, "known: lr.scale"), ("data.order", 1, "known: lr.scale"),
+        (SKIP, 3, "how many"), (SKIP, [3, 0], "how many"), (SKIP, [-1, 2], "how many"), (SKIP, [1.0, 2], "how many"),
+    ],
+)  # fmt: skip
+def test_what_is_out_of_bounds_is_refused(key: str, value: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        check(Overlay("a", key, value, begin=1))
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, None), (5, 4)])
+def test_steps_that_are_none_are_refused(begin: int, end: int | None) -> None:
+    with pytest.raises(UserError, match="no steps"):
+        check(Overlay("a", "clip", 1.0, begin, end))
+
+
+def test_factors_together_stay_within_the_bounds_of_one() -> None:
+    first = added((), Overlay("a", "lr.scale", 0.1, begin=3, end=8))
+    with pytest.raises(UserError, match=r"make it 0\.01 of the plan"):
+        added(first, Overlay("b", "lr.scale", 0.1, begin=8))
+    assert len(added(first, Overlay("b", "lr.scale", 0.1, begin=9))) == 2
+
+
+def test_a_name_means_one_overlay() -> None:
+    first = added((), Overlay("a", "clip", 0.5, begin=3))
+    assert added(first, Overlay("a", "clip", 0.5, begin=3)) == first
+    with pytest.raises(UserError, match="there already"):
+        added(first, Overlay("a", "clip", 0.6, begin=3))
+
+
+def test_to_lift_one_leaves_what_it_did() -> None:
+    overlays = Overlay("a", "lr.scale", 0.5, begin=3), Overlay("b", "clip", 0.5, begin=9), Overlay("c", SKIP, [4, 1], 5)
+    after = lifted(overlays, "a", 6)
+    assert [acting(after, step, PLAN)["lr"] for step in (2, 3, 6, 7)] == [1, 0.5, 0.5, 1]
+    assert [one.id for one in lifted(overlays, "b", 6)] == ["a", "c"]  # it never held
+    with pytest.raises(UserError, match="quarantine cannot end"):
+        lifted(overlays, "c", 6)
+    with pytest.raises(UserError, match="there are: a, b, c"):
+        lifted(overlays, "d", 6)
+
+
+def test_as_plain_values_and_back() -> None:
+    overlays = Overlay("a", "lr.scale", 0.5, begin=3, end=4), Overlay("c", SKIP, [4, 2], begin=5)
+    assert unpack(json.loads(json.dumps(pack(overlays))), "here") == overlays
+    assert skipped(overlays) == (Block(4, 2, 4),)
+    for damage in ({"value": 9.0}, {"begin": "x"}, {"key": "nothing"}, {"more": 1}):
+        with pytest.raises(UserError, match=r"state\.json: damaged overlays"):
+            unpack([pack(overlays)[0] | damage], "state.json")
