@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 from lumina.config.resolve import Resolved
 from lumina.events import EventWriter
 from lumina.progress import Tell, silent
+from lumina.run import signals
 from lumina.run.folder import Run
-from lumina.run.signals import StopRequest
 from lumina.training import machine, setup
 from lumina.training.evaluate import Evaluation, evaluate
 from lumina.training.observer import Observer
@@ -67,11 +66,11 @@ class Session:
         self.last_eval: tuple[int, Evaluation] | None = None
 
     def train(self) -> None:
-        """Runs the attempt. A first SIGINT or SIGTERM saves and raises `Stopped`."""
+        """Runs the attempt. A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`."""
         attempt = self.world.decide(self.run.next_attempt)
         skipped = self.saver.restore() if attempt else []
         with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
+            requests = stack.enter_context(signals.Requests())
             if self.world.main:
                 self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners))
             self._announce(skipped, attempt)
@@ -79,8 +78,7 @@ class Session:
             self.told(self.first, 0, 1)
             while self.state.progress.step < self.parts.steps:
                 self._step()
-                if signal := self.world.max(stop.requested):
-                    self._stop(Signals(signal).name)
+                self._answer(self.world.max(requests.take()))
             self._finish()
 
     # -- one step -----------------------------------------------------------------------------------------------
@@ -182,18 +180,26 @@ class Session:
 
     # -- saving, stopping ----------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _answer(self, asked: int) -> None:
+        """Does what signals asked, of any process, since the last step."""
+        stop, save = signals.read(asked)
+        if stop:
+            self._stop(stop)
+        elif save:
+            self._save(signal=save)
+
+    def _save(self, **why: str) -> None:
         """Saves this step, if that is not done; its time is not training time."""
         if self.saver.saved_step == self.state.progress.step:
             return
         start = time.perf_counter()
         receipt = self.saver.save(self.last_eval)
-        self._emit("checkpoint", step=receipt.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes)
+        self._emit("checkpoint", step=receipt.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes, **why)
         self.last += time.perf_counter() - start
 
     def _stop(self, signal: str) -> None:
         """Saves where we are, then says how to go on."""
-        self._save()
+        self._save(signal=signal)
         self._observe()
         self._emit("end", step=self.state.progress.step, reason="stopped", signal=signal)
         raise Stopped(self.run, self.state.progress.step, signal)
