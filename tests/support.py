@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from lumina.cli import main
 from lumina.config.resolve import resolve
@@ -18,6 +21,7 @@ from lumina.config.schema.model import ModelConfig
 from lumina.data.files import find_files
 from lumina.data.formats import read_files
 from lumina.data.records import Problems, Record
+from lumina.run.folder import Run
 
 KINDS = ("dense", "moe", "mod", "hybrid")
 
@@ -140,3 +144,28 @@ def settings(folder: Path, kind: str = "hybrid", **keys: Any) -> dict[str, Any]:
         "checkpoint.every": 2,
         **{key.replace("__", "."): value for key, value in keys.items()},
     }
+
+
+def history(run: Run) -> list[tuple[Any, ...]]:
+    """Every logged number that training determines."""
+    keys = ("t", "step", "tokens", "loss", "acc", "lr", "grad_norm", "bal", "agree", "bpb")
+    return [tuple(event.get(key) for key in keys) for event in run.events() if event["t"] in ("step", "eval")]
+
+
+def tensors_of(run: Run) -> dict[str, str]:
+    """The bytes of every tensor in the run's newest checkpoint, by a hash."""
+    newest = (run.checkpoints / "latest").resolve()
+    return {
+        f"{path.parent.name}/{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        for path in newest.glob("*/*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+def until(found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    """What `found` returns once it is true; fails if the process ends before."""
+    while not (value := found()):
+        if process.poll() is not None:
+            raise AssertionError(f"ended with {process.returncode}: {process.communicate()}")
+        time.sleep(0.02)
+    return value

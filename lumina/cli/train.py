@@ -12,6 +12,7 @@ import typer
 from lumina.errors import UserError
 from lumina.events import Event, Listener, as_line
 from lumina.run.exit_codes import STOPPED
+from lumina.run.signals import NothingToSave
 
 if TYPE_CHECKING:
     from lumina.run.folder import Run
@@ -115,7 +116,7 @@ def _finish(train: Callable[[], Run], console: Console, voice: Voice) -> Run:
     from lumina.training.session import Stopped
 
     try:
-        with console:
+        with NothingToSave(), console:
             run = train()
     except Stopped as stop:
         voice.say(f"saved  {stop.run.checkpoints / 'latest'} at step {stop.step}")

@@ -1,4 +1,15 @@
-"""Being asked to stop."""
+"""What a signal asks of a run: to save and stop, or to save and go on.
+
+| signal | who sends it | what it asks |
+|---|---|---|
+| SIGINT, SIGTERM | ctrl-C, `kill`, SLURM, Kubernetes, preemptible machines | save and stop; twice: stop at once |
+| SIGHUP | a terminal that closes | save and stop, unless it is ignored (`nohup`) |
+| SIGUSR2, SIGXCPU | SLURM with `--signal`, LSF; grid engines, a limit of processor time | save and stop |
+| SIGUSR1 | whoever wants a checkpoint now | save and go on |
+
+Only SIGINT and SIGTERM count for "twice": a cluster announces the end with one signal and means it with another, and a
+limit of processor time says so every second; neither may break off the save that it asked for.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +19,72 @@ import threading
 from types import FrameType
 from typing import Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # the second of these interrupts
+STOP = (*AT_ONCE, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
+SAVE = signal.SIGUSR1
+
+BASE = 256  # more than there are signals
 
 
-class StopRequest:
-    """Inside the block, the first SIGINT or SIGTERM sets `requested` to its number; the second interrupts.
+class Requests:
+    """Inside the block, signals are kept until `take` asks for them between two steps; the second SIGINT or SIGTERM
+    raises `KeyboardInterrupt`.
 
     Python allows handlers in the main thread only: in another one this does nothing.
     """
 
     def __init__(self) -> None:
-        self.requested = 0
+        self.stop = self.save = self.pressed = 0
 
     def __enter__(self) -> Self:
-        signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
-        self._previous = {number: signal.signal(number, self._handle) for number in signals}
+        heard = (*STOP, SAVE) if _main_thread() else ()
+        deaf = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._previous = {number: signal.signal(number, self._handle) for number in heard if number not in deaf}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def take(self) -> int:
+        """What was asked since the last call, in one number, of which the largest of all processes counts: 0 for
+        nothing, and stopping outranks saving, which it does too. `read` reads it."""
+        save, self.save = self.save, 0
+        return self.stop * BASE + save
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = number
+        if number == SAVE:
+            self.save = number
+            return
+        if number in AT_ONCE:
+            if self.pressed:
+                raise KeyboardInterrupt
+            self.pressed = number
+        self.stop = self.stop or number
         # `os.write`: a handler may run inside a print. On a terminal it takes the place of the status line.
         begin = b"\r\x1b[K" if os.isatty(2) else b"\n"
-        os.write(2, begin + b"stopping after this step; once more stops at once, without saving\n")
+        if number in AT_ONCE:
+            os.write(2, begin + b"stopping after this step; once more stops at once, without saving\n")
+        else:
+            os.write(2, begin + f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
+
+
+def read(asked: int) -> tuple[str, str]:
+    """The names of the signals in a number of `Requests.take`: which asked to stop, which to save; or empty."""
+    stop, save = divmod(asked, BASE)
+    return signal.Signals(stop).name if stop else "", signal.Signals(save).name if save else ""
+
+
+class NothingToSave:
+    """Inside the block, a request to save and go on is no reason to die: before and after training it asks nothing."""
+
+    def __enter__(self) -> None:
+        self._previous = signal.signal(SAVE, signal.SIG_IGN) if _main_thread() else None
+
+    def __exit__(self, *_: object) -> None:
+        if _main_thread():
+            signal.signal(SAVE, self._previous)
+
+
+def _main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

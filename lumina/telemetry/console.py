@@ -226,7 +226,8 @@ class Console:
         )
 
     def _on_checkpoint(self, event: Event) -> None:
-        self.write(f"[Save {event['step']}] {size(event['bytes'])} in {event['seconds']:.2f}s")
+        asked = f", asked by {event['signal']}" if event.get("signal") else ""
+        self.write(f"[Save {event['step']}] {size(event['bytes'])} in {event['seconds']:.2f}s{asked}")
 
     def _on_decision(self, event: Event) -> None:
         sentence = SENTENCES[event["rule"], event["action"]].format(**event["evidence"])

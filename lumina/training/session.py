@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 from lumina.config.resolve import Resolved
 from lumina.events import EventWriter
 from lumina.progress import Tell, silent
+from lumina.run import signals
 from lumina.run.folder import Run
-from lumina.run.signals import StopRequest
 from lumina.training import machine, setup
 from lumina.training.course import Course
 from lumina.training.saving import Saver
@@ -50,19 +49,18 @@ class Session:
         self.saver = Saver(run, parts, self.course.state, self.told)
 
     def train(self) -> None:
-        """Runs the attempt. A first SIGINT or SIGTERM saves and raises `Stopped`."""
+        """Runs the attempt. A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`."""
         attempt = self.world.decide(self.run.next_attempt)
         skipped = self.saver.restore() if attempt else []
         with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
+            requests = stack.enter_context(signals.Requests())
             if self.world.main:
                 self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners))
             self._announce(skipped, attempt)
             self.course.begin()
             while self.course.state.progress.step < self.parts.steps:
                 self._step()
-                if signal := self.world.max(stop.requested):
-                    self._stop(Signals(signal).name)
+                self._answer(self.world.max(requests.take()))
             self._finish()
 
     def _step(self) -> None:
@@ -74,18 +72,26 @@ class Session:
 
     # -- saving, stopping ----------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _answer(self, asked: int) -> None:
+        """Does what signals asked, of any process, since the last step."""
+        stop, save = signals.read(asked)
+        if stop:
+            self._stop(stop)
+        elif save:
+            self._save(signal=save)
+
+    def _save(self, **why: str) -> None:
         """Saves this step, if that is not done; its time is not training time."""
         if self.saver.saved_step == self.course.state.progress.step:
             return
         start = time.perf_counter()
         receipt = self.saver.save(self.course.last_eval)
-        self._emit("checkpoint", step=receipt.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes)
+        self._emit("checkpoint", step=receipt.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes, **why)
         self.course.last += time.perf_counter() - start
 
     def _stop(self, signal: str) -> None:
         """Saves where we are, then says how to go on."""
-        self._save()
+        self._save(signal=signal)
         self.course.observe()
         self._emit("end", step=self.course.state.progress.step, reason="stopped", signal=signal)
         raise Stopped(self.run, self.course.state.progress.step, signal)

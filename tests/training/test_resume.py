@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import KINDS, settings, write_chats
+from support import KINDS, history, settings, write_chats
 
 from lumina.checkpoint import store
 from lumina.errors import UserError
@@ -59,12 +59,6 @@ def tensors(run: Run) -> dict[str, torch.Tensor]:
         for path in newest.path.glob("*/*.safetensors")
         for name, tensor in load_file(path).items()
     }
-
-
-def history(run: Run) -> list[tuple[Any, ...]]:
-    """Every logged number that training determines."""
-    keys = ("t", "step", "tokens", "loss", "acc", "lr", "grad_norm", "bal", "agree", "bpb")
-    return [tuple(event.get(key) for key in keys) for event in run.events() if event["t"] in ("step", "eval")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(str(x) for x in v.values()))
