@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
 
 from lumina.config.resolve import Resolved
+from lumina.errors import DiskRefused
 from lumina.events import EventWriter
 from lumina.progress import Tell, silent
 from lumina.run.folder import Run
@@ -70,10 +71,11 @@ class Session:
         """Runs the attempt. A first SIGINT or SIGTERM saves and raises `Stopped`."""
         attempt = self.world.decide(self.run.next_attempt)
         skipped = self.saver.restore() if attempt else []
+        hold = self.config.checkpoint.on_error == "continue"
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             if self.world.main:
-                self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners))
+                self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners, hold))
             self._announce(skipped, attempt)
             self.last = time.perf_counter()
             self.told(self.first, 0, 1)
@@ -115,7 +117,7 @@ class Session:
             self._evaluate()
         if (every := self.config.orchestrator.probe_every) and step % every == 0:
             self._look()
-        if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
+        if (every := int(self.config.checkpoint.every)) and step % every == 0:
             self._save()
 
     def _tell_phase(self, step: int) -> None:
@@ -182,18 +184,32 @@ class Session:
 
     # -- saving, stopping ----------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
-        """Saves this step, if that is not done; its time is not training time."""
+    def _save(self, last: bool = False) -> None:
+        """Saves this step, if that is not done; its time is not training time. After the `last` there is no other."""
         if self.saver.saved_step == self.state.progress.step:
             return
         start = time.perf_counter()
-        receipt = self.saver.save(self.last_eval)
-        self._emit("checkpoint", step=receipt.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes)
+        try:
+            receipt = self.saver.save(self.last_eval)
+        except DiskRefused as error:
+            self._not_saved(error, last or self.config.checkpoint.on_error == "stop")
+        else:
+            self._emit("checkpoint", step=receipt.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes)
         self.last += time.perf_counter() - start
+
+    def _not_saved(self, error: DiskRefused, ends: bool) -> None:
+        """Tells that the disk refused a checkpoint; raises the error if that `ends` the attempt."""
+        step = self.state.progress.step
+        with suppress(DiskRefused) if ends else nullcontext():  # of the log: the first error is the one to mend
+            self._emit("incident", step=step, kind="save refused", error=error.message, ends=ends)
+            if ends:
+                self._emit("end", step=step, reason="save refused")
+        if ends:
+            raise error
 
     def _stop(self, signal: str) -> None:
         """Saves where we are, then says how to go on."""
-        self._save()
+        self._save(last=True)
         self._observe()
         self._emit("end", step=self.state.progress.step, reason="stopped", signal=signal)
         raise Stopped(self.run, self.state.progress.step, signal)
@@ -201,7 +217,7 @@ class Session:
     def _finish(self) -> None:
         """The last observation, evaluation and checkpoint."""
         self._evaluate()
-        self._save()
+        self._save(last=True)
         self._observe()
         self._emit("end", step=self.state.progress.step, reason="done")
 
