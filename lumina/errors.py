@@ -25,3 +25,7 @@ class UserError(Exception):
     def collect(cls, problems: Sequence[str], title: str, fix: str = "") -> UserError:
         """All problems in one error, so that nobody mends them one run at a time."""
         return cls("\n".join([f"{title}:", *(f"  - {problem}" for problem in problems)]), fix)
+
+
+class DiskRefused(UserError):  # noqa: N818 - what happened, as the user reads it
+    """The disk did not take something: it is full, read-only, or gone. Another try may succeed."""

@@ -11,10 +11,11 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from lumina.errors import UserError
+from lumina.errors import DiskRefused, UserError
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -35,9 +36,12 @@ class EventWriter:
     JSON has no NaN and no infinity: they are written as "nan", "inf" and "-inf", and read back as floats.
     """
 
-    def __init__(self, path: Path, attempt: int, listeners: Sequence[Listener] = ()) -> None:
-        self.path, self.attempt, self.listeners = path, attempt, listeners
+    def __init__(self, path: Path, attempt: int, listeners: Sequence[Listener] = (), hold: bool = False) -> None:
+        """With `hold`, lines that the disk refuses wait in memory, in order, until it takes them."""
+        self.path, self.attempt, self.listeners, self.hold = path, attempt, listeners, hold
         self._file = path.open("ab", buffering=0)
+        self._waiting = bytearray()  # what the disk has not taken, maybe from the middle of a line on
+        self._refused = ""  # why the disk did not take what waits
         if not _ends_with_newline(path):  # an earlier process was killed in the middle of a line
             self._write(b"\n")
 
@@ -45,7 +49,8 @@ class EventWriter:
         """Writes one event and returns it, as a reader will get it.
 
         Raises `ValueError` for an unknown type or a reserved field name, and `TypeError` for anything but a
-        plain JSON value: a tensor would make the writer wait for its device. Raises `UserError` if the disk refuses.
+        plain JSON value: a tensor would make the writer wait for its device. Raises `DiskRefused` if the disk refuses;
+        with `hold` an `incident` says so once.
         """
         if type not in TYPES:
             raise ValueError(f"unknown event type {type!r}; known: {', '.join(TYPES)}")
@@ -54,30 +59,56 @@ class EventWriter:
         event: Event = {"t": type, "v": VERSION, "attempt": self.attempt}
         event |= fields if step is None else {"step": step, **fields}
         require_plain(event, f"event {type!r}")
+        refused_before = self._refused
         self._write(as_line(event).encode() + b"\n")
         for listener in self.listeners:
             listener(event)
+        if self._refused and not refused_before:
+            self.emit("incident", step=step, kind="log refused", error=self._refused)
         return event
 
     def _write(self, line: bytes) -> None:
+        """Appends a line after those that wait. Nothing is dropped of one that was written in part."""
+        self._waiting += line
         try:
-            while line:
-                line = line[self._file.write(line) :]
+            self._flush()
+        except DiskRefused:
+            if not self.hold:
+                raise
+
+    def _flush(self) -> None:
+        try:
+            if self._refused or os.fstat(self._file.fileno()).st_nlink == 0:  # deleted, or of a disk that went away
+                self._file.close()
+                self._file = open(self.path, "ab", buffering=0, opener=_existing)  # noqa: SIM115 - until `close`
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+            self._refused = ""
         except OSError as error:
+            self._refused = f"{self.path}: event not written: {error.strerror}"
             again = f"lumina resume {shlex.quote(str(self.path.parent))}"
-            raise UserError(
-                f"{self.path}: event not written: {error.strerror}",
-                fix=f"make the disk writable or free space on it, then: {again}",
-            ) from error
+            fix = f"make the disk writable or free space on it, then: {again}"
+            raise DiskRefused(self._refused, fix) from error
 
     def close(self) -> None:
-        self._file.close()
+        """Raises `DiskRefused` if lines are left that the disk does not take."""
+        try:
+            if self.hold and self._waiting:
+                self._flush()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(DiskRefused) if kind else nullcontext():  # what ends the block says more
+            self.close()
+
+
+def _existing(path: str, flags: int) -> int:
+    """Opens a log that is there: a new one would begin in the middle of a run."""
+    return os.open(path, flags & ~os.O_CREAT)
 
 
 def as_line(event: Event) -> str:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina.errors import UserError
+from lumina.errors import DiskRefused, UserError
 from lumina.events import NON_FINITE, Event, EventWriter, last_event, merged, read_events
 
 words = st.text().filter(lambda word: word not in NON_FINITE)
@@ -56,20 +57,89 @@ def test_each_event_is_on_disk_when_emit_returns(log: Path) -> None:
     events.close()
 
 
-def test_a_full_disk_is_a_user_error_that_says_how_to_go_on(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class FullDisk:
-        def write(self, _: bytes) -> int:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@contextmanager
+def full(events: EventWriter) -> Iterator[None]:
+    """Inside the block the writer writes to a device that is always full."""
+    path, file = events.path, events._file
+    events.path = Path("/dev/full")
+    events._file = events.path.open("ab", buffering=0)
+    try:
+        yield
+    finally:
+        events._file.close()
+        events.path, events._file = path, file
 
-        def close(self) -> None: ...
 
+def test_a_full_disk_is_a_user_error_that_says_how_to_go_on(log: Path) -> None:
     with EventWriter(log, attempt=0) as events:
         events.emit("step", step=1)
-        with monkeypatch.context() as full:
-            full.setattr(events, "_file", FullDisk())
-            with pytest.raises(UserError, match=r"not written: No space left(.|\n)*lumina resume"):
-                events.emit("step", step=2)
+        with full(events), pytest.raises(DiskRefused, match=r"not written: No space left(.|\n)*lumina resume"):
+            events.emit("step", step=2)
     assert [event["step"] for event in read_events(log)] == [1]
+
+
+def test_lines_that_the_disk_refuses_wait_in_order_if_asked_and_one_incident_says_so(log: Path) -> None:
+    heard: list[Event] = []
+    with EventWriter(log, 0, [heard.append], hold=True) as events:
+        events.emit("step", step=1)
+        with full(events):
+            events.emit("step", step=2)
+            events.emit("step", step=3)
+        assert [event["step"] for event in read_events(log)] == [1]
+        events.emit("step", step=4)
+        told = [(event["t"], event["step"]) for event in heard]
+        assert told == [("step", 1), ("step", 2), ("incident", 2), ("step", 3), ("step", 4)]
+        assert list(read_events(log)) == heard
+        assert "No space left" in heard[2]["error"]
+        with full(events):
+            events.emit("step", step=5)
+    assert list(read_events(log)) == heard  # closing writes what waits
+    assert [event["t"] for event in heard[-2:]] == ["step", "incident"]  # a second time, so said again
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_line_that_was_written_in_part_is_written_to_its_end_before_the_next(log: Path, hold: bool) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # Python ignores SIGXFSZ: writing more is an error
+    with EventWriter(log, 0, hold=hold) as events:
+        events.emit("step", step=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 10, limits[1]))
+        try:
+            with nullcontext() if hold else pytest.raises(DiskRefused, match="File too large"):
+                events.emit("step", step=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert len(log.read_bytes().splitlines()[1]) == 10
+        events.emit("end", step=3)
+    told = [event["step"] for event in read_events(log) if event["t"] != "incident"]
+    assert told == [1, 2, 3]
+
+
+def test_what_is_left_at_the_end_is_an_error_unless_another_one_ends_the_block(log: Path) -> None:
+    def write(error: type[BaseException] | None) -> None:
+        with EventWriter(log, 0, hold=True) as events, full(events):
+            events.emit("step", step=1)
+            log.unlink()
+            if error:
+                raise error
+
+    with pytest.raises(DiskRefused, match="No such file"):
+        write(None)
+    with pytest.raises(KeyError):
+        write(KeyError)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_log_that_was_deleted_is_not_written_into_the_void_nor_begun_anew(log: Path, hold: bool) -> None:
+    with EventWriter(log, 0, hold=hold) as events:
+        events.emit("step", step=1)
+        saved = log.read_bytes()
+        log.unlink()
+        with nullcontext() if hold else pytest.raises(DiskRefused, match="No such file"):
+            events.emit("step", step=2)
+        assert not log.exists()
+        log.write_bytes(saved)  # brought back
+        events.emit("step", step=3)
+    assert [event["step"] for event in read_events(log) if event["t"] == "step"] == [1, 2, 3]
 
 
 @given(value=plain)

@@ -1,33 +1,99 @@
-"""Which checkpoints stay on disk."""
+"""Which checkpoints stay on disk, and why. No torch.
+
+A checkpoint counts if it is there in full (`catalogue.sizes`: nothing is read) and was not found damaged when the run
+last looked for one to go on from. What does not count is never deleted here: it is evidence, and `lumina checkpoints
+RUN --prune` says what is wrong with it before it goes. Pinned points and damage are remembered in `<root>/notes.json`.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from lumina.checkpoint import store
+from lumina.checkpoint import catalogue, places
+from lumina.checkpoint.places import step_of
 from lumina.errors import UserError
 
 LINKS = ("latest", "best")
+NOTES = "notes.json"
 LEFTOVER = re.compile(r".+\.tmp-(\d+)")  # what a process was writing or deleting
 
 
-def prune(root: Path, keep_last: int) -> list[int]:
-    """Deletes all but the newest `keep_last` complete checkpoints; returns the deleted steps, oldest first.
+def prune(
+    root: Path, keep_last: int, keep_best: int = 1, keep_every: int = 0, abandoned: Collection[int] = ()
+) -> list[int]:
+    """Deletes the checkpoints that nothing keeps; returns their steps, oldest first. See `kept`.
 
-    What `latest` and `best` point at stays, and so does a folder without COMPLETE: it is evidence. Leftovers of
-    dead processes are swept away, and this one's: no save may be under way in it.
+    `abandoned` are the steps that a later attempt went back before: they count for nothing. Leftovers of dead processes
+    are swept away, and this one's: no save may be under way in it. Something that counts always stays.
     """
     _sweep(root)
-    links = [root / name for name in LINKS if (root / name).is_symlink()]
-    kept = {store.step_of(Path(os.readlink(link))) for link in links}
-    complete = [path for path in store.checkpoints(root) if _complete(path)]
-    doomed = [path for path in reversed(complete[keep_last:]) if store.step_of(path) not in kept]
+    reasons = kept(root, keep_last, keep_best, keep_every, abandoned)
+    doomed = [path for path in reversed(reasons) if not reasons[path]]
     for path in doomed:
-        store.discard(path)
-    return [store.step_of(path) for path in doomed]
+        places.discard(path)
+    return [step_of(path) for path in doomed]
+
+
+def kept(
+    root: Path, keep_last: int, keep_best: int = 1, keep_every: int = 0, abandoned: Collection[int] = ()
+) -> dict[Path, list[str]]:
+    """What keeps each checkpoint that counts, newest first: `newest`, `best`, `every 500`, `latest`, `pinned: why`.
+
+    The newest `keep_last`, the `keep_best` of the lowest held-out losses among those that were evaluated, every one of
+    a step that `keep_every` divides (0: none), what the links point at, and what is pinned.
+    """
+    whole = counting(root)
+    own = [path for path in whole if step_of(path) not in abandoned] or whole[:1]
+    losses = {path: loss for path in own if (loss := catalogue.heldout_loss(path)) is not None}
+    links = {name: os.readlink(root / name) for name in LINKS if (root / name).is_symlink()}
+    pinned = pins(root)
+    reasons: dict[Path, list[str]] = {path: [] for path in whole}
+
+    def keep(paths: Iterable[Path], why: str) -> None:
+        for path in paths:
+            reasons[path].append(why)
+
+    keep(own[: max(1, keep_last)], "newest")
+    keep(sorted(losses, key=losses.__getitem__)[:keep_best], "best")
+    keep((path for path in own if keep_every and step_of(path) % keep_every == 0), f"every {keep_every}")
+    for path in whole:
+        reasons[path] += [f"link {name}" for name, target in links.items() if target == path.name]
+        reasons[path] += [f"pinned: {pinned[step]}"] if (step := step_of(path)) in pinned else []
+    return reasons
+
+
+def counting(root: Path) -> list[Path]:
+    """The checkpoints that are there in full and not known as damaged, newest first."""
+    damaged = _notes(root)["damaged"]
+    whole = [path for path in places.checkpoints(root) if catalogue.sizes(path) is not None]
+    return [path for path in whole if path.name not in damaged or damaged[path.name] != catalogue.seal(path)]
+
+
+def pin(root: Path, step: int, why: str) -> None:
+    """Keeps the checkpoint of `step` until it is unpinned: somebody may want to return to it."""
+    _remember(root, "pinned", str(step), why)
+
+
+def unpin(root: Path, step: int) -> None:
+    """Leaves the checkpoint of `step` to the rules again."""
+    _remember(root, "pinned", str(step), None)
+
+
+def pins(root: Path) -> dict[int, str]:
+    """The pinned steps, each with its reason."""
+    return {int(step): why for step, why in _notes(root)["pinned"].items()}
+
+
+def note_damaged(root: Path, paths: Iterable[Path]) -> None:
+    """Remembers that these do not verify: they stay, but count no longer, until their step is saved again."""
+    for path in paths:
+        if catalogue.sizes(path) is not None:  # else it does not count anyway
+            _remember(root, "damaged", path.name, catalogue.seal(path))
 
 
 def check_links(root: Path) -> None:
@@ -38,18 +104,42 @@ def check_links(root: Path) -> None:
             raise UserError(f"{path}: a folder, which has to be a link", fix)
 
 
+def _notes(root: Path) -> dict[str, dict[str, str]]:
+    """`pinned`, by step, and `damaged`, by folder: the fingerprint that the damaged one has."""
+    path = root / NOTES
+    try:
+        notes = json.loads(path.read_bytes()) if path.exists() else {}
+        found = {kind: {str(k): str(v) for k, v in notes.get(kind, {}).items()} for kind in ("pinned", "damaged")}
+        for step in found["pinned"]:
+            int(step)
+    except (ValueError, AttributeError, RecursionError) as error:
+        fix = "restore the file, or delete it: then nothing is pinned any more"
+        raise UserError(f"{path}: not the notes of a run's checkpoints: {error}", fix) from None
+    return found
+
+
+def _remember(root: Path, kind: str, key: str, value: str | None) -> None:
+    """Writes one note, or deletes it, replacing the file as a whole. Raises `DiskRefused` if the disk refuses."""
+    notes = _notes(root)
+    notes[kind].pop(key, None)
+    if value is not None:
+        notes[kind][key] = value
+    aside = places.temporary(root / NOTES)
+    with places.disk(f"{root / NOTES}: not written"):
+        aside.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
+        places.sync(aside)
+        aside.replace(root / NOTES)
+        places.sync(root)
+
+
 def _sweep(root: Path) -> None:
     """Removes the leftovers of killed writers, and of killed deleters."""
     for path in list(root.iterdir()):
         match = LEFTOVER.fullmatch(path.name)
         if match and not _another_lives(int(match[1])):
-            store.remove(path)
-        elif path.suffix == store.OLD and _complete(path.with_suffix("")):
-            store.discard(path)
-
-
-def _complete(path: Path) -> bool:
-    return (path / store.COMPLETE).is_file()
+            places.remove(path)
+        elif path.suffix == places.OLD and catalogue.sizes(path.with_suffix("")) is not None:
+            places.discard(path)
 
 
 def _another_lives(pid: int) -> bool:

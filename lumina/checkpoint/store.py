@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
 import time
 import warnings
@@ -29,18 +27,36 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lumina.checkpoint.places import (
+    COMPLETE,
+    MODEL,
+    OLD,
+    OPTIM,
+    STATE,
+    STEP,
+    checkpoints,
+    discard,
+    folder,
+    point,
+    remove,
+    step_of,
+    temporary,
+)
+from lumina.checkpoint.places import disk as _disk
+from lumina.checkpoint.places import sync as _sync
 from lumina.errors import UserError
 from lumina.events import require_plain
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
 
 FORMAT = 1
-COMPLETE = "COMPLETE"
-STATE = "state.json"
-MODEL, OPTIM = "model", "optim"
 SHOWN = 10  # differences between a checkpoint and a model that an error lists
-OLD = ".old"  # a checkpoint too: the one that a save of the same step was replacing when it was killed
-STEP = re.compile(r"step-\d{6,}(\.old)?")
+
+__all__ = [
+    "COMPLETE", "FORMAT", "MODEL", "OLD", "OPTIM", "STATE", "STEP", "Checkpoint", "Receipt",
+    "checkpoints", "discard", "fingerprint", "folder", "load", "newest", "point", "read", "remove", "save", "step_of",
+    "temporary", "verify",
+]  # fmt: skip
 
 Tensors = Mapping[str, Tensor]
 
@@ -62,32 +78,6 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
-
-
-# -- names --------------------------------------------------------------------------------------------------
-
-
-def folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
-    return root / f"step-{step:06d}"
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint folder, by its name."""
-    return int(path.name.removeprefix("step-").removesuffix(OLD))
-
-
-def checkpoints(root: Path) -> list[Path]:
-    """Every published checkpoint folder, newest first, unverified."""
-    if root.exists() and not root.is_dir():
-        raise UserError(f"{root}: a file where the folder of checkpoints belongs", fix="move it away")
-    found = [path for path in root.iterdir() if STEP.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, key=lambda path: (step_of(path), path.suffix != OLD), reverse=True)
-
-
-def temporary(path: Path) -> Path:
-    """The name under which this process writes, or deletes, what nobody may find at `path`."""
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
 # -- writing ------------------------------------------------------------------------------------------------
@@ -135,39 +125,6 @@ def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str,
         if world.main:
             shutil.rmtree(aside, ignore_errors=True)
     return Receipt(final, step, time.perf_counter() - start, size)
-
-
-def point(root: Path, name: str, step: int) -> None:
-    """Makes `<root>/<name>` a link to the checkpoint of `step`, replacing an older link as a whole.
-
-    Raises `UserError` if the disk refuses.
-    """
-    aside = temporary(root / name)
-    with _disk(f"{root / name}: link not written"):
-        remove(aside)
-        aside.symlink_to(folder(root, step).name)
-        aside.replace(root / name)
-        _sync(root)
-
-
-def discard(path: Path) -> None:
-    """Deletes a checkpoint. It stops being one at once, however long its files take.
-
-    Raises `UserError` if the disk refuses.
-    """
-    aside = temporary(path)
-    with _disk(f"{path}: not deleted"):
-        remove(aside)
-        path.rename(aside)
-        remove(aside)
-
-
-def remove(path: Path) -> None:
-    """Deletes a link, a file, or a folder with all that is in it, if it is there."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
 
 
 def _write_tensors(path: Path, tensors: Tensors, world: World) -> None:
@@ -332,18 +289,6 @@ def _headers(path: Path) -> dict[str, TensorStorageMetadata]:
 
 
 @contextmanager
-def _disk(failed: str) -> Iterator[None]:
-    """Turns what the disk refuses into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{failed}: {error.strerror or error}",
-            fix="make the disk writable or free space on it; what was saved before is untouched",
-        ) from error
-
-
-@contextmanager
 def _torch_checkpoint() -> Iterator[None]:
     """Keeps torch from warning that there is one process, and raises the error inside the one it raises."""
     try:
@@ -366,12 +311,3 @@ def _fingerprint(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest
-
-
-def _sync(path: Path) -> None:
-    """Flushes a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -46,6 +46,10 @@ _PARSERS: dict[Callable[[Any], Any], tuple[dict[str, Any], str]] = {
         {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}, _count("kKMBT")["anyOf"][1]]},
         "`auto` or whole number",
     ),
+    units.parse_auto_steps: (
+        {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 0}, _count("kKMBT")["anyOf"][1]]},
+        "`auto` or whole number",
+    ),
     units.parse_number: (
         _RATE,
         "number (`3e-4`, `5%`)",

@@ -43,6 +43,15 @@ def parse_auto_count(value: Any) -> int | str:
     return count
 
 
+def parse_auto_steps(value: Any) -> int | str:
+    """`auto`, or a number of steps, which may be 0."""
+    need = "auto or a whole number of steps is needed"
+    steps = "auto" if value == "auto" else _whole(value, _DECIMAL, need)
+    if isinstance(steps, int) and steps < 0:
+        raise ValueError(need)
+    return steps
+
+
 def parse_number(value: Any) -> float:
     """`3e-4`, `0.1`, `5%` -> a float."""
     text = _text(value, "a number is needed, such as 0.1, 3e-4 or 5%", rf"[-+]?{_NUMBER}%?")

@@ -108,6 +108,7 @@ class Console:
         self.long = Long(self.screen)
         self.log: Path | None = None
         self.steps = 0
+        self.unsaved = False
         self.step_time: float | None = None
         self.last: tuple[int, float] | None = None
 
@@ -226,8 +227,17 @@ class Console:
         )
 
     def _on_checkpoint(self, event: Event) -> None:
+        self.unsaved = False
         asked = f", asked by {event['signal']}" if event.get("signal") else ""
         self.write(f"[Save {event['step']}] {size(event['bytes'])} in {event['seconds']:.2f}s{asked}")
+
+    def _on_incident(self, event: Event) -> None:
+        if event["kind"] == "log refused":
+            self.write(f"! {event['error']}; its lines wait in memory until the disk takes them")
+        if event["kind"] == "save refused" and not self.unsaved:
+            goes_on = "" if event["ends"] else "; training goes on, and each save tries again"
+            self.write(f"! step {event['step']}: {event['error']}{goes_on}")
+            self.unsaved = True  # said once, until a save succeeds
 
     def _on_decision(self, event: Event) -> None:
         sentence = SENTENCES[event["rule"], event["action"]].format(**event["evidence"])

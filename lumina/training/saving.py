@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 from lumina.checkpoint import retention, store
-from lumina.errors import UserError
+from lumina.checkpoint.catalogue import LOSS
+from lumina.errors import DiskRefused, UserError
 from lumina.progress import Tell, whole
 from lumina.run.folder import Run
 from lumina.training.evaluate import Evaluation
@@ -27,23 +28,32 @@ class Saver:
         self.saved_step: int | None = None
 
     def save(self, evaluated: tuple[int, Evaluation] | None) -> store.Receipt:
-        """Publishes a checkpoint of this step and points `latest` at it, and `best` if it was evaluated as the best."""
-        progress = self.state.progress
+        """Publishes a checkpoint of this step and points `latest` at it, and `best` if it was evaluated as the best.
+
+        Raises `DiskRefused` if the disk does not take it; whatever was saved before is untouched then.
+        """
+        progress, best = self.state.progress, (self.state.progress.best_loss, self.state.progress.best_step)
+        loss = None
         if evaluated and evaluated[0] == progress.step and evaluated[1].comparable:
-            loss = evaluated[1].loss
-            if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
-                progress.best_loss, progress.best_step = loss, progress.step
-        with whole(f"saving step {progress.step}", self.told):
-            receipt = store.save(
-                self.run.checkpoints,
-                progress.step,
-                self.state.model_tensors(),
-                self.state.optim_tensors(),
-                self.identity | self.state.pack(),
-                self.world,
-            )
-        self.world.decide(self._tidy)
+            loss = evaluated[1].loss if math.isfinite(evaluated[1].loss) else None
+        if loss is not None and (progress.best_loss is None or loss < progress.best_loss):
+            progress.best_loss, progress.best_step = loss, progress.step
+        try:
+            self.world.decide(self._require_folder)
+            with whole(f"saving step {progress.step}", self.told):
+                receipt = store.save(
+                    self.run.checkpoints,
+                    progress.step,
+                    self.state.model_tensors(),
+                    self.state.optim_tensors(),
+                    self.identity | {LOSS: loss} | self.state.pack(),
+                    self.world,
+                )
+        except DiskRefused:
+            progress.best_loss, progress.best_step = best  # the best of those that were saved
+            raise
         self.saved_step = progress.step
+        self.world.decide(self._tidy)
         return receipt
 
     def restore(self) -> list[tuple[Path, str]]:
@@ -69,13 +79,21 @@ class Saver:
                 )
         store.load(found, self.state.model_tensors(), self.state.optim_tensors(), self.world)
         self.state.unpack(found.state)
+        self.world.decide(lambda: retention.note_damaged(self.run.checkpoints, [path for path, _ in skipped]))
         self.world.decide(self._link_best)
         self.saved_step = found.step
         return skipped
 
     def _tidy(self) -> None:
         self._link_best()
-        retention.prune(self.run.checkpoints, self.config.checkpoint.keep_last)
+        keep = self.config.checkpoint
+        retention.prune(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every)
+
+    def _require_folder(self) -> None:
+        """Where the folder of the run was moved or deleted, no second one is begun that lacks all but checkpoints."""
+        if not self.run.config.is_file():
+            fix = "bring the folder back to where it was"
+            raise DiskRefused(f"{self.run.path}: checkpoint not written: the folder of the run is gone", fix)
 
     def _link_best(self) -> None:
         """Points `best` where the state says it is: also after a crash between a save and its link."""

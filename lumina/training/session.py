@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from lumina.config.resolve import Resolved
+from lumina.errors import DiskRefused
 from lumina.events import EventWriter
 from lumina.progress import Tell, silent
 from lumina.run import signals
@@ -52,10 +53,11 @@ class Session:
         """Runs the attempt. A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`."""
         attempt = self.world.decide(self.run.next_attempt)
         skipped = self.saver.restore() if attempt else []
+        hold = self.config.checkpoint.on_error == "continue"
         with ExitStack() as stack:
             requests = stack.enter_context(signals.Requests())
             if self.world.main:
-                self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners))
+                self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners, hold))
             self._announce(skipped, attempt)
             self.course.begin()
             while self.course.state.progress.step < self.parts.steps:
@@ -66,7 +68,7 @@ class Session:
     def _step(self) -> None:
         """The next step, and a checkpoint where one is due."""
         self.course.advance()
-        step, every = self.course.state.progress.step, self.config.checkpoint.every
+        step, every = self.course.state.progress.step, int(self.config.checkpoint.every)
         if step < self.parts.steps and every and step % every == 0:
             self._save()
 
@@ -80,18 +82,32 @@ class Session:
         elif save:
             self._save(signal=save)
 
-    def _save(self, **why: str) -> None:
-        """Saves this step, if that is not done; its time is not training time."""
+    def _save(self, last: bool = False, **why: str) -> None:
+        """Saves this step, if that is not done; its time is not training time. After the `last` there is no other."""
         if self.saver.saved_step == self.course.state.progress.step:
             return
         start = time.perf_counter()
-        receipt = self.saver.save(self.course.last_eval)
-        self._emit("checkpoint", step=receipt.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes, **why)
+        try:
+            receipt = self.saver.save(self.course.last_eval)
+        except DiskRefused as error:
+            self._not_saved(error, last or self.config.checkpoint.on_error == "stop")
+        else:
+            self._emit("checkpoint", step=receipt.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes, **why)
         self.course.last += time.perf_counter() - start
+
+    def _not_saved(self, error: DiskRefused, ends: bool) -> None:
+        """Tells that the disk refused a checkpoint; raises the error if that `ends` the attempt."""
+        step = self.course.state.progress.step
+        with suppress(DiskRefused) if ends else nullcontext():  # of the log: the first error is the one to mend
+            self._emit("incident", step=step, kind="save refused", error=error.message, ends=ends)
+            if ends:
+                self._emit("end", step=step, reason="save refused")
+        if ends:
+            raise error
 
     def _stop(self, signal: str) -> None:
         """Saves where we are, then says how to go on."""
-        self._save(signal=signal)
+        self._save(last=True, signal=signal)
         self.course.observe()
         self._emit("end", step=self.course.state.progress.step, reason="stopped", signal=signal)
         raise Stopped(self.run, self.course.state.progress.step, signal)
@@ -99,7 +115,7 @@ class Session:
     def _finish(self) -> None:
         """The last observation, evaluation and checkpoint."""
         self.course.evaluate()
-        self._save()
+        self._save(last=True)
         self.course.observe()
         self._emit("end", step=self.course.state.progress.step, reason="done")
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from lumina.config.units import (
     parse_auto_count,
+    parse_auto_steps,
     parse_betas,
     parse_bytes,
     parse_context,
@@ -23,6 +24,7 @@ from lumina.config.units import (
 Count = Annotated[int, BeforeValidator(parse_count)]
 Context = Annotated[int, BeforeValidator(parse_context)]
 AutoCount = Annotated[int | Literal["auto"], BeforeValidator(parse_auto_count)]
+AutoSteps = Annotated[int | Literal["auto"], BeforeValidator(parse_auto_steps)]
 Number = Annotated[float, BeforeValidator(parse_number)]
 Span = Annotated[int | float, BeforeValidator(parse_span)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]

@@ -6,7 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from lumina.config.schema.base import AutoCount, Count, Problem, Section, nearest_divisor, nearest_multiple
+from lumina.config.schema.base import (
+    AutoCount,
+    AutoSteps,
+    Count,
+    Problem,
+    Seconds,
+    Section,
+    nearest_divisor,
+    nearest_multiple,
+)
 from lumina.config.schema.data import DataConfig
 from lumina.config.schema.model import ModelConfig
 from lumina.config.schema.train import TrainConfig
@@ -35,10 +44,17 @@ class PrecisionConfig(Section):
 class CheckpointConfig(Section):
     """`checkpoint`."""
 
-    every: Count = Field(
-        0, ge=0, description="steps between checkpoints; 0: at the end only; evaluated ones can be best"
+    every: AutoSteps = Field(
+        0,
+        description="steps between checkpoints; auto: from the time that a save takes and `mtbf`; 0: at the end only",
     )
-    keep_last: Count = Field(2, ge=1, description="newest checkpoints to keep; the best is kept besides")
+    mtbf: Seconds = Field(86400.0, gt=0, description="mean time between failures that `every=auto` reckons with")
+    keep_last: Count = Field(2, ge=1, description="newest checkpoints to keep")
+    keep_best: Count = Field(1, ge=1, description="kept besides: those of the lowest comparable held-out loss")
+    keep_every: Count = Field(0, ge=0, description="kept besides: every one of a step that this divides; 0: none")
+    on_error: Literal["stop", "continue"] = Field(
+        "stop", description="when the disk refuses a save: stop, or train on and try again at the next one"
+    )
 
 
 class TelemetryConfig(Section):
