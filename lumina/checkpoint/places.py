@@ -1,0 +1,110 @@
+"""Where checkpoints are, what they are called, and the few operations on folders that everything else is made of."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lumina.errors import UserError
+
+COMPLETE = "COMPLETE"
+STATE = "state.json"
+MODEL, OPTIM = "model", "optim"
+OLD = ".old"  # a checkpoint too: the one that a save of the same step was replacing when it was killed
+DAMAGED = ".damaged"  # no checkpoint any more: what was read back from the disk was not what was written
+STEP = re.compile(r"step-\d{6,}(\.old)?")
+
+
+def folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return root / f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder, by its name."""
+    return int(path.name.removeprefix("step-").removesuffix(OLD))
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Every published checkpoint folder, newest first, unverified."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root}: a file where the folder of checkpoints belongs", fix="move it away")
+    found = [path for path in root.iterdir() if STEP.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(found, key=lambda path: (step_of(path), path.suffix != OLD), reverse=True)
+
+
+def temporary(path: Path) -> Path:
+    """The name under which this process writes, or deletes, what nobody may find at `path`."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+def point(root: Path, name: str, step: int) -> None:
+    """Makes `<root>/<name>` a link to the checkpoint of `step`, replacing an older link as a whole.
+
+    Raises `UserError` if the disk refuses.
+    """
+    aside = temporary(root / name)
+    with disk(f"{root / name}: link not written"):
+        remove(aside)
+        aside.symlink_to(folder(root, step).name)
+        aside.replace(root / name)
+        sync(root)
+
+
+def discard(path: Path) -> None:
+    """Deletes a checkpoint. It stops being one at once, however long its files take.
+
+    Raises `UserError` if the disk refuses.
+    """
+    aside = temporary(path)
+    with disk(f"{path}: not deleted"):
+        remove(aside)
+        path.rename(aside)
+        remove(aside)
+
+
+def set_aside(path: Path) -> None:
+    """Renames a damaged checkpoint so that nobody takes it for one, and points `latest` at the newest that is left.
+
+    Raises `UserError` if the disk refuses.
+    """
+    with disk(f"{path}: damaged, and not set aside"):
+        remove(path.with_name(path.name + DAMAGED))
+        path.rename(path.with_name(path.name + DAMAGED))
+        remove(path.parent / "latest")
+        sync(path.parent)
+    if left := [other for other in checkpoints(path.parent) if other.suffix != OLD]:
+        point(path.parent, "latest", step_of(left[0]))
+
+
+def remove(path: Path) -> None:
+    """Deletes a link, a file, or a folder with all that is in it, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk(failed: str) -> Iterator[None]:
+    """Turns what the disk refuses into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{failed}: {error.strerror or error}",
+            fix="make the disk writable or free space on it; what was saved before is untouched",
+        ) from error
