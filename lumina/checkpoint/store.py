@@ -5,28 +5,30 @@
 
 `COMPLETE` lists every other file with its size and SHA-256. A folder is written under another name, flushed
 to the disk and renamed last: a crash at any instant leaves a checkpoint, or a leftover that no reader takes
-for one. Tensors go through torch's distributed checkpoint into safetensors; nothing is ever unpickled.
+for one. Tensors are safetensors files, which torch's distributed checkpoint reads for any number of processes;
+nothing is ever unpickled. A folder may come from anybody: whoever wrote it can also have written its COMPLETE, so
+every name, header and value is checked before a tensor is copied.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import stat
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+from lumina.checkpoint import phases, tensors
+from lumina.checkpoint.phases import FORMAT, Tensors
 from lumina.checkpoint.places import (
     COMPLETE,
     MODEL,
@@ -42,33 +44,45 @@ from lumina.checkpoint.places import (
     step_of,
     temporary,
 )
-from lumina.checkpoint.places import disk as _disk
-from lumina.checkpoint.places import sync as _sync
+from lumina.checkpoint.readback import damage
 from lumina.errors import UserError
-from lumina.events import require_plain
+from lumina.parallel.sharding import local
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
 
-FORMAT = 1
-SHOWN = 10  # differences between a checkpoint and a model that an error lists
-
 __all__ = [
-    "COMPLETE", "FORMAT", "MODEL", "OLD", "OPTIM", "STATE", "STEP", "Checkpoint", "Receipt",
-    "checkpoints", "discard", "fingerprint", "folder", "load", "newest", "point", "read", "remove", "save", "step_of",
-    "temporary", "verify",
+    "COMPLETE", "MODEL", "OLD", "OPTIM", "STATE", "STEP", "Checkpoint", "Receipt", "Unsound", "checkpoints", "discard",
+    "fingerprint", "folder", "load", "newest", "point", "read", "remove", "save", "step_of", "temporary", "verify",
 ]  # fmt: skip
 
-Tensors = Mapping[str, Tensor]
+READABLE = (1, FORMAT)  # what these versions changed is how files are written, not what is in them
+SHOWN = 10  # differences between a checkpoint and a model that an error lists
+LARGEST_JSON = 1 << 26  # bytes of COMPLETE or of the state: a thousand times what a run has
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a save did: where, in how many seconds, how many bytes."""
+    """What a save did: where, and what it cost in seconds. `stall` is what the steps waited, `waited` of it for the
+    save before; `seconds` is until it was published and the disk had it."""
 
     path: Path
     step: int
     seconds: float
     bytes: int
+    stall: float
+    waited: float = 0.0
+    way: str = "inline"
+    problems: tuple[str, ...] | None = None  # what was wrong when it was read back; None: it was not
+
+    @property
+    def verified(self) -> bool:
+        """Whether the disk gave back what was written."""
+        return self.problems == ()
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second, until the disk had them."""
+        return self.bytes / self.seconds
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,10 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
+
+
+class Unsound(UserError):  # noqa: N818 - it is an error by its base
+    """A checkpoint that is what was saved, but that nobody can go on from."""
 
 
 # -- writing ------------------------------------------------------------------------------------------------
@@ -90,74 +108,30 @@ def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str,
     dimension: scalars belong in `state`, which holds plain JSON values (NaN and infinities too). Every process of
     `world` calls this and writes its own rows; `state` is the main process's.
     Raises `ValueError`, `TypeError` or (two tensors in the same memory) `RuntimeError` for anything else, and
-    `UserError` if the disk refuses; whatever was saved before is untouched then.
+    `UserError` if the disk refuses; whatever was saved before is untouched then. `writer.Writer` does the same in
+    parts, and reads back what it wrote.
     """
     start = time.perf_counter()
-    for kind, tensors in ((MODEL, model), (OPTIM, optim)):
-        if scalars := [name for name, tensor in tensors.items() if tensor.ndim == 0]:
-            raise ValueError(f"{kind} tensors without a dimension belong in the state: {', '.join(scalars)}")
-    require_plain(state, "checkpoint state")
-    final = folder(root, step)
-    refused = f"{final}: checkpoint not written"
+    staged = phases.stage(step, model, optim, state, world)
+    aside = world.decide(lambda: phases.begin(root, step))
 
-    def begin() -> Path:
-        aside = temporary(final)
-        with _disk(refused):
-            remove(aside)
-            aside.mkdir(parents=True)
-        return aside
+    def write() -> phases.Files:
+        files = phases.write(root, aside, staged, world.rank)
+        phases.flush(root, aside, step, files)
+        return files
 
-    def finish() -> int:
-        with _disk(refused):
-            (aside / STATE).write_text(json.dumps(state, indent=2))
-            size = _seal(aside, step)
-            _publish(aside, final)
-        point(root, "latest", step)
-        return size
+    def publish() -> Path:
+        phases.seal(root, aside, step, files)
+        return phases.publish(root, aside, step)
 
-    aside = world.decide(begin)
     try:
-        with _disk(refused):
-            _write_tensors(aside / MODEL, model, world)
-            _write_tensors(aside / OPTIM, optim, world)
-        size = world.decide(finish)
+        files = {name: entry for own in world.collect(world.each(write)) for name, entry in own.items()}
+        path = world.decide(publish)
     finally:
         if world.main:
-            shutil.rmtree(aside, ignore_errors=True)
-    return Receipt(final, step, time.perf_counter() - start, size)
-
-
-def _write_tensors(path: Path, tensors: Tensors, world: World) -> None:
-    if tensors:
-        writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-        packed = {name: tensor.contiguous() for name, tensor in tensors.items()}  # safetensors has no strides
-        with _torch_checkpoint():
-            state_dict_saver.save(packed, storage_writer=writer, no_dist=world.size == 1)
-
-
-def _seal(path: Path, step: int) -> int:
-    """Flushes every file and folder to the disk, then COMPLETE, which vouches for them. Returns the bytes."""
-    files = {name: _fingerprint(path / name) for name in sorted(_files(path))}
-    for entry in path.rglob("*"):
-        _sync(entry)
-    entries = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in files.items()}
-    (path / COMPLETE).write_text(json.dumps({"format": FORMAT, "step": step, "files": entries}, indent=2))
-    _sync(path / COMPLETE)
-    _sync(path)
-    return sum(size for size, _ in files.values())
-
-
-def _publish(aside: Path, final: Path) -> None:
-    """Renames `aside` to `final`. At every instant the one it replaces, or the new one, can be found."""
-    old = final.with_name(final.name + OLD)
-    if final.exists():
-        if old.exists():
-            discard(old)
-        final.rename(old)
-    aside.rename(final)
-    _sync(final.parent)
-    if old.exists():
-        discard(old)
+            phases.drop(aside)
+    seconds = time.perf_counter() - start
+    return Receipt(path, step, seconds, sum(entry.size for entry in files.values()), seconds)
 
 
 # -- finding and verifying ----------------------------------------------------------------------------------
@@ -169,41 +143,81 @@ def fingerprint(path: Path) -> str:
 
 
 def verify(path: Path, progress: Tell = silent) -> list[str]:
-    """What is wrong with a checkpoint: one sentence for each thing that is not as COMPLETE says."""
+    """What is wrong with a checkpoint: one sentence for each thing that is not as COMPLETE says, or cannot be."""
     try:
-        seal = json.loads((path / COMPLETE).read_bytes())
-        version, step = seal["format"], seal["step"]
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in seal["files"].items()}
+        content = _read_json(path / COMPLETE)
+        version, step = content["format"], content["step"]
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
+        if wrong := [
+            name for name, (size, digest) in files.items() if type(size) is not int or type(digest) is not str
+        ]:
+            raise TypeError(f"{wrong[0]} without a size and a hash")
     except FileNotFoundError:
         return [f"no {COMPLETE}: it was never finished"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return [f"{COMPLETE} cannot be read: {error!r}"]
-    if version != FORMAT:
-        return [f"written in format {version}; this version of lumina reads format {FORMAT}"]
-    present = _files(path)
-    problems = [] if step == step_of(path) else [f"{COMPLETE} belongs to step {step}"]
-    problems += [f"{name} is missing" for name in sorted(files.keys() - present)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return [f"{COMPLETE} cannot be read: {error!r:.200}"]
+    if version not in READABLE:
+        return [f"written in format {version!r:.20}; this version of lumina reads format {FORMAT}"]
+    present, problems = _files(path)
+    if step != step_of(path):
+        problems.append(f"{COMPLETE} belongs to step {step!r:.20}")
+    problems += [f"{COMPLETE} lists {name!r:.100}, which no checkpoint has" for name in files if not _is_ours(name)]
+    problems += [f"{name} is missing" for name in sorted(filter(_is_ours, files.keys() - present))]
     problems += [f"{name} does not belong here" for name in sorted(present - files.keys())]
-    names = sorted(present & files.keys())
-    what, total = f"verifying {path.name}", sum(files[name][0] for name in names)
-    checking = tracked(names, what, total, progress, lambda name: files[name][0])
-    problems += [p for name in checking for p in _damage(path, name, *files[name])]
+    if problems:  # before any file is opened
+        return problems
+    what, total = f"verifying {path.name}", sum(files[name][0] for name in files)
+    checking = tracked(sorted(files), what, total, progress, lambda name: files[name][0])
+    problems = [p for name in checking for p in damage(path / name, name, *files[name])]
+    return problems or _lies(path)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a checkpoint has a file of this name: the state, or a file of tensors; nothing is sought elsewhere."""
+    kind, _, file = name.partition("/")
+    return name == STATE or (
+        kind in (MODEL, OPTIM) and PurePosixPath(file).name == file and file.endswith(".safetensors")
+    )
+
+
+def _lies(path: Path) -> list[str]:
+    """What cannot be, in a checkpoint whose every byte is as COMPLETE says."""
+    problems = []
+    for kind in (MODEL, OPTIM):
+        try:
+            tensors.saved_in(path / kind)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    try:
+        if not isinstance(_read_json(path / STATE), dict):
+            problems.append(f"{STATE} is not a mapping")
+    except (ValueError, RecursionError, OSError) as error:
+        problems.append(f"{STATE} cannot be read: {error!r:.200}")
     return problems
 
 
+def _read_json(path: Path) -> Any:
+    """Raises `ValueError`, `RecursionError` or `OSError` if it is no JSON, or more than a checkpoint ever has."""
+    if not stat.S_ISREG(mode := path.lstat().st_mode):  # opening a pipe would wait for ever
+        raise ValueError(f"not a plain file (mode {mode:o})")
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{size} bytes")
+    return json.loads(path.read_bytes())
+
+
 def newest(
-    root: Path, world: World = ALONE, progress: Tell = silent
+    root: Path, world: World = ALONE, progress: Tell = silent, without: Collection[Path] = ()
 ) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the newer ones passed over, each with the reason.
 
-    The main process of `world` reads and decides.
+    The main process of `world` reads and decides; it does not look at those in `without`.
     """
-    return world.decide(lambda: _newest(root, progress))
+    return world.decide(lambda: _newest(root, progress, without))
 
 
-def _newest(root: Path, progress: Tell) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+def _newest(root: Path, progress: Tell, without: Collection[Path]) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     skipped: list[tuple[Path, str]] = []
-    for path in checkpoints(root):
+    for path in (path for path in checkpoints(root) if path not in without):
         problems = verify(path, progress)
         if not problems:
             return _open(path), skipped
@@ -225,19 +239,6 @@ def _open(path: Path) -> Checkpoint:
     return Checkpoint(path, step_of(path), json.loads((path / STATE).read_bytes()))
 
 
-def _damage(path: Path, name: str, size: int, sha256: str) -> Iterator[str]:
-    """How a file differs from what was saved: no item, or one."""
-    try:
-        found, digest = _fingerprint(path / name)
-    except OSError as error:
-        yield f"{name} cannot be read: {error.strerror}"
-        return
-    if found != size:
-        yield f"{name} has {found} bytes, {size} were saved"
-    elif digest != sha256:
-        yield f"{name} has other bytes than were saved"
-
-
 # -- loading ------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +246,7 @@ def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None, w
     """Reads every tensor of a checkpoint into the given ones, in place; without `optim`, the model's only.
 
     Names, shapes and dtypes must be equal: else one `UserError` lists the first differences, and nothing changed.
+    Raises `Unsound` if a number is not finite; the tensors hold it then.
     """
     wanted = {MODEL: model} if optim is None else {MODEL: model, OPTIM: optim}
     problems = [p for kind, targets in wanted.items() for p in _differences(checkpoint.path, kind, targets)]
@@ -258,6 +260,16 @@ def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None, w
             reader = HuggingFaceStorageReader(str(checkpoint.path / kind))
             with _torch_checkpoint():
                 state_dict_loader.load(dict(targets), storage_reader=reader, no_dist=world.size == 1)
+    world.each(lambda: _require_finite(checkpoint.path, wanted))
+
+
+def _require_finite(path: Path, loaded: Mapping[str, Tensors]) -> None:
+    """A step that would have made a weight non-finite is never taken: who finds one did not get it from training."""
+    named = {f"{kind} tensor {name}": local(tensor) for kind, of in loaded.items() for name, tensor in of.items()}
+    wrong = [name for name, part in named.items() if part.is_floating_point() and not part.isfinite().all()]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise Unsound(f"{path}: {wrong[0]}{more}: not all numbers are finite", fix="use an earlier checkpoint")
 
 
 def _differences(path: Path, kind: str, targets: Tensors) -> Iterator[str]:
@@ -265,27 +277,17 @@ def _differences(path: Path, kind: str, targets: Tensors) -> Iterator[str]:
 
     Torch would not say: it ignores what nobody asked for, and copies into another dtype.
     """
-    saved = _headers(path / kind)
+    saved = tensors.saved_in(path / kind)
     for name in sorted(targets.keys() - saved.keys()):
         yield f"{kind} tensor {name} is not in the checkpoint"
     for name in sorted(saved.keys() - targets.keys()):
         yield f"{kind} tensor {name} is in the checkpoint only"
     for name in sorted(saved.keys() & targets.keys()):
         have, want = saved[name], targets[name]
-        if have.size != want.shape:
-            yield f"{kind} tensor {name} was saved with shape {[*have.size]}, wanted is {[*want.shape]}"
-        if have.properties.dtype != want.dtype:
-            yield f"{kind} tensor {name} was saved as {have.properties.dtype}, wanted is {want.dtype}"
-
-
-def _headers(path: Path) -> dict[str, TensorStorageMetadata]:
-    if not path.is_dir():  # no tensors of this kind were saved
-        return {}
-    metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    return cast("dict[str, TensorStorageMetadata]", metadata)
-
-
-# -- files --------------------------------------------------------------------------------------------------
+        if have.shape != tuple(want.shape):
+            yield f"{kind} tensor {name} was saved with shape {[*have.shape]}, wanted is {[*want.shape]}"
+        if have.dtype != want.dtype:
+            yield f"{kind} tensor {name} was saved as {have.dtype}, wanted is {want.dtype}"
 
 
 @contextmanager
@@ -300,14 +302,16 @@ def _torch_checkpoint() -> Iterator[None]:
         raise error from None
 
 
-def _files(path: Path) -> set[str]:
-    """The files below `path`, as COMPLETE names them: not itself, nor what a file browser leaves."""
-    files = [entry for entry in path.rglob("*") if not entry.is_dir() and entry.name != ".DS_Store"]
-    return {file.relative_to(path).as_posix() for file in files} - {COMPLETE}
+def _files(path: Path) -> tuple[set[str], list[str]]:
+    """The files below `path`, as COMPLETE names them, and what is neither a file nor a folder.
 
-
-def _fingerprint(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
+    Not COMPLETE itself, nor what a file browser leaves.
+    """
+    files, problems = set(), []
+    for entry in sorted(path.rglob("*")):
+        name, mode = entry.relative_to(path).as_posix(), entry.lstat().st_mode
+        if stat.S_ISREG(mode):
+            files |= {name} if entry.name != ".DS_Store" else set()
+        elif not stat.S_ISDIR(mode):
+            problems.append(f"{name} is {'a link' if stat.S_ISLNK(mode) else 'not a plain file'}")
+    return files - {COMPLETE}, problems

@@ -73,6 +73,14 @@ class World:
                 raise failed
         return answer[0]
 
+    def collect(self, value: T) -> list[T]:
+        """Every process's `value`, by rank, in all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self.deciding)
+        return values
+
     @contextmanager
     def holding(self, resource: AbstractContextManager[object]) -> Iterator[None]:
         """Inside the block the main process holds `resource`; if it cannot, all raise its `UserError`."""
