@@ -193,13 +193,13 @@ def _seal(path: Path, step: int) -> int:
 def _publish(aside: Path, final: Path) -> None:
     """Renames `aside` to `final`. At every instant the one it replaces, or the new one, can be found."""
     old = final.with_name(final.name + OLD)
-    if final.exists():
-        if old.exists():
+    if os.path.lexists(final):  # a dangling link is in the way, too
+        if os.path.lexists(old):
             discard(old)
         final.rename(old)
     aside.rename(final)
     _sync(final.parent)
-    if old.exists():
+    if os.path.lexists(old):
         discard(old)
 
 
