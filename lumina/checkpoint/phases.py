@@ -10,6 +10,7 @@ Of several processes each stages and writes its own rows; the main one seals and
 
 from __future__ import annotations
 
+import os
 import hashlib
 import json
 import shutil
@@ -155,13 +156,13 @@ def publish(root: Path, aside: Path, step: int) -> Path:
     final = places.folder(root, step)
     old = final.with_name(final.name + OLD)
     with disk(refused(root, step)):
-        if final.exists():
-            if old.exists():
+        if os.path.lexists(final):  # a dangling link is in the way, too
+            if os.path.lexists(old):
                 places.discard(old)
             final.rename(old)
         aside.rename(final)
         places.sync(root)
-        if old.exists():
+        if os.path.lexists(old):
             places.discard(old)
     places.point(root, "latest", step)
     return final
