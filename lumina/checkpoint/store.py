@@ -284,13 +284,16 @@ def _damage(path: Path, name: str, size: int, sha256: str) -> Iterator[str]:
 # -- loading ------------------------------------------------------------------------------------------------
 
 
-def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None, world: World = ALONE) -> None:
+def load(
+    checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None, world: World = ALONE, *, cast: bool = False
+) -> None:
     """Reads every tensor of a checkpoint into the given ones, in place; without `optim`, the model's only.
 
     Names, shapes and dtypes must be equal: else one `UserError` lists the first differences, and nothing changed.
+    With `cast`, floating-point tensors are converted to the given dtypes.
     """
     wanted = {MODEL: model} if optim is None else {MODEL: model, OPTIM: optim}
-    problems = [p for kind, targets in wanted.items() for p in _differences(checkpoint.path, kind, targets)]
+    problems = [p for kind, targets in wanted.items() for p in _differences(checkpoint.path, kind, targets, cast)]
     if problems:
         more = len(problems) - SHOWN
         shown = [*problems[:SHOWN], f"and {more} more"] if more > 0 else problems
@@ -303,7 +306,7 @@ def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None, w
                 state_dict_loader.load(dict(targets), storage_reader=reader, no_dist=world.size == 1)
 
 
-def _differences(path: Path, kind: str, targets: Tensors) -> Iterator[str]:
+def _differences(path: Path, kind: str, targets: Tensors, cast: bool) -> Iterator[str]:
     """How the tensors of one kind saved in `path` differ from `targets`, by the headers of the files alone.
 
     Torch would not say: it ignores what nobody asked for, and copies into another dtype.
@@ -317,7 +320,8 @@ def _differences(path: Path, kind: str, targets: Tensors) -> Iterator[str]:
         have, want = saved[name], targets[name]
         if have.size != want.shape:
             yield f"{kind} tensor {name} was saved with shape {[*have.size]}, wanted is {[*want.shape]}"
-        if have.properties.dtype != want.dtype:
+        floats = have.properties.dtype.is_floating_point and want.dtype.is_floating_point
+        if have.properties.dtype != want.dtype and not (cast and floats):
             yield f"{kind} tensor {name} was saved as {have.properties.dtype}, wanted is {want.dtype}"
 
 

@@ -34,6 +34,12 @@ SENTENCES = {
     ): "fp16 gradients overflowed; no weight was moved, the loss scale is halved to {halved_to:g}",
 }
 
+# What is smaller since there was not enough memory.
+SHORTAGES = {
+    "micro_batch": "the batch stays, but is computed in micro-batches of {after} sequences, not {before}",
+    "eval_tokens": "held-out text is evaluated {after} tokens at once, not {before}",
+}
+
 
 def step_line(event: Event, remaining: float | None) -> str:
     """The line of one training step."""
@@ -153,6 +159,8 @@ class Console:
         for name, reason in event["skipped_checkpoints"]:
             self.write(f"! skipped {name}: {reason}")
         self.write(f"resume {event['path']} from step {event['step']}" if resumed else f"run    {event['path']}")
+        for key, (old, new) in event.get("changed", {}).items():
+            self.write(f"       {key} is {new} from here on, it was {old}")
         self.write(
             f"model  {event['kind']}, {count(event['params'])} parameters, "
             f"{count(event['active'])} active a token{mean}, {count(event['flops_per_token'])}FLOP a trained token"
@@ -227,6 +235,12 @@ class Console:
 
     def _on_checkpoint(self, event: Event) -> None:
         self.write(f"[Save {event['step']}] {size(event['bytes'])} in {event['seconds']:.2f}s")
+
+    def _on_incident(self, event: Event) -> None:
+        for what, sentence in SHORTAGES.items():
+            if event["kind"] == "out of memory" and what in event:
+                before, after = event[what]
+                self.write(f"! step {event['step']}: out of memory; {sentence.format(before=before, after=after)}")
 
     def _on_decision(self, event: Event) -> None:
         sentence = SENTENCES[event["rule"], event["action"]].format(**event["evidence"])

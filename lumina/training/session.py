@@ -16,23 +16,23 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
+from lumina.config.change import RESUME
 from lumina.config.resolve import Resolved
 from lumina.events import EventWriter
 from lumina.progress import Tell, silent
 from lumina.run.folder import Run
 from lumina.run.signals import StopRequest
 from lumina.training import machine, setup
-from lumina.training.evaluate import Evaluation, evaluate
+from lumina.training.evaluate import Evaluation
 from lumina.training.observer import Observer
+from lumina.training.oom import Fitting
 from lumina.training.probe import TOKENS as PROBE_TOKENS
 from lumina.training.probe import Probe
 from lumina.training.saving import Saver
 from lumina.training.schedule import depth_capacity, rate
 from lumina.training.state import Lagged, State
-from lumina.training.step import train_step
 
 Listener = Callable[[dict[str, Any]], None]
-EVAL_TOKENS = 16384  # tokens evaluated at once
 
 
 class Session:
@@ -46,11 +46,12 @@ class Session:
         rate: float,
         listeners: Sequence[Listener],
         told: Tell,
+        changed: dict[str, list[Any]] | None = None,
     ) -> None:
         self.run, self.config, self.parts, self.listeners = run, parts.config, parts, listeners
         self.world, self.told = parts.world, told if parts.world.main else silent
-        self.first = "compiling, and the first step" if self.config.train.compile == "on" else "the first step"
-        self.source = resolved.source
+        self.first = "the first step"
+        self.source, self.changed = resolved.source, changed or {}
         self.choices = {
             key: origin.removeprefix("resolved: ")
             for key, origin in resolved.origins.items()
@@ -60,10 +61,10 @@ class Session:
         looked_at = parts.heldout(parts.main_kind, PROBE_TOKENS)[0]
         self.probe = Probe(parts.model, looked_at, parts.precision)
         self.state = State(parts.model, parts.optimizer, self.probe)
-        self.saver = Saver(run, parts, self.state, self.told)
+        self.saver = Saver(run, parts, self.state, self.told, recast=resolved.origins["precision.mode"] == RESUME)
+        self.fitting = Fitting(run, resolved, parts, self.state, self.told, self._emit)
         self.observer = Observer(parts, self.peak, self._emit)
         self.freeze_from = parts.steps - parts.phases[-1].decay
-        self.heldout = {kind: parts.heldout(kind, EVAL_TOKENS) for kind in parts.kinds}
         self.last_eval: tuple[int, Evaluation] | None = None
 
     def train(self) -> None:
@@ -75,6 +76,8 @@ class Session:
             if self.world.main:
                 self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners))
             self._announce(skipped, attempt)
+            self.fitting.tell_retry()
+            self._rehearse()
             self.last = time.perf_counter()
             self.told(self.first, 0, 1)
             while self.state.progress.step < self.parts.steps:
@@ -90,16 +93,10 @@ class Session:
         parts, progress, train = self.parts, self.state.progress, self.config.train
         step = progress.step + 1
         self._tell_phase(step)
-        capacity = self._capacity(step)
-        for router in parts.model.routers:
-            router.capacity = capacity
-        metrics = train_step(
-            parts.model,
-            parts.optimizer,
+        self._set_depth(step)
+        metrics = self.fitting.step(
             parts.loader.batch(step - 1),
             rate(parts.phases, train.schedule, step),
-            parts.plan,
-            parts.precision,
             freeze_bias=step > self.freeze_from,
             step=step,
         )
@@ -117,6 +114,17 @@ class Session:
             self._look()
         if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
             self._save()
+
+    def _rehearse(self) -> None:
+        """Whether the next step fits into the memory, and those after it."""
+        step = self.state.progress.step + 1
+        if step <= self.parts.steps:
+            self._set_depth(step)
+            self.fitting.rehearse(self.parts.loader.batch(step - 1), step)
+
+    def _set_depth(self, step: int) -> None:
+        for router in self.parts.model.routers:
+            router.capacity = self._capacity(step)
 
     def _tell_phase(self, step: int) -> None:
         """A change that was planned: so says an event, for whoever would take it for a fault."""
@@ -145,17 +153,9 @@ class Session:
     def _evaluate(self) -> None:
         """Evaluates all held-out tokens of each kind with the causal routing; its time is not training time."""
         parts, begin, mod = self.parts, time.perf_counter(), self.config.model.mod
-        for kind, batches in self.heldout.items():
+        for kind in parts.kinds:
             start = time.perf_counter()
-            result = evaluate(
-                parts.model,
-                batches,
-                batches.text_bytes,
-                parts.precision,
-                mod.capacity if mod else None,
-                self.world,
-                self.told,
-            )
+            result = self.fitting.evaluate(kind, mod.capacity if mod else None)
             if mod and self._capacity(self.state.progress.step) != mod.capacity:
                 result = replace(result, comparable=False)  # it still computes more than it will
             self._emit(
@@ -222,6 +222,7 @@ class Session:
             machine=machine.facts(self.config.parallel.device),
             matmul_flops=self.peak,
             choices=self.choices,
+            changed=self.changed,
             **setup.description(self.parts),
         )
 
