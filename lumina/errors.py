@@ -29,3 +29,15 @@ class UserError(Exception):
 
 class DiskRefused(UserError):  # noqa: N818 - what happened, as the user reads it
     """The disk did not take something: it is full, read-only, or gone. Another try may succeed."""
+
+
+class OutOfMemory(Exception):  # noqa: N818 - its name in the field
+    """The memory does not suffice, even for one sequence at a time."""
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        self.message = message
+        self.fix = fix
+        super().__init__(message, fix)
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message

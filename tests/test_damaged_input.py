@@ -144,7 +144,7 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
      ["meta.json: damaged: it has no 'processes'", "restore"]),
     ("a device left behind", config("device: cpu", "device: cuda"), RESUME,
      ["runs/stopped/config.yaml: parallel.device=cuda", "has no cuda", "resume it where there is one",
-      "change the value in runs/stopped/config.yaml"]),
+      "lumina resume runs/stopped parallel.device=cpu"]),
     ("a choice left open", config("device: cpu", "device: auto"), RESUME,
      ["runs/stopped/config.yaml: it does not say parallel.device", "restore the file"]),
     ("no length", config("  steps: 4", "  time: 1h"), RESUME, ["does not say train.steps", "restore the file"]),

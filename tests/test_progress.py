@@ -33,6 +33,7 @@ def test_preparing_evaluating_timing_and_verifying_tell_how_far_they_are(
         "evaluating",
         "verifying",
         "building",
+        "rehearsing",
         "the",  # first step
         "saving",
     }

@@ -10,9 +10,9 @@ Of several processes each stages and writes its own rows; the main one seals and
 
 from __future__ import annotations
 
-import os
 import hashlib
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping

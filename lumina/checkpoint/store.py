@@ -242,14 +242,17 @@ def _open(path: Path) -> Checkpoint:
 # -- loading ------------------------------------------------------------------------------------------------
 
 
-def load(checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None, world: World = ALONE) -> None:
+def load(
+    checkpoint: Checkpoint, model: Tensors, optim: Tensors | None = None, world: World = ALONE, *, cast: bool = False
+) -> None:
     """Reads every tensor of a checkpoint into the given ones, in place; without `optim`, the model's only.
 
     Names, shapes and dtypes must be equal: else one `UserError` lists the first differences, and nothing changed.
-    Raises `Unsound` if a number is not finite; the tensors hold it then.
+    Raises `Unsound` if a number is not finite; the tensors hold it then. With `cast`, floating-point tensors are
+    converted to the given dtypes.
     """
     wanted = {MODEL: model} if optim is None else {MODEL: model, OPTIM: optim}
-    problems = [p for kind, targets in wanted.items() for p in _differences(checkpoint.path, kind, targets)]
+    problems = [p for kind, targets in wanted.items() for p in _differences(checkpoint.path, kind, targets, cast)]
     if problems:
         more = len(problems) - SHOWN
         shown = [*problems[:SHOWN], f"and {more} more"] if more > 0 else problems
@@ -272,7 +275,7 @@ def _require_finite(path: Path, loaded: Mapping[str, Tensors]) -> None:
         raise Unsound(f"{path}: {wrong[0]}{more}: not all numbers are finite", fix="use an earlier checkpoint")
 
 
-def _differences(path: Path, kind: str, targets: Tensors) -> Iterator[str]:
+def _differences(path: Path, kind: str, targets: Tensors, cast: bool) -> Iterator[str]:
     """How the tensors of one kind saved in `path` differ from `targets`, by the headers of the files alone.
 
     Torch would not say: it ignores what nobody asked for, and copies into another dtype.
@@ -286,7 +289,8 @@ def _differences(path: Path, kind: str, targets: Tensors) -> Iterator[str]:
         have, want = saved[name], targets[name]
         if have.shape != tuple(want.shape):
             yield f"{kind} tensor {name} was saved with shape {[*have.shape]}, wanted is {[*want.shape]}"
-        if have.dtype != want.dtype:
+        floats = have.dtype.is_floating_point and want.dtype.is_floating_point
+        if have.dtype != want.dtype and not (cast and floats):
             yield f"{kind} tensor {name} was saved as {have.dtype}, wanted is {want.dtype}"
 
 

@@ -13,8 +13,8 @@ import typer
 
 from lumina import __version__
 from lumina.cli import bench, chat, config, data, demo, doctor, generate, lora, presets, runs, train
-from lumina.errors import UserError
-from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, USER_ERROR
+from lumina.errors import OutOfMemory, UserError
+from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, OUT_OF_MEMORY, USER_ERROR
 
 Verb = Callable[..., None]
 VERBS: dict[str, Verb | dict[str, Verb]] = {
@@ -74,6 +74,9 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             _say(error, bool(options.get("json")))
             raise typer.Exit(USER_ERROR) from None
+        except OutOfMemory as error:
+            _say(UserError(error.message, error.fix), bool(options.get("json")))
+            raise typer.Exit(OUT_OF_MEMORY) from None
         except KeyboardInterrupt:
             print("\nstopped at once; checkpoints saved before are complete", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None

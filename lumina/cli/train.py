@@ -42,14 +42,20 @@ def train(
 
 def resume(
     run: Annotated[str, typer.Argument(help="A run folder, or its name below --root.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="How it goes on: parallel.device=cpu precision.mode=fp32 …", show_default=False),
+    ] = None,
     root: Root = Path("runs"),
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Go on with a stopped run, to the bit.
 
-    It goes on from its newest complete checkpoint, or from the start if it has none.
+    It goes on from its newest complete checkpoint, or from the start if it has none. Settings change how it is
+    computed, kept and shown (another device, say), and stay; numbers may then differ in their last digits.
     """
+    from lumina.config.change import change
     from lumina.config.resolve import read
     from lumina.run import index
     from lumina.training import trainer
@@ -58,8 +64,10 @@ def resume(
     if found.finished:
         voice.tell_again(found)
         voice.say(f"note   {found.path} is finished: there is nothing to go on with")
-    console = voice.console(read(found.config).config.telemetry.log_every)
-    _finish(lambda: trainer.resume(found, voice.listeners(console), console.progress), console, voice)
+    config = read(found.config)
+    console = voice.console((change(config, settings) if settings else config).config.telemetry.log_every)
+    listeners = voice.listeners(console)
+    _finish(lambda: trainer.resume(found, listeners, console.progress, settings=settings or ()), console, voice)
 
 
 class Voice:

@@ -78,6 +78,11 @@ class Run:
         return self.path / "lock"
 
     @property
+    def retry(self) -> Path:
+        """Where a process that ran out of memory says what the next start should do."""
+        return self.path / "retry.json"
+
+    @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"
 

@@ -34,6 +34,8 @@ SENTENCES = {
     ): "fp16 gradients overflowed; no weight was moved, the loss scale is halved to {halved_to:g}",
 }
 
+# What is smaller since there was not enough memory.
+
 
 def step_line(event: Event, remaining: float | None) -> str:
     """The line of one training step."""
@@ -154,6 +156,8 @@ class Console:
         for name, reason in event["skipped_checkpoints"]:
             self.write(f"! skipped {name}: {reason}")
         self.write(f"resume {event['path']} from step {event['step']}" if resumed else f"run    {event['path']}")
+        for key, (old, new) in event.get("changed", {}).items():
+            self.write(f"       {key} is {new} from here on, it was {old}")
         self.write(
             f"model  {event['kind']}, {count(event['params'])} parameters, "
             f"{count(event['active'])} active a token{mean}, {count(event['flops_per_token'])}FLOP a trained token"
@@ -232,12 +236,9 @@ class Console:
         self.write(f"[Save {event['step']}] {size(event['bytes'])} in {event['seconds']:.2f}s{asked}")
 
     def _on_incident(self, event: Event) -> None:
-        if event["kind"] == "log refused":
-            self.write(f"! {event['error']}; its lines wait in memory until the disk takes them")
-        if event["kind"] == "save refused" and not self.unsaved:
-            goes_on = "" if event["ends"] else "; training goes on, and each save tries again"
-            self.write(f"! step {event['step']}: {event['error']}{goes_on}")
-            self.unsaved = True  # said once, until a save succeeds
+        if event["kind"] != "save refused" or not self.unsaved:
+            self.write(f"! {incidents.sentence(event)}")
+        self.unsaved |= event["kind"] == "save refused"  # said once, until a save succeeds
 
     def _on_decision(self, event: Event) -> None:
         sentence = SENTENCES[event["rule"], event["action"]].format(**event["evidence"])

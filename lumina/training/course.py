@@ -12,36 +12,41 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from lumina.config.resolve import Resolved
 from lumina.progress import Tell
-from lumina.training.evaluate import Evaluation, evaluate
+from lumina.run.folder import Run
+from lumina.training.evaluate import Evaluation
 from lumina.training.observer import Emit, Observer
+from lumina.training.oom import Fitting
 from lumina.training.probe import TOKENS as PROBE_TOKENS
 from lumina.training.probe import Probe
 from lumina.training.schedule import depth_capacity, rate
 from lumina.training.setup import Parts
 from lumina.training.state import Lagged, State
-from lumina.training.step import train_step
-
-EVAL_TOKENS = 16384  # tokens evaluated at once
 
 
 class Course:
     """Steps through a run: what it trains with, where it stands, and who is told."""
 
-    def __init__(self, parts: Parts, peak: float, emit: Emit, told: Tell) -> None:
+    def __init__(self, run: Run, resolved: Resolved, parts: Parts, peak: float, emit: Emit, told: Tell) -> None:
         self.parts, self.config, self.emit, self.told = parts, parts.config, emit, told
-        self.first = "compiling, and the first step" if self.config.train.compile == "on" else "the first step"
+        self.first = "the first step"
         looked_at = parts.heldout(parts.main_kind, PROBE_TOKENS)[0]
         self.probe = Probe(parts.model, looked_at, parts.precision)
         self.state = State(parts.model, parts.optimizer, self.probe)
         self.observer = Observer(parts, peak, self._tell)
         self.freeze_from = parts.steps - parts.phases[-1].decay
-        self.heldout = {kind: parts.heldout(kind, EVAL_TOKENS) for kind in parts.kinds}
+        self.fitting = Fitting(run, resolved, parts, self.state, told, self._tell)
         self.last_eval: tuple[int, Evaluation] | None = None
         self.last = 0.0  # when the last step ended, less what since was not training
 
     def begin(self) -> None:
-        """Training time counts from here on."""
+        """Finds out whether the next step fits into the memory; training time counts from then on."""
+        self.fitting.tell_retry()
+        step = self.state.progress.step + 1
+        if step <= self.parts.steps:
+            self._set_capacity(step)
+            self.fitting.rehearse(self.parts.loader.batch(step - 1), step)
         self.last = time.perf_counter()
         self.told(self.first, 0, 1)
 
@@ -61,16 +66,10 @@ class Course:
         parts, progress, train = self.parts, self.state.progress, self.config.train
         step = progress.step + 1
         self._tell_phase(step)
-        capacity = self._capacity(step)
-        for router in parts.model.routers:
-            router.capacity = capacity
-        metrics = train_step(
-            parts.model,
-            parts.optimizer,
+        self._set_capacity(step)
+        metrics = self.fitting.step(
             parts.loader.batch(step - 1),
             rate(parts.phases, train.schedule, step),
-            parts.plan,
-            parts.precision,
             freeze_bias=step > self.freeze_from,
             step=step,
         )
@@ -80,6 +79,10 @@ class Course:
         progress.step, progress.tokens = step, progress.tokens + train.batch_tokens
         progress.wall += progress.step_seconds
         self.state.pending = Lagged(metrics)
+
+    def _set_capacity(self, step: int) -> None:
+        for router in self.parts.model.routers:
+            router.capacity = self._capacity(step)
 
     def _tell_phase(self, step: int) -> None:
         """A change that was planned: so says an event, for whoever would take it for a fault."""
@@ -108,17 +111,9 @@ class Course:
     def evaluate(self) -> None:
         """Evaluates all held-out tokens of each kind with the causal routing; its time is not training time."""
         parts, begin, mod = self.parts, time.perf_counter(), self.config.model.mod
-        for kind, batches in self.heldout.items():
+        for kind in parts.kinds:
             start = time.perf_counter()
-            result = evaluate(
-                parts.model,
-                batches,
-                batches.text_bytes,
-                parts.precision,
-                mod.capacity if mod else None,
-                parts.world,
-                self.told,
-            )
+            result = self.fitting.evaluate(kind, mod.capacity if mod else None)
             if mod and self._capacity(self.state.progress.step) != mod.capacity:
                 result = replace(result, comparable=False)  # it still computes more than it will
             self.emit(

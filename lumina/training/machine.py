@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import time
 from typing import Any
 
@@ -88,16 +89,20 @@ def choose(config: Config, world: World = ALONE) -> Choices:
     if config.train.micro_batch == "auto":
         limit = max(1, MICRO_TOKENS // config.model.seq_len)
         choices["train.micro_batch"] = micro_batch(config, world, limit), f"at most {MICRO_TOKENS} tokens at once"
-    elif micro_batch(config, world, own := int(config.train.micro_batch)) != own:
+    if config.train.tokens is not None:
+        steps = max(1, round(config.train.tokens / config.train.batch_tokens))
+        choices["train.steps"] = (steps, f"train.tokens={config.train.tokens} / train.batch_tokens")
+    return choices
+
+
+def require_micro_batch(config: Config, world: World) -> None:
+    """Raises `UserError` if the user's own micro-batch does not divide a process's part of the batch."""
+    if config.train.micro_batch != "auto" and micro_batch(config, world, own := int(config.train.micro_batch)) != own:
         part = config.train.batch_tokens // config.model.seq_len // world.size
         raise UserError(
             f"train.micro_batch={own} does not divide a process's part of the batch: {part} sequences",
             fix=f"use {nearest_divisor(own, part)}, or leave it out",
         )
-    if config.train.tokens is not None:
-        steps = max(1, round(config.train.tokens / config.train.batch_tokens))
-        choices["train.steps"] = (steps, f"train.tokens={config.train.tokens} / train.batch_tokens")
-    return choices
 
 
 def threads(world: World) -> int:
@@ -154,8 +159,9 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def check_settled(config: Config, path: str, world: World) -> None:
-    """Raises `UserError` if the configuration of a run at `path` leaves a choice open, or needs what is not here."""
+def check_settled(config: Config, run: str, world: World) -> None:
+    """Raises `UserError` if the configuration of a `run` leaves a choice open, or needs what is not here."""
+    path = f"{run}/config.yaml"
     settled = {
         "parallel.device": config.parallel.device,
         "parallel.threads": config.parallel.threads,
@@ -165,11 +171,17 @@ def check_settled(config: Config, path: str, world: World) -> None:
     if open_keys := [key for key, value in settled.items() if value in ("auto", None)]:
         fix = "restore the file; a run keeps what was chosen when it began"
         raise UserError(f"{path}: it does not say {', '.join(open_keys)}", fix)
+    device, _ = choose_device("auto")
+    here = [f"parallel.device={device}"]
+    if config.precision.mode != "fp32":
+        here.append(f"precision.mode={choose_precision(device)[0]}")
     try:
         choose_device(config.parallel.device)
+        here = ["train.compile=off"]
         require_compiler(config)
     except UserError as error:
-        fix = f"resume it where there is one, or change the value in {path}; the numbers will differ"
+        command = shlex.join(["lumina", "resume", run, *here])
+        fix = f"resume it where there is one, or here, where the numbers differ: {command}"
         raise UserError(f"{path}: {error.message}", fix) from None
     require_gpus(config.parallel.device, world)
 

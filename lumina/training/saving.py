@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from safetensors import safe_open
+from torch import Tensor
+
 from lumina.checkpoint import retention, store
 from lumina.checkpoint.catalogue import LOSS
 from lumina.errors import DiskRefused, UserError
 from lumina.progress import Tell, whole
 from lumina.run.folder import Run
 from lumina.training.evaluate import Evaluation
+from lumina.training.precision import LossScale
 from lumina.training.setup import Parts
 from lumina.training.state import State
 
@@ -18,7 +22,9 @@ from lumina.training.state import State
 class Saver:
     """Saves and restores the `state` of a run; every process calls, the main one decides."""
 
-    def __init__(self, run: Run, parts: Parts, state: State, told: Tell) -> None:
+    def __init__(self, run: Run, parts: Parts, state: State, told: Tell, recast: bool = False) -> None:
+        """`recast`: the user asked for another precision than the run began with."""
+        self.recast, self.precision = recast, parts.precision
         self.run, self.config, self.world, self.state, self.told = run, parts.config, parts.world, state, told
         self.identity = {
             "tokenizer": parts.corpus.tokenizer.fingerprint,
@@ -77,7 +83,10 @@ class Saver:
                     f"{found.path}: saved with another {what} ({found.state[what]}) than the run now has ({value})",
                     fix=f"restore the run's {what}, or start another: lumina train … --fresh",
                 )
-        store.load(found, self.state.model_tensors(), self.state.optim_tensors(), self.world)
+        optim = self.state.optim_tensors()
+        if self.recast:
+            optim = _with_the_loss_scale_of(found, optim, self.precision.device)
+        store.load(found, self.state.model_tensors(), optim, self.world, cast=self.recast)
         self.state.unpack(found.state)
         self.world.decide(lambda: retention.note_damaged(self.run.checkpoints, [path for path, _ in skipped]))
         self.world.decide(self._link_best)
@@ -100,3 +109,13 @@ class Saver:
         best = self.state.progress.best_step
         if best is not None and store.folder(self.run.checkpoints, best).is_dir():
             store.point(self.run.checkpoints, "best", best)
+
+
+def _with_the_loss_scale_of(found: store.Checkpoint, optim: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    """What to load: without a loss scale where none was saved, for it begins anew; one to throw away where one was."""
+    scale = LossScale(device).tensors()
+    saved = set[str]()
+    for path in (found.path / store.OPTIM).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            saved |= scale.keys() & set(file.keys())
+    return {name: tensor for name, tensor in (scale | optim).items() if name not in scale or name in saved}

@@ -12,6 +12,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from lumina.config.change import RESUME
 from lumina.config.resolve import Resolved
 from lumina.errors import DiskRefused
 from lumina.events import EventWriter
@@ -36,18 +37,20 @@ class Session:
         rate: float,
         listeners: Sequence[Listener],
         told: Tell,
+        changed: dict[str, list[Any]] | None = None,
     ) -> None:
         self.run, self.config, self.parts, self.listeners = run, parts.config, parts, listeners
         self.world, self.told = parts.world, told if parts.world.main else silent
-        self.source = resolved.source
+        self.source, self.changed = resolved.source, changed or {}
         self.choices = {
             key: origin.removeprefix("resolved: ")
             for key, origin in resolved.origins.items()
             if origin.startswith("resolved: ")
         }
         self.peak = rate * self.world.size  # FLOP/s of square matmuls, of all processes: what MFU is measured against
-        self.course = Course(parts, self.peak, self._emit, self.told)
-        self.saver = Saver(run, parts, self.course.state, self.told)
+        self.course = Course(run, resolved, parts, self.peak, self._emit, self.told)
+        recast = resolved.origins["precision.mode"] == RESUME
+        self.saver = Saver(run, parts, self.course.state, self.told, recast)
 
     def train(self) -> None:
         """Runs the attempt. A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`."""
@@ -136,6 +139,7 @@ class Session:
             machine=machine.facts(self.config.parallel.device),
             matmul_flops=self.peak,
             choices=self.choices,
+            changed=self.changed,
             **setup.description(self.parts),
         )
 

@@ -159,6 +159,7 @@ def settle_all(
     wanted = resolved.config.parallel.device
     world.each(lambda: machine.choose_device(wanted))  # each may be on another machine
     chosen = world.decide(lambda: _vocab_choice(resolved, corpus) | machine.choose(resolved.config, world))
+    world.decide(lambda: machine.require_micro_batch(resolved.config, world))
     resolved = settle(resolved, chosen)
     config = resolved.config
     rate = matmul_rate(config, world)
@@ -168,13 +169,27 @@ def settle_all(
         trial = settle(resolved, {"train.steps": (10**6, "trial"), "train.compile": ("off", "trial")})
         step_time = _measure_step_time(build(trial.config, corpus, world), progress)
         resolved = settle(resolved, world.decide(lambda: _deadline_choice(config, seconds, step_time)))
+    return _settle_compile(resolved, rate, world), rate
+
+
+def settle_again(changed: Resolved, world: World) -> Resolved:
+    """The same for what is open again in the configuration of a run that was changed."""
+    device = changed.config.parallel.device
+    world.each(lambda: machine.choose_device(device))
+    resolved = settle(changed, world.decide(lambda: machine.choose(changed.config, world)))
+    rate = matmul_rate(resolved.config, world) if resolved.config.train.compile == "auto" else 0.0
+    return _settle_compile(resolved, rate, world)
+
+
+def _settle_compile(resolved: Resolved, rate: float, world: World) -> Resolved:
+    config = resolved.config
     if config.train.compile == "auto":
-        steps = resolved.config.train.steps or 0
+        steps = config.train.steps or 0
         flops = mean_flops(config, steps)
         choice = world.decide(lambda: machine.choose_compile(config, steps, flops, rate * world.size))
         resolved = settle(resolved, {"train.compile": choice})
     world.each(lambda: machine.require_compiler(resolved.config))
-    return resolved, rate
+    return resolved
 
 
 def matmul_rate(config: Config, world: World) -> float:
@@ -206,16 +221,16 @@ def _deadline_choice(config: Config, seconds: float, step_time: float) -> machin
 
 
 def adapt(resolved: Resolved, began_with: int, world: World) -> Config:
-    """A run's settled configuration for the processes it goes on with, if they are not as many as it `began_with`.
+    """A run's settled configuration for the processes it goes on with, of which it may have begun with others.
 
-    They share this machine's cores, and a micro-batch has to divide their smaller part of the batch.
+    They share this machine's cores, and a micro-batch has to divide a process's part of the batch. As many as it
+    `began_with` keep what was settled.
     """
     config = resolved.config
-    if world.size == began_with:
-        return config
-    threads = machine.threads(world)
-    if not resolved.origins["parallel.threads"].startswith("resolved: "):
-        threads = min(threads, int(config.parallel.threads))
+    threads = int(config.parallel.threads)
+    if world.size != began_with:
+        own = not resolved.origins["parallel.threads"].startswith("resolved: ")
+        threads = min(machine.threads(world), threads) if own else machine.threads(world)
     micro = machine.micro_batch(config, world, int(config.train.micro_batch))
     parallel = config.parallel.model_copy(update={"threads": threads})
     train = config.train.model_copy(update={"micro_batch": micro})

@@ -12,6 +12,8 @@ from lumina.model.transformer import Transformer
 from lumina.training.optim import Optimizer
 from lumina.training.probe import Probe
 
+EVAL_TOKENS = 16384
+
 
 @dataclass
 class Progress:
@@ -26,6 +28,7 @@ class Progress:
     step_seconds: float = 0.0  # that `step` took
     experts: list[float] | None = None  # what the expert layers did since the last event of it, as of `step` - 1
     depth: list[float] | None = None  # what the depth routers did, likewise
+    eval_tokens: int = EVAL_TOKENS  # evaluated at once; less once the memory did not hold so many
 
 
 class State:

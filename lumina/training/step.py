@@ -1,7 +1,9 @@
 """One optimizer step, start to end, without waiting for the device.
 
-    micro-batches -> loss sums / tokens of the whole batch -> backward -> guard -> clip -> optimizer -> router state
+    `gradients`: micro-batches -> loss sums / tokens of the whole batch -> backward
+    `apply`:     guard -> clip -> optimizer -> router state
 
+`gradients` changes nothing but the gradients, so it may be repeated or thrown away; `apply` moves the state, once.
 The guard decides on the device: a step whose loss or gradients are not finite moves nothing (weights, moments,
 router biases, thresholds), and says so in the metrics.
 """
@@ -9,6 +11,7 @@ router biases, thresholds), and says so in the metrics.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +40,13 @@ class Step:
     frozen: bool = False  # only adapters learn: router biases and depth thresholds rest
 
 
+class Sums(NamedTuple):
+    """What this process's micro-batches add up to."""
+
+    loss: Tensor  # nats, correct, counted tokens
+    routing: RoutingStats
+
+
 def train_step(
     model: Transformer,
     optimizer: Optimizer,
@@ -52,12 +62,29 @@ def train_step(
 
     `batch` is the whole batch, in every process; its noise is that of `step`.
     """
+    found = gradients(model, optimizer, batch, plan, precision, step)
+    return apply(model, optimizer, batch, lr, plan, found, freeze_bias)
+
+
+def gradients(
+    model: Transformer,
+    optimizer: Optimizer,
+    batch: Batch,
+    plan: Step,
+    precision: Precision,
+    step: int = 0,
+    at_most: int | None = None,
+) -> Sums:
+    """Leaves the gradients of `batch`, or of `at_most` its first micro-batches, in the parameters in place of others.
+
+    Nothing else changes.
+    """
     optimizer.zero_grad()
     device, scale = model.embed.weight.device, optimizer.loss_scale
     sums = torch.zeros(3, device=device)
     stats: list[RoutingStats] = []
     tokens = max(1, batch.targets)  # of conversations, a small batch may count none
-    for micro in batch.split(plan.world.size)[plan.world.rank].split(plan.micro_batches):
+    for micro in batch.split(plan.world.size)[plan.world.rank].split(plan.micro_batches)[:at_most]:
         micro = micro.to(device)
         with precision.training():
             key_B = keys(plan.seed, step, micro.sample_ids_B)
@@ -67,9 +94,15 @@ def train_step(
         (total * scale.scale if scale else total).backward()
         sums += torch.stack([loss.nats, loss.correct, loss.tokens])
         stats.append(RoutingStats(*(value.detach() for value in routing)))
-    routing = RoutingStats(*(torch.stack(values).sum(0) for values in zip(*stats, strict=True)))
-    sums, routing = _everywhere(sums, routing, plan.world)
+    return Sums(sums, RoutingStats(*(torch.stack(values).sum(0) for values in zip(*stats, strict=True))))
 
+
+def apply(
+    model: Transformer, optimizer: Optimizer, batch: Batch, lr: float, plan: Step, found: Sums, freeze_bias: bool
+) -> Tensor:
+    """Moves weights and routers by the gradients of `batch`, of which `found` are the sums; returns the metrics."""
+    sums, routing = _everywhere(*found, plan.world)
+    scale = optimizer.loss_scale
     clipped, predictors = (
         optimizer.gradients(group) for group in (optimizer.groups.clipped, optimizer.groups.predictors)
     )
@@ -84,7 +117,7 @@ def train_step(
     torch._foreach_mul_(clipped, (plan.clip / (norm + 1e-6)).clamp(max=1.0))
     optimizer.step(lr, skip)
     _update_routers(model, routing, finite, plan, 0.0 if freeze_bias else plan.bias_rate, batch)
-    used = scale.scale[0].clone() if scale else torch.ones((), device=device)
+    used = scale.scale[0].clone() if scale else torch.ones((), device=sums.device)
     if scale:
         scale.update(skip)
     metrics = torch.stack([*sums, norm, skip, *_routing_metrics(model, routing), used])

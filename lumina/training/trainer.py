@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lumina.checkpoint import store
-from lumina.config.resolve import Resolved, read, request_hash, resolve, write
+from lumina.config.change import RESUME, change, differences
+from lumina.config.resolve import Resolved, read, request_hash, resolve, settle, write
 from lumina.data.corpus import Corpus
 from lumina.data.shards import data_fingerprint
 from lumina.data.tokenizer import Tokenizer
@@ -19,10 +21,11 @@ from lumina.progress import Tell, silent, whole
 from lumina.run import index
 from lumina.run.folder import Run
 from lumina.run.lock import RunLock
-from lumina.training import machine, memory, setup
+from lumina.training import machine, memory, oom, setup
 from lumina.training.session import Listener, Session
 
-EVAL_TOKENS = 16384  # tokens evaluated at once
+BUILDING = "building the model"
+TOO_LARGE = "choose a smaller model (see `lumina presets`), or share it among more processes with torchrun"
 
 
 class Trainer:
@@ -70,7 +73,7 @@ class Trainer:
         own = str(start.run.tokenizer) if start else None
         corpus = setup.load_data(self.resolved.config, tokenizer=own, world=world, progress=self.progress)
         settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress)
-        with whole("building the model", self.progress):
+        with oom.ending_alone(world), oom.beyond_repair(BUILDING, TOO_LARGE), whole(BUILDING, self.progress):
             parts = setup.build(settled.config, corpus, world)
             setup.load_origin(parts)
             world.each(lambda: parts.kinds)
@@ -82,7 +85,7 @@ class Trainer:
             "processes": world.size,
         }
         run = world.decide(lambda: Run.create(self.root, settled.source))
-        with world.holding(RunLock(run.lock)):
+        with world.holding(RunLock(run.lock)), oom.ending_alone(world):
             world.decide(lambda: _write(run, settled, corpus, meta))
             Session(run, settled, parts, rate, self.listeners, self.progress).train()
         return run
@@ -114,27 +117,53 @@ def _write(run: Run, settled: Resolved, corpus: Corpus, meta: dict[str, Any]) ->
         raise
 
 
-def resume(run: Run, listeners: Sequence[Listener] = (), progress: Tell = silent) -> Run:
+def resume(
+    run: Run,
+    listeners: Sequence[Listener] = (),
+    progress: Tell = silent,
+    *,
+    settings: Sequence[str] | Mapping[str, Any] = (),
+) -> Run:
     """Goes on with a run from its newest complete checkpoint (from the start if it has none).
 
-    A finished run is returned as it is.
+    `settings` change how it is computed, kept and shown from here on, as `config.change` lists; its `config.yaml`
+    holds them then, so that it goes on with them the next time. A finished run is returned as it is.
     """
     world = join()
     if world.decide(lambda: run.finished):
         return run
-    resolved = world.each(lambda: read(run.config))
-    world.decide(lambda: memory.require(resolved, world.size, world.local_size))
-    with world.holding(RunLock(run.lock)):
+    before = world.each(lambda: read(run.config))
+    with world.holding(RunLock(run.lock)), oom.ending_alone(world):
+        resolved = _changed(run, before, settings, world)
+        world.decide(lambda: memory.require(resolved, world.size, world.local_size))
         meta = world.each(run.read_meta)
-        world.each(lambda: machine.check_settled(resolved.config, str(run.config), world))
+        world.each(lambda: machine.check_settled(resolved.config, str(run.path), world))
         corpus = _data_again(run, resolved, meta, world, progress)
         config = setup.adapt(resolved, meta["processes"], world)
-        with whole("building the model", progress):
+        with oom.beyond_repair(BUILDING, TOO_LARGE), whole(BUILDING, progress):
             parts = setup.build(config, corpus, world)
             if not store.checkpoints(run.checkpoints):
                 setup.load_origin(parts)
-        Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress).train()
+        if changed := differences(before, resolved):
+            world.decide(lambda: oom.rewrite(run, resolved))
+        Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress, changed).train()
     return run
+
+
+def _changed(run: Run, before: Resolved, settings: Sequence[str] | Mapping[str, Any], world: World) -> Resolved:
+    """The configuration to go on with: what a lack of memory left word of, then what the user asks."""
+    resolved = before
+    if (retry := world.decide(lambda: oom.read_retry(run))) and "micro_batch" in retry:
+        why = f"{oom.KIND} with {retry['before']} in step {retry['step']}"
+        resolved = world.each(lambda: settle(resolved, {"train.micro_batch": (retry["micro_batch"], why)}))
+    if not settings:
+        return resolved
+    asked = world.each(lambda: change(resolved, settings))
+    resolved = setup.settle_again(asked, world)
+    mine = {key for key, origin in asked.origins.items() if origin == RESUME}
+    if asked.config.train.micro_batch != before.config.train.micro_batch:
+        world.decide(lambda: machine.require_micro_batch(resolved.config, world))
+    return replace(resolved, origins=resolved.origins | dict.fromkeys(mine, RESUME))
 
 
 def _data_again(run: Run, resolved: Resolved, meta: dict[str, Any], world: World, progress: Tell) -> Corpus:

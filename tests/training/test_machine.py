@@ -80,7 +80,7 @@ def test_a_run_that_goes_on_with_another_number_of_processes_shares_the_cores_am
     adapted = [setup.adapt(settled, 2, world) for world in worlds]
     assert [config.parallel.threads for config in adapted] == [8, 4, 2, 1]
     assert [config.train.micro_batch for config in adapted] == [4, 4, 2, 1]
-    assert adapted[1] is settled.config
+    assert adapted[1] == settled.config
 
     own = resolve("tiny", asked | {"parallel.threads": 3})
     assert [setup.adapt(own, 2, world).parallel.threads for world in worlds] == [3, 3, 2, 1]
@@ -88,7 +88,9 @@ def test_a_run_that_goes_on_with_another_number_of_processes_shares_the_cores_am
 
 def test_the_users_micro_batch_is_never_changed_silently() -> None:
     with pytest.raises(UserError, match=r"micro_batch=3 does not divide .* 4 sequences") as error:
-        machine.choose(config(**{"train.batch_tokens": 64 * 12, "train.micro_batch": 3}), World(0, 3, 0, 3))
+        machine.require_micro_batch(
+            config(**{"train.batch_tokens": 64 * 12, "train.micro_batch": 3}), World(0, 3, 0, 3)
+        )
     assert "use 2 or 4" in error.value.fix
 
 

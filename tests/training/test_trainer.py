@@ -149,7 +149,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, results: list[tuple[float, bool]])
         loss, comparable = next(script)
         return Evaluation(loss, 1.0, 0.0, 1.0, 1, [], comparable)
 
-    monkeypatch.setattr("lumina.training.course.evaluate", evaluate)
+    monkeypatch.setattr("lumina.training.oom.evaluate", evaluate)
 
 
 def shape(run: Run) -> tuple[list[str], str, str]:

@@ -1,0 +1,25 @@
+"""What went wrong in a run and was dealt with, as sentences."""
+
+from __future__ import annotations
+
+from lumina.events import Event
+
+SHORTAGES = {
+    "micro_batch": "the batch stays, but is computed in micro-batches of {after} sequences, not {before}",
+    "eval_tokens": "held-out text is evaluated {after} tokens at once, not {before}",
+}
+
+
+def sentence(event: Event) -> str:
+    """What an `incident` event says to a person."""
+    where = f"step {event['step']}: "
+    match event["kind"]:
+        case "log refused":
+            return f"{event['error']}; its lines wait in memory until the disk takes them"
+        case "save refused":
+            return where + event["error"] + ("" if event["ends"] else "; training goes on, and each save tries again")
+        case "out of memory":
+            what = next(name for name in SHORTAGES if name in event)
+            before, after = event[what]
+            return f"{where}out of memory; {SHORTAGES[what].format(before=before, after=after)}"
+    return where + event["kind"]
