@@ -15,6 +15,7 @@ from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
 
+from lumina.telemetry import incidents
 from lumina.telemetry.figures import count, duration, perplexity, size
 
 Event = dict[str, Any]

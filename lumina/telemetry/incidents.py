@@ -12,14 +12,14 @@ SHORTAGES = {
 
 def sentence(event: Event) -> str:
     """What an `incident` event says to a person."""
-    where = f"step {event['step']}: "
-    match event["kind"]:
-        case "log refused":
-            return f"{event['error']}; its lines wait in memory until the disk takes them"
-        case "save refused":
-            return where + event["error"] + ("" if event["ends"] else "; training goes on, and each save tries again")
-        case "out of memory":
-            what = next(name for name in SHORTAGES if name in event)
-            before, after = event[what]
-            return f"{where}out of memory; {SHORTAGES[what].format(before=before, after=after)}"
-    return where + event["kind"]
+    kind, where = event["kind"], f"step {event['step']}: "
+    if kind == "log refused":
+        return f"{event['error']}; its lines wait in memory until the disk takes them"
+    if kind == "save refused":
+        goes_on = "" if event["ends"] else "; training goes on, and each save tries again"
+        return f"{where}{event['error']}{goes_on}"
+    if kind == "out of memory":
+        what = next(name for name in SHORTAGES if name in event)
+        before, after = event[what]
+        return f"{where}out of memory; {SHORTAGES[what].format(before=before, after=after)}"
+    return f"{where}{kind}"
