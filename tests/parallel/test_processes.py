@@ -18,10 +18,13 @@ from safetensors.torch import load_file
 from support import write_text
 
 from lumina.checkpoint import store
+from lumina.config.resolve import read
+from lumina.data.loader import Loader
 from lumina.errors import UserError
 from lumina.parallel.world import World, join
 from lumina.run.folder import Run
-from lumina.training.trainer import resume
+from lumina.training.session import Stopped
+from lumina.training.trainer import Trainer, resume
 
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d"]
 TORCHRUN += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node"]
@@ -111,6 +114,52 @@ def test_four_processes_some_without_an_expert_and_one_go_on_with_each_others_ch
     starts = [event for run in (back, there) for event in run.events() if event["t"] == "run"]
     assert [event["processes"] for event in starts] == [4, 1, 1, 4]
     assert [event["micro_batch"] for event in starts] == [2, 2, 4, 2]  # of four, two is a process's part
+
+
+def test_two_one_two_and_one_two_processes_train_on_the_same_batches_in_the_same_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, ids = write_text(tmp_path), tmp_path / "ids.txt"
+    torchrun(2, worker.__file__, "interrupt", str(tmp_path), str(text), str(ids))
+    (whole,), (parts,) = ([Run(path) for path in (tmp_path / name).iterdir()] for name in ("whole", "parts"))
+    monkeypatch.setattr(Loader, "ids", worker.noted(ids))
+    with pytest.raises(Stopped):
+        resume(parts, [worker.stop_at(2 * worker.CUT)])
+    worker.interrupt(tmp_path / "one", text, [worker.stop_at(worker.CUT)])
+    (one,) = (Run(path) for path in (tmp_path / "one").iterdir())
+    with monkeypatch.context() as environment:
+        environment.setenv("NOTED", str(ids))
+        torchrun(2, worker.__file__, "resume", str(parts.path), str(one.path))
+    starts = [[e["processes"] for e in run.events() if e["t"] == "run"] for run in (parts, one)]
+    assert starts == [[2, 1, 2], [1, 2]]
+    for run in (parts, one):
+        assert run.finished
+        # On the machine where this was written they are equal to the bit; another's kernels may round otherwise.
+        assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+        assert losses(run, "eval") == pytest.approx(losses(whole, "eval"), rel=1e-5)
+    assert read(parts.config).config == read(whole.config).config
+    batches = {tuple(line.split(maxsplit=1)) for line in ids.read_text().splitlines()}
+    assert len({i for i, _ in batches}) == len(batches) >= worker.LENGTH
+
+
+def test_a_process_without_memory_ends_all_and_the_next_start_takes_half_the_micro_batch(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    failed = torchrun(2, worker.__file__, "scarce", str(tmp_path / "two"), str(text), check=False)
+    assert failed.returncode != 0
+    assert "process 1: step 3: DefaultCPUAllocator: can't allocate memory" in failed.stderr
+    (run,) = (Run(path) for path in (tmp_path / "two").iterdir())
+    assert not run.finished
+    assert json.loads(run.retry.read_text())["micro_batch"] == 2
+    torchrun(2, worker.__file__, "scarce", str(tmp_path / "two"), str(text))
+    assert run.finished
+    assert not run.retry.exists()
+    begun = [event for event in run.events() if event["t"] == "run"]
+    assert [(e["micro_batch"], e["parent_step"], e["processes"]) for e in begun] == [(4, None, 2), (2, 2, 2)]
+    (told,) = (event for event in run.events() if event["t"] == "incident")
+    assert (told["kind"], told["micro_batch"]) == ("out of memory", [4, 2])
+    keys = worker.keys_of("moe", text, 6, 4) | {"checkpoint.every": 2}
+    alone = Trainer("tiny", keys, root=tmp_path / "one").fit()
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_the_example_runs_and_a_signal_saves_in_all_and_is_said_once(tmp_path: Path) -> None:

@@ -3,31 +3,40 @@
 worker.py gradients OUT             one step of every kind: gradients and updated weights, put together, to OUT
 worker.py train ROOT TEXT KIND...   a whole tiny run of every such kind below ROOT
 worker.py resume RUN...             goes on with these runs
+worker.py interrupt ROOT TEXT IDS   a run that is not interrupted, and one that is, by SIGTERM after `CUT` steps
+worker.py scarce ROOT TEXT          a run in whose third step the memory of one process runs out
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lumina.config.resolve import resolve, settle
-from lumina.data.loader import Batch
+from lumina.data.loader import Batch, Loader
 from lumina.parallel.world import ALONE, World, join
 from lumina.run.folder import Run
-from lumina.training import setup
+from lumina.training import oom, setup
 from lumina.training.machine import choose
 from lumina.training.optim import Optimizer
 from lumina.training.precision import LossScale, Precision
+from lumina.training.session import Stopped
 from lumina.training.step import Step, train_step
 from lumina.training.trainer import Trainer, resume
 
+LENGTH, CUT = 9, 3  # steps of a run that changes hands after each third
 KINDS = ("dense", "moe", "mod", "hybrid")
 CASES = [(kind, "muon", "fp32") for kind in KINDS] + [("hybrid", "adamw", "fp16"), ("hybrid", "adamw", "fp32")]
 
@@ -72,20 +81,63 @@ def train(root: Path, text: Path, kinds: Sequence[str] = KINDS, steps: int = 20,
 
     Micro-batches of four: one process adds up the same two halves that two processes do.
     """
-    runs = []
-    for kind in kinds:
-        i = KINDS.index(kind)
-        keys = uneven(kind, ("muon", "adamw")[i % 2]) | {
-            "data.train": str(text),
-            "train.steps": steps,
-            "train.micro_batch": micro_batch,
-            "train.eval_every": steps // 2,
-            "train.recompute": ("none", "full", "selective", "full")[i],
-            "checkpoint.every": steps // 2,
-            "checkpoint.keep_last": 9,
-        }
-        runs.append(Trainer("tiny", keys, root=root / kind).fit())
-    return runs
+    return [Trainer("tiny", keys_of(kind, text, steps, micro_batch), root=root / kind).fit() for kind in kinds]
+
+
+def keys_of(kind: str, text: Path, steps: int, micro_batch: int) -> dict[str, Any]:
+    i = KINDS.index(kind)
+    return uneven(kind, ("muon", "adamw")[i % 2]) | {
+        "data.train": str(text),
+        "train.steps": steps,
+        "train.micro_batch": micro_batch,
+        "train.eval_every": steps // 2,
+        "train.recompute": ("none", "full", "selective", "full")[i],
+        "checkpoint.every": steps // 2,
+        "checkpoint.keep_last": 9,
+    }
+
+
+def stop_at(step: int) -> Callable[[dict[str, Any]], None]:
+    """A listener that sends this process a SIGTERM when it sees a step."""
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["t"] == "step" and event["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return stop
+
+
+def noted(path: Path) -> Callable[[Loader, int], NDArray[np.int64]]:
+    """`Loader.ids` that also appends what it returns to a file."""
+    ids = Loader.ids
+
+    def note(self: Loader, i: int) -> NDArray[np.int64]:
+        found = ids(self, i)
+        with path.open("a") as file:
+            file.write(f"{i} {found.tolist()}\n")
+        return found
+
+    return note
+
+
+def interrupt(root: Path, text: Path, listeners: Sequence[Any] = ()) -> None:
+    """A run of `LENGTH` steps, unless a listener stops it."""
+    with suppress(Stopped):
+        Trainer("tiny", keys_of("hybrid", text, LENGTH, 4), root=root, listeners=listeners).fit()
+
+
+def scarce(root: Path, text: Path) -> None:
+    """The memory of the second process runs out in step 3, for as long as its micro-batch is of four."""
+    real = oom.gradients
+
+    def short(*arguments: Any) -> Any:
+        _, _, _, plan, _, step, rehearsal = arguments
+        if plan.world.rank == 1 and step == 3 and plan.micro_batches == 1 and not rehearsal:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return real(*arguments)
+
+    oom.gradients = short
+    Trainer("tiny", keys_of("moe", text, 6, 4) | {"checkpoint.every": 2}, root=root).fit()
 
 
 if __name__ == "__main__":
@@ -98,6 +150,15 @@ if __name__ == "__main__":
     elif verb == "train":
         steps, micro_batch = (6, 2) if join().size == 4 else (20, 4)
         train(Path(arguments[0]), Path(arguments[1]), arguments[2:], steps, micro_batch)
+    elif verb == "interrupt":
+        root, text, ids = map(Path, arguments)
+        Loader.ids = noted(ids)  # type: ignore[method-assign]
+        interrupt(root / "whole", text)
+        interrupt(root / "parts", text, [stop_at(CUT)])
+    elif verb == "scarce":
+        scarce(Path(arguments[0]), Path(arguments[1]))
     else:
+        if "NOTED" in os.environ:
+            Loader.ids = noted(Path(os.environ["NOTED"]))  # type: ignore[method-assign]
         for path in arguments:
             resume(Run(Path(path)))
