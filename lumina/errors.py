@@ -25,3 +25,17 @@ class UserError(Exception):
     def collect(cls, problems: Sequence[str], title: str, fix: str = "") -> UserError:
         """All problems in one error, so that nobody mends them one run at a time."""
         return cls("\n".join([f"{title}:", *(f"  - {problem}" for problem in problems)]), fix)
+
+
+class OutOfMemory(Exception):  # noqa: N818 - its name in the field
+    """The memory does not suffice, even for one sequence at a time."""
+
+    told = False
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        self.message = message
+        self.fix = fix
+        super().__init__(message, fix)
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message

@@ -13,8 +13,8 @@ import typer
 
 from lumina import __version__
 from lumina.cli import bench, chat, config, data, demo, doctor, generate, lora, presets, runs, train
-from lumina.errors import UserError
-from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, USER_ERROR
+from lumina.errors import OutOfMemory, UserError
+from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, OUT_OF_MEMORY, USER_ERROR
 
 Verb = Callable[..., None]
 VERBS: dict[str, Verb | dict[str, Verb]] = {
@@ -74,6 +74,9 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             _say(error, bool(options.get("json")))
             raise typer.Exit(USER_ERROR) from None
+        except OutOfMemory as error:
+            _say(error, bool(options.get("json")))
+            raise typer.Exit(OUT_OF_MEMORY) from None
         except KeyboardInterrupt:
             print("\nstopped at once; checkpoints saved before are complete", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
@@ -89,7 +92,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-def _say(error: UserError, as_json: bool) -> None:
+def _say(error: UserError | OutOfMemory, as_json: bool) -> None:
     """Says an error once, whichever processes met it: before they know of each other, one of each machine says it."""
     alone = os.environ.get("LOCAL_RANK", "0") == "0"
     if error.told or not (alone or _joined()):

@@ -18,8 +18,9 @@ from typing import Any
 from lumina.config.resolve import Resolved
 from lumina.events import EventWriter
 from lumina.progress import Tell, silent
-from lumina.run import signals
+from lumina.run import signals, supervised
 from lumina.run.folder import Run
+from lumina.run.watchdog import Watchdog
 from lumina.training import machine, setup
 from lumina.training.evaluate import Evaluation, evaluate
 from lumina.training.observer import Observer
@@ -47,7 +48,8 @@ class Session:
         told: Tell,
     ) -> None:
         self.run, self.config, self.parts, self.listeners = run, parts.config, parts, listeners
-        self.world, self.told = parts.world, told if parts.world.main else silent
+        self.world, self.watchdog = parts.world, Watchdog(run.log, self._tell_hang)
+        self.told = self.watchdog.hear(told if parts.world.main else silent)
         self.first = "compiling, and the first step" if self.config.train.compile == "on" else "the first step"
         self.source = resolved.source
         self.choices = {
@@ -67,9 +69,10 @@ class Session:
 
     def train(self) -> None:
         """Runs the attempt. A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`."""
-        attempt = self.world.decide(self.run.next_attempt)
-        skipped = self.saver.restore() if attempt else []
+        self.attempt = attempt = self.world.decide(self.run.next_attempt)
         with ExitStack() as stack:
+            stack.enter_context(self.watchdog)
+            skipped = self.saver.restore() if attempt else []
             requests = stack.enter_context(signals.Requests())
             if self.world.main:
                 self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners))
@@ -87,8 +90,9 @@ class Session:
         """The next step, then what is due after it."""
         parts, progress, train = self.parts, self.state.progress, self.config.train
         step = progress.step + 1
-        self._tell_phase(step)
         capacity = self._capacity(step)
+        self.watchdog.step(new=capacity != self._capacity(step - 1))
+        self._tell_phase(step)
         for router in parts.model.routers:
             router.capacity = capacity
         metrics = train_step(
@@ -216,6 +220,11 @@ class Session:
         if self.world.main:
             self.events.emit(type, **fields)
 
+    def _tell_hang(self, facts: dict[str, Any]) -> None:
+        """Called in another thread: what hangs may hold the writer of the events, or be a listener."""
+        with EventWriter(self.run.event_log, self.attempt) as events:
+            events.emit("incident", step=self.state.progress.step, rank=self.world.rank, **facts)
+
     def _announce(self, skipped: Sequence[tuple[Path, str]], attempt: int) -> None:
         self._emit(
             "run",
@@ -230,6 +239,8 @@ class Session:
             choices=self.choices,
             **setup.description(self.parts),
         )
+        if self.world.main and (why := supervised.restart()):
+            self._emit("incident", step=self.state.progress.step, kind="restart", **why)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and saved itself
