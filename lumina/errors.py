@@ -34,6 +34,8 @@ class DiskRefused(UserError):  # noqa: N818 - what happened, as the user reads i
 class OutOfMemory(Exception):  # noqa: N818 - its name in the field
     """The memory does not suffice, even for one sequence at a time."""
 
+    told = False
+
     def __init__(self, message: str, fix: str = "") -> None:
         self.message = message
         self.fix = fix

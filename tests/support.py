@@ -169,3 +169,11 @@ def until(found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
             raise AssertionError(f"ended with {process.returncode}: {process.communicate()}")
         time.sleep(0.02)
     return value
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 90) -> tuple[str, str]:
+    """What a process said until it ended; one that does not end is killed, and the test fails."""
+    try:
+        return process.communicate(timeout=seconds)
+    finally:
+        process.kill()

@@ -8,5 +8,6 @@ DONE: Final = 0
 BUG: Final = 1  # ours
 USER_ERROR: Final = 2  # printed without a traceback
 STOPPED: Final = 3  # by a signal, state saved
+HANG: Final = 4  # no sign of life: stacks in log.txt
 OUT_OF_MEMORY: Final = 5  # beyond repair
 INTERRUPTED: Final = 130  # at once, by a second ctrl-C or before training: 128 + SIGINT, as shells count

@@ -9,6 +9,7 @@ part of the state. Whatever a step does is told through `emit`.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +29,18 @@ from lumina.training.state import Lagged, State
 class Course:
     """Steps through a run: what it trains with, where it stands, and who is told."""
 
-    def __init__(self, run: Run, resolved: Resolved, parts: Parts, peak: float, emit: Emit, told: Tell) -> None:
-        self.parts, self.config, self.emit, self.told = parts, parts.config, emit, told
+    def __init__(
+        self,
+        run: Run,
+        resolved: Resolved,
+        parts: Parts,
+        peak: float,
+        emit: Emit,
+        told: Tell,
+        beat: Callable[[bool], None],
+    ) -> None:
+        """`beat` hears of each step that begins, and whether its shapes are new."""
+        self.parts, self.config, self.emit, self.told, self.beat = parts, parts.config, emit, told, beat
         self.first = "the first step"
         looked_at = parts.heldout(parts.main_kind, PROBE_TOKENS)[0]
         self.probe = Probe(parts.model, looked_at, parts.precision)
@@ -65,6 +76,7 @@ class Course:
         """The next step alone."""
         parts, progress, train = self.parts, self.state.progress, self.config.train
         step = progress.step + 1
+        self.beat(self._capacity(step) != self._capacity(step - 1))
         self._tell_phase(step)
         self._set_capacity(step)
         metrics = self.fitting.step(

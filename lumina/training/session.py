@@ -17,8 +17,9 @@ from lumina.config.resolve import Resolved
 from lumina.errors import DiskRefused
 from lumina.events import EventWriter
 from lumina.progress import Tell, silent
-from lumina.run import signals
+from lumina.run import signals, supervised
 from lumina.run.folder import Run
+from lumina.run.watchdog import Watchdog
 from lumina.training import machine, setup
 from lumina.training.course import Course
 from lumina.training.saving import Saver
@@ -40,7 +41,8 @@ class Session:
         changed: dict[str, list[Any]] | None = None,
     ) -> None:
         self.run, self.config, self.parts, self.listeners = run, parts.config, parts, listeners
-        self.world, self.told = parts.world, told if parts.world.main else silent
+        self.world, self.watchdog = parts.world, Watchdog(run.log, self._tell_hang)
+        self.told = self.watchdog.hear(told if parts.world.main else silent)
         self.source, self.changed = resolved.source, changed or {}
         self.choices = {
             key: origin.removeprefix("resolved: ")
@@ -48,16 +50,17 @@ class Session:
             if origin.startswith("resolved: ")
         }
         self.peak = rate * self.world.size  # FLOP/s of square matmuls, of all processes: what MFU is measured against
-        self.course = Course(run, resolved, parts, self.peak, self._emit, self.told)
+        self.course = Course(run, resolved, parts, self.peak, self._emit, self.told, self.watchdog.step)
         recast = resolved.origins["precision.mode"] == RESUME
         self.saver = Saver(run, parts, self.course.state, self.told, recast)
 
     def train(self) -> None:
         """Runs the attempt. A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`."""
-        attempt = self.world.decide(self.run.next_attempt)
-        skipped = self.saver.restore() if attempt else []
+        self.attempt = attempt = self.world.decide(self.run.next_attempt)
         hold = self.config.checkpoint.on_error == "continue"
         with ExitStack() as stack:
+            stack.enter_context(self.watchdog)
+            skipped = self.saver.restore() if attempt else []
             requests = stack.enter_context(signals.Requests())
             if self.world.main:
                 self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners, hold))
@@ -127,6 +130,11 @@ class Session:
         if self.world.main:
             self.events.emit(type, **fields)
 
+    def _tell_hang(self, facts: dict[str, Any]) -> None:
+        """Called in another thread: what hangs may hold the writer of the events, or be a listener."""
+        with EventWriter(self.run.event_log, self.attempt) as events:
+            events.emit("incident", step=self.course.state.progress.step, rank=self.world.rank, **facts)
+
     def _announce(self, skipped: Sequence[tuple[Path, str]], attempt: int) -> None:
         self._emit(
             "run",
@@ -142,6 +150,8 @@ class Session:
             changed=self.changed,
             **setup.description(self.parts),
         )
+        if self.world.main and (why := supervised.restart()):
+            self._emit("incident", step=self.course.state.progress.step, kind="restart", **why)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and saved itself

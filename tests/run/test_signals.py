@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import history, settings, tensors_of, until
+from support import ended, history, settings, tensors_of, until
 
 from lumina.run.folder import Run
 from lumina.run.signals import AT_ONCE, SAVE, STOP, NothingToSave, Requests, read
@@ -97,7 +97,7 @@ def test_a_run_saves_and_goes_on_then_saves_and_stops_and_is_resumed_to_the_bit(
     os.kill(process.pid, signal.SIGUSR1)
     until(lambda: any(event["t"] == "checkpoint" for event in run.events()), process)
     os.kill(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = ended(process)
     assert process.returncode == 3, said
 
     asked = [(event["t"], event.get("signal")) for event in run.events() if event["t"] in ("checkpoint", "end")]
