@@ -22,7 +22,7 @@ from lumina.events import EventWriter
 from lumina.progress import Tell, silent
 from lumina.run.folder import Run
 from lumina.run.signals import StopRequest
-from lumina.training import machine, setup
+from lumina.training import machine, room, setup
 from lumina.training.evaluate import Evaluation, evaluate
 from lumina.training.observer import Observer
 from lumina.training.probe import TOKENS as PROBE_TOKENS
@@ -238,6 +238,7 @@ class Session:
             machine=machine.facts(self.config.parallel.device),
             matmul_flops=self.peak,
             choices=self.choices,
+            disk=room.facts(self.config, self.run.checkpoints),
             **setup.description(self.parts),
         )
 

@@ -19,7 +19,7 @@ from lumina.progress import Tell, silent, whole
 from lumina.run import index
 from lumina.run.folder import Run
 from lumina.run.lock import RunLock
-from lumina.training import machine, memory, setup
+from lumina.training import machine, memory, room, setup
 from lumina.training.session import Listener, Session
 
 EVAL_TOKENS = 16384  # tokens evaluated at once
@@ -67,9 +67,10 @@ class Trainer:
         request, known, self.already_finished = world.decide(lambda: self._look_up(asked, start))
         if known is not None:
             return resume(known, self.listeners, self.progress)
+        world.decide(lambda: room.require(self.resolved.config, self.root))
         own = str(start.run.tokenizer) if start else None
         corpus = setup.load_data(self.resolved.config, tokenizer=own, world=world, progress=self.progress)
-        settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress)
+        settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress, self.root)
         with whole("building the model", self.progress):
             parts = setup.build(settled.config, corpus, world)
             setup.load_origin(parts)
@@ -124,6 +125,7 @@ def resume(run: Run, listeners: Sequence[Listener] = (), progress: Tell = silent
         return run
     resolved = world.each(lambda: read(run.config))
     world.decide(lambda: memory.require(resolved, world.size, world.local_size))
+    world.decide(lambda: room.require(resolved.config, run.checkpoints))
     with world.holding(RunLock(run.lock)):
         meta = world.each(run.read_meta)
         world.each(lambda: machine.check_settled(resolved.config, str(run.config), world))
