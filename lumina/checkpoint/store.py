@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lumina.checkpoint.migrations import FORMAT, migrate, unreadable
 from lumina.checkpoint.places import (
     COMPLETE,
     MODEL,
@@ -49,7 +50,6 @@ from lumina.events import require_plain
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
 
-FORMAT = 1
 SHOWN = 10  # differences between a checkpoint and a model that an error lists
 
 __all__ = [
@@ -178,8 +178,8 @@ def verify(path: Path, progress: Tell = silent) -> list[str]:
         return [f"no {COMPLETE}: it was never finished"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"{COMPLETE} cannot be read: {error!r}"]
-    if version != FORMAT:
-        return [f"written in format {version}; this version of lumina reads format {FORMAT}"]
+    if problem := unreadable(version):
+        return [problem]
     present = _files(path)
     problems = [] if step == step_of(path) else [f"{COMPLETE} belongs to step {step}"]
     problems += [f"{name} is missing" for name in sorted(files.keys() - present)]
@@ -222,7 +222,8 @@ def read(path: Path) -> Checkpoint:
 
 
 def _open(path: Path) -> Checkpoint:
-    return Checkpoint(path, step_of(path), json.loads((path / STATE).read_bytes()))
+    version = json.loads((path / COMPLETE).read_bytes())["format"]
+    return Checkpoint(path, step_of(path), migrate(json.loads((path / STATE).read_bytes()), version))
 
 
 def _damage(path: Path, name: str, size: int, sha256: str) -> Iterator[str]:
