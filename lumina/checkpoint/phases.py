@@ -26,13 +26,12 @@ import torch
 from torch import Tensor
 
 from lumina.checkpoint import places, tensors
+from lumina.checkpoint.migrations import FORMAT
 from lumina.checkpoint.places import COMPLETE, MODEL, OLD, OPTIM, STATE, disk
 from lumina.checkpoint.tensors import Entry, Shard
 from lumina.events import require_plain
 from lumina.parallel.sharding import local, own_rows
 from lumina.parallel.world import World
-
-FORMAT = 2
 
 Tensors = Mapping[str, Tensor]
 Files = dict[str, Entry]  # by their names below the checkpoint's folder

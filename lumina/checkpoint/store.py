@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from lumina.checkpoint import phases, tensors
-from lumina.checkpoint.phases import FORMAT, Tensors
+from lumina.checkpoint.migrations import migrate, unreadable
+from lumina.checkpoint.phases import Tensors
 from lumina.checkpoint.places import (
     COMPLETE,
     MODEL,
@@ -55,7 +56,6 @@ __all__ = [
     "fingerprint", "folder", "load", "newest", "point", "read", "remove", "save", "step_of", "temporary", "verify",
 ]  # fmt: skip
 
-READABLE = (1, FORMAT)  # what these versions changed is how files are written, not what is in them
 SHOWN = 10  # differences between a checkpoint and a model that an error lists
 LARGEST_JSON = 1 << 26  # bytes of COMPLETE or of the state: a thousand times what a run has
 
@@ -156,8 +156,8 @@ def verify(path: Path, progress: Tell = silent) -> list[str]:
         return [f"no {COMPLETE}: it was never finished"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return [f"{COMPLETE} cannot be read: {error!r:.200}"]
-    if version not in READABLE:
-        return [f"written in format {version!r:.20}; this version of lumina reads format {FORMAT}"]
+    if problem := unreadable(version):
+        return [problem]
     present, problems = _files(path)
     if step != step_of(path):
         problems.append(f"{COMPLETE} belongs to step {step!r:.20}")
@@ -236,7 +236,8 @@ def read(path: Path) -> Checkpoint:
 
 
 def _open(path: Path) -> Checkpoint:
-    return Checkpoint(path, step_of(path), json.loads((path / STATE).read_bytes()))
+    version = _read_json(path / COMPLETE)["format"]
+    return Checkpoint(path, step_of(path), migrate(_read_json(path / STATE), version))
 
 
 # -- loading ------------------------------------------------------------------------------------------------

@@ -97,6 +97,18 @@ def data_lines(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def disk_lines(disk: dict[str, Any], why: str) -> list[str]:
+    """How often a run saves (`why`, if that was chosen), and what its checkpoints take beside the room there is."""
+    total = disk["most"] * disk["bytes"]
+    several = f"{disk['most']} x {size(disk['bytes'])} = {size(total)}" if disk["most"] > 1 else size(total)
+    every = f"a checkpoint every {disk['every']} steps" if disk["every"] else "one checkpoint, at the end"
+    lines = [f"disk   {every}, at most {several} at a time; {size(disk['free'])} are free"]
+    lines += [f"       checkpoint.every {disk['every']}: {why}"] if why else []
+    if total > disk["used"] + disk["free"]:
+        lines.append("! the checkpoints will not all fit: free space on the disk, or keep fewer (checkpoint.keep_last)")
+    return lines
+
+
 class Console:
     """Prints events as they come, and keeps the same lines in the run's `log.txt`.
 
@@ -197,6 +209,9 @@ class Console:
             f"plan   {event['steps']} step{'s' * (event['steps'] > 1)} of {count(event['batch_tokens'])} tokens = "
             f"{count(tokens)} tokens, {tokens / data['tokens']['train']:.2g} passes over the data"
         )
+
+        for line in disk_lines(event["disk"], event["choices"].get("checkpoint.every", "")):
+            self.write(line)
 
     def _on_step(self, event: Event) -> None:
         step = event["step"]

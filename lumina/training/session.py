@@ -20,7 +20,7 @@ from lumina.progress import Tell, silent
 from lumina.run import signals, supervised
 from lumina.run.folder import Run
 from lumina.run.watchdog import Watchdog
-from lumina.training import machine, setup
+from lumina.training import machine, room, setup
 from lumina.training.course import Course
 from lumina.training.saving import Saver
 
@@ -148,6 +148,7 @@ class Session:
             matmul_flops=self.peak,
             choices=self.choices,
             changed=self.changed,
+            disk=room.facts(self.config, self.run.checkpoints),
             **setup.description(self.parts),
         )
         if self.world.main and (why := supervised.restart()):

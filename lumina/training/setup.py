@@ -30,7 +30,7 @@ from lumina.parallel import sharding
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
 from lumina.run.folder import Run
-from lumina.training import machine
+from lumina.training import interval, machine
 from lumina.training.optim import Optimizer
 from lumina.training.precision import DTYPES, LossScale, Precision
 from lumina.training.schedule import Part, depth_stages
@@ -150,11 +150,12 @@ def load_origin(parts: Parts) -> None:
 
 
 def settle_all(
-    resolved: Resolved, corpus: Corpus, world: World = ALONE, progress: Tell = silent
+    resolved: Resolved, corpus: Corpus, world: World = ALONE, progress: Tell = silent, root: Path = Path("runs")
 ) -> tuple[Resolved, float]:
-    """Settles vocabulary, device, precision, kernel, micro-batch, steps and compilation for this machine and data.
+    """Settles vocabulary, device, precision, kernel, micro-batch, steps, compilation and the interval between saves for
+    this machine, this data and the disk of `root`.
 
-    Returns the matmul rate too, in FLOP/s of one process, which the last choice needs.
+    Returns the matmul rate too, in FLOP/s of one process, which one of the choices needs.
     """
     wanted = resolved.config.parallel.device
     world.each(lambda: machine.choose_device(wanted))  # each may be on another machine
@@ -163,12 +164,19 @@ def settle_all(
     resolved = settle(resolved, chosen)
     config = resolved.config
     rate = matmul_rate(config, world)
-    seconds = config.train.time
-    if seconds is not None:
+    seconds, saves = config.train.time, config.checkpoint
+    if seconds is not None or saves.every == "auto":
         # One step, not compiled, stands in until the step time is known.
         trial = settle(resolved, {"train.steps": (10**6, "trial"), "train.compile": ("off", "trial")})
-        step_time = _measure_step_time(build(trial.config, corpus, world), progress)
+        parts = build(trial.config, corpus, world)
+        step_time = _measure_step_time(parts, progress)
+    if seconds is not None:
         resolved = settle(resolved, world.decide(lambda: _deadline_choice(config, seconds, step_time)))
+    if saves.every == "auto":
+        steps, evals = resolved.config.train.steps or 0, config.train.eval_every
+        stall = interval.measure_stall(parts, root)
+        choice = world.decide(lambda: interval.choose(stall, step_time, saves.mtbf, steps, evals))
+        resolved = settle(resolved, choice)
     return _settle_compile(resolved, rate, world), rate
 
 
@@ -186,8 +194,8 @@ def _settle_compile(resolved: Resolved, rate: float, world: World) -> Resolved:
     if config.train.compile == "auto":
         steps = config.train.steps or 0
         flops = mean_flops(config, steps)
-        choice = world.decide(lambda: machine.choose_compile(config, steps, flops, rate * world.size))
-        resolved = settle(resolved, {"train.compile": choice})
+        compiled = world.decide(lambda: machine.choose_compile(config, steps, flops, rate * world.size))
+        resolved = settle(resolved, {"train.compile": compiled})
     world.each(lambda: machine.require_compiler(resolved.config))
     return resolved
 

@@ -21,7 +21,7 @@ from lumina.progress import Tell, silent, whole
 from lumina.run import index
 from lumina.run.folder import Run
 from lumina.run.lock import RunLock
-from lumina.training import machine, memory, oom, setup
+from lumina.training import machine, memory, oom, room, setup
 from lumina.training.session import Listener, Session
 
 BUILDING = "building the model"
@@ -70,9 +70,10 @@ class Trainer:
         request, known, self.already_finished = world.decide(lambda: self._look_up(asked, start))
         if known is not None:
             return resume(known, self.listeners, self.progress)
+        world.decide(lambda: room.require(self.resolved.config, self.root))
         own = str(start.run.tokenizer) if start else None
         corpus = setup.load_data(self.resolved.config, tokenizer=own, world=world, progress=self.progress)
-        settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress)
+        settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress, self.root)
         with oom.ending_alone(world), oom.beyond_repair(BUILDING, TOO_LARGE), whole(BUILDING, self.progress):
             parts = setup.build(settled.config, corpus, world)
             setup.load_origin(parts)
@@ -136,6 +137,7 @@ def resume(
     with world.holding(RunLock(run.lock)), oom.ending_alone(world):
         resolved = _changed(run, before, settings, world)
         world.decide(lambda: memory.require(resolved, world.size, world.local_size))
+        world.decide(lambda: room.require(resolved.config, run.checkpoints))
         meta = world.each(run.read_meta)
         world.each(lambda: machine.check_settled(resolved.config, str(run.path), world))
         corpus = _data_again(run, resolved, meta, world, progress)

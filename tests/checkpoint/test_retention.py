@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lumina.checkpoint import store
+from lumina.checkpoint import retention, store
+from lumina.checkpoint.catalogue import LOSS
 from lumina.checkpoint.retention import prune
+from lumina.errors import UserError
 
 
 @pytest.fixture
@@ -51,6 +54,74 @@ def test_an_incomplete_folder_is_neither_counted_nor_deleted(root: Path) -> None
     store.point(root, "latest", 4)
     assert prune(root, keep_last=2) == [2]
     assert steps(root) == [1, 3, 4, 5]
+
+
+def test_a_torn_one_is_neither_counted_nor_deleted(root: Path) -> None:
+    """Its sizes tell, and nothing is read."""
+    state = store.folder(root, 5) / store.STATE
+    state.write_bytes(state.read_bytes()[:-1])
+    assert prune(root, keep_last=2) == [1, 2]
+    assert steps(root) == [3, 4, 5]
+
+
+def test_one_that_was_found_damaged_counts_no_longer_until_it_is_saved_again(root: Path) -> None:
+    retention.note_damaged(root, [store.folder(root, 4)])
+    assert prune(root, keep_last=2) == [1, 2]
+    assert steps(root) == [3, 4, 5]
+    store.save(root, 4, {"w": torch.zeros(3)}, {}, {})
+    assert prune(root, keep_last=2) == [3]
+
+
+def evaluated(root: Path, losses: dict[int, float | None]) -> None:
+    for step, loss in losses.items():
+        store.save(root, step, {"w": torch.full((2,), float(step))}, {}, {LOSS: loss})
+
+
+def test_the_best_stay_by_their_held_out_losses(root: Path) -> None:
+    evaluated(root, {1: 2.0, 2: 1.0, 3: None, 4: math.nan, 5: 3.0})
+    assert prune(root, keep_last=1, keep_best=2) == [3, 4]
+    evaluated(root, {6: 0.5})
+    assert prune(root, keep_last=1, keep_best=2) == [1, 5]
+
+
+def test_every_kth_stays(root: Path) -> None:
+    assert prune(root, keep_last=1, keep_every=2) == [1, 3]
+    assert steps(root) == [2, 4, 5]
+
+
+def test_a_pinned_one_stays_until_it_is_unpinned_and_says_why(root: Path) -> None:
+    retention.pin(root, 2, "before decision 7")
+    retention.pin(root, 3, "before decision 8")
+    assert prune(root, keep_last=1) == [1, 4]
+    assert retention.kept(root, keep_last=1)[store.folder(root, 2)] == ["pinned: before decision 7"]
+    assert store.newest(root)[0] is not None
+    retention.unpin(root, 2)
+    assert prune(root, keep_last=1) == [2]
+    assert retention.pins(root) == {3: "before decision 8"}
+
+
+def test_what_a_later_attempt_undid_goes_first(root: Path) -> None:
+    evaluated(root, {4: 0.1, 5: 0.2})
+    store.point(root, "latest", 3)  # the run went back to 3
+    assert prune(root, keep_last=2, keep_every=1, abandoned={4, 5}) == [4, 5]
+    assert steps(root) == [1, 2, 3]
+
+
+def test_something_that_counts_always_stays(root: Path) -> None:
+    (root / "latest").unlink()
+    assert prune(root, keep_last=1, abandoned={1, 2, 3, 4, 5}) == [1, 2, 3, 4]
+    assert prune(root, keep_last=0) == []
+    (store.folder(root, 5) / store.STATE).unlink()
+    assert prune(root, keep_last=1) == []
+    assert steps(root) == [5]
+
+
+def test_notes_that_are_damaged_stop_the_deleting(root: Path) -> None:
+    for content in ("{", "[]", '{"pinned": 3}', '{"pinned": {"x": "y"}}'):
+        (root / "notes.json").write_text(content)
+        with pytest.raises(UserError, match=r"notes\.json: not the notes"):
+            prune(root, keep_last=1)
+    assert steps(root) == [1, 2, 3, 4, 5]
 
 
 def test_leftovers_of_dead_processes_and_of_our_own_are_swept(root: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lumina.checkpoint import retention, store
+from lumina.checkpoint.migrations import FORMAT
 from lumina.errors import UserError
 
 State = dict[str, Any]
@@ -126,7 +127,7 @@ def test_the_folder_holds_what_the_design_says_and_no_pickle(tmp_path: Path) -> 
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-000007"]
     assert os.readlink(tmp_path / "latest") == "step-000007"
     seal = json.loads((path / "COMPLETE").read_text())
-    assert (seal["format"], seal["step"]) == (2, 7)
+    assert (seal["format"], seal["step"]) == (FORMAT, 7)
     assert seal["files"]["state.json"]["size"] == (path / "state.json").stat().st_size
 
 
@@ -240,7 +241,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "files of another type": (seal('{"format": 1, "step": 20, "files": []}'), "COMPLETE cannot be read"),
     "no file listed": (seal('{"format": 1, "step": 20, "files": {}}'), "does not belong here"),
     "COMPLETE of another step": (borrow_the_seal, "belongs to step 10"),
-    "a later format": (seal('{"format": 3, "step": 20, "files": {}}'), "written in format 3"),
+    "a later format": (seal('{"format": 99, "step": 20, "files": {}}'), "written by a newer lumina, in format 99"),
+    "no format at all": (seal('{"format": "1", "step": 20, "files": {}}'), "written by something else, in format '1'"),
 }
 
 

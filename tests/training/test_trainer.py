@@ -169,6 +169,24 @@ def test_best_is_the_lowest_comparable_loss_and_keep_last_keeps(
     assert shape(run) == (["step-000004", "step-000010"], "step-000010", "step-000004")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "kept"),
+    [
+        ("checkpoint.keep_last", 1, [4, 10]),
+        ("checkpoint.every", 0, [10]),
+        ("checkpoint.keep_last", 3, [4, 6, 8, 10]),
+        ("checkpoint.keep_best", 3, [2, 4, 10]),
+        ("checkpoint.keep_every", 3, [4, 6, 10]),
+    ],
+)
+def test_what_stays_on_the_disk_is_as_configured(
+    key: str, value: int, kept: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, LOSSES)
+    run = Trainer("tiny", root=tmp_path / "runs", **(settings(tmp_path) | EVALUATED | {key: value})).fit()
+    assert sorted(map(store.step_of, store.checkpoints(run.checkpoints))) == kept
+
+
 def test_a_crash_between_a_checkpoint_and_its_best_link_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,40 @@
+"""Checkpoints of earlier versions, read as if they were saved today. No torch.
+
+COMPLETE says in which format a checkpoint was written. `MIGRATIONS[n]` makes the plain values of one of format n, in
+place, into those of format n + 1. Whoever adds, renames or removes a value of `state.json`, or changes what a tensor
+is called or holds, adds one, and beside it a run of the version before in tests/checkpoint/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lumina.checkpoint.catalogue import LOSS
+
+State = dict[str, Any]
+
+
+def _to_2(state: State) -> None:
+    """A checkpoint had no held-out loss of its own; its files were those of torch's distributed checkpoint."""
+    state[LOSS] = None
+
+
+MIGRATIONS: dict[int, Callable[[State], None]] = {1: _to_2}
+FORMAT = 1 + len(MIGRATIONS)  # that this version writes
+
+
+def migrate(state: State, format: int) -> State:
+    """The plain values of a checkpoint of this `format`, brought up to date in place."""
+    for version in range(format, FORMAT):
+        MIGRATIONS[version](state)
+    return state
+
+
+def unreadable(format: object) -> str:
+    """Why a checkpoint of this format cannot be read, in a sentence; nothing if it can."""
+    if type(format) is int and 1 <= format <= FORMAT:
+        return ""
+    newer = type(format) is int and format > FORMAT
+    writer = "a newer lumina" if newer else "something else"
+    return f"written by {writer}, in format {format!r:.20}; this one reads formats 1 to {FORMAT}"

@@ -1,0 +1,161 @@
+"""How often a run saves, and whether its checkpoints fit on the disk."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import settings
+
+from lumina.checkpoint import store
+from lumina.config.resolve import read, resolve
+from lumina.errors import UserError
+from lumina.events import read_events
+from lumina.model.transformer import Transformer
+from lumina.telemetry.console import disk_lines
+from lumina.training import interval, room
+from lumina.training.optim import Optimizer
+from lumina.training.trainer import Trainer
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def lost(every: float, stall: float, mtbf: float) -> float:
+    """The share of the time that goes into saving, and into doing again what a failure took."""
+    return stall / every + every / 2 / mtbf
+
+
+@pytest.mark.parametrize(("stall", "mtbf"), [(0.3, 86400.0), (12.0, 3600.0), (0.01, 10.0)])
+def test_no_other_interval_loses_less(stall: float, mtbf: float) -> None:
+    best = interval.best_interval(stall, mtbf)
+    assert best == math.sqrt(2 * mtbf * stall)
+    for other in (0.5, 0.9, 0.99, 1.01, 1.1, 2.0):
+        assert lost(best, stall, mtbf) < lost(other * best, stall, mtbf)
+    assert lost(2 * best, stall, mtbf) == pytest.approx(1.25 * lost(best, stall, mtbf))
+
+
+def test_the_interval_in_steps_comes_with_its_reasoning() -> None:
+    assert interval.choose(0.31, 1.09, 86400.0, steps=10_000, eval_every=0) == {
+        "checkpoint.every": (
+            212,
+            "sqrt(2 x 24h x 0.31s) = 231s at 1.09s a step; about 0.13 % of the time goes into saving, "
+            "a failure costs 116s on average",
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("stall", "step_time", "steps", "eval_every", "every"),
+    [
+        (0.31, 1.09, 100, 0, 100),  # longer than the run
+        (0.31, 1e6, 100, 0, 1),  # a step takes longer
+        (0.31, 1.09, 10_000, 100, 200),  # 212, moved to the evaluations
+        (0.31, 1.09, 10_000, 1000, 200),  # a divisor
+        (0.31, 1.09, 10_000, 997, 212),  # none that is near
+        (0.31, 1.09, 250, 250, 212),  # the only evaluation is the last one
+        (1e-9, 1.0, 10, 3, 1),
+    ],
+)
+def test_the_interval_is_whole_steps_in_the_run_and_falls_together_with_evaluations(
+    stall: float, step_time: float, steps: int, eval_every: int, every: int
+) -> None:
+    assert interval.choose(stall, step_time, 86400.0, steps, eval_every)["checkpoint.every"][0] == every
+
+
+@pytest.mark.parametrize(("mtbf", "every"), [("0.000001s", 1), ("1000d", 6)])
+def test_auto_is_settled_once_and_what_is_assumed_matters(mtbf: str, every: int, tmp_path: Path) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        if event["t"] == "step" and event["step"] == 3 and event["attempt"] == 0:
+            raise RuntimeError("power cut")
+
+    keys = settings(tmp_path, "dense", checkpoint__every="auto", checkpoint__mtbf=mtbf)
+    trainer = Trainer("tiny", root=tmp_path / "runs", listeners=[stop], **keys)
+    with pytest.raises(RuntimeError):
+        trainer.fit()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(interval.NAME)] == []
+    (path,) = (tmp_path / "runs").iterdir()
+    saved = read(path / "config.yaml")
+    assert saved.config.checkpoint.every == every
+    run = trainer.fit()  # goes on with it
+    assert run.path == path
+    told = [event for event in read_events(run.event_log) if event["t"] == "run"]
+    assert [event["disk"]["every"] for event in told] == [every, every]
+    why = saved.origins["checkpoint.every"].removeprefix("resolved: ")
+    assert re.match(r"sqrt\(2 x .* x .*s\) = .*s at .*s a step", why)
+    assert [event["choices"]["checkpoint.every"] for event in told] == [why, why]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("dense", {}), ("moe", {"train.optimizer": "adamw"}), ("hybrid", {}), ("dense", {"train.lora.rank": 8}),
+     ("dense", {"precision.mode": "bf16_pure"})],
+)  # fmt: skip
+def test_the_size_of_a_checkpoint_is_known_beforehand(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
+    shape = {"model.width": 128, "model.layers": 3, "model.vocab": 2000}
+    config = resolve("tiny", {"model.kind": kind, **shape, **more}).config
+    model = Transformer(config.model, lora=config.train.lora)
+    if config.precision.mode == "bf16_pure":
+        model.bfloat16()
+    optimizer = Optimizer(model, config.train)
+    receipt = store.save(tmp_path, 1, model.tensors(), optimizer.tensors(), {})
+    assert room.checkpoint_bytes(config) == pytest.approx(receipt.bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("keys", "most"),
+    [
+        ({"checkpoint.every": 0}, 1),
+        ({"checkpoint.every": 50}, 2),
+        ({"checkpoint.every": 10}, 4),  # two newest, the best, the next
+        ({"checkpoint.every": 10, "checkpoint.keep_last": 3, "checkpoint.keep_best": 2}, 6),
+        ({"checkpoint.every": 10, "checkpoint.keep_every": 20}, 9),
+        ({"checkpoint.every": 10, "checkpoint.keep_every": 15}, 7),  # 30, 60, 90
+        ({"checkpoint.every": "auto"}, 4),
+    ],
+)
+def test_what_is_kept_at_the_same_time_is_counted(keys: dict[str, Any], most: int) -> None:
+    assert room.at_once(resolve("tiny", {"train.steps": 100, **keys}).config) == most
+
+
+def test_the_disk_use_is_told_and_counted_right(tmp_path: Path) -> None:
+    keys = settings(tmp_path, checkpoint__every=1, checkpoint__keep_every=2)
+    seen = 0
+
+    def look(event: dict[str, Any]) -> None:
+        nonlocal seen
+        if event["t"] == "checkpoint":
+            (path,) = (tmp_path / "runs").iterdir()
+            seen = max(seen, len(store.checkpoints(path / "checkpoints")))
+
+    run = Trainer("tiny", root=tmp_path / "runs", listeners=[look], **keys).fit()
+    (told,) = (event["disk"] for event in run.events() if event["t"] == "run")
+    assert told["most"] == 6 >= seen + 1
+    assert (told["used"], told["every"]) == (0, 1)
+    assert told["free"] > 0
+    assert room.facts(resolve("tiny", keys).config, run.checkpoints)["used"] > 3 * told["bytes"]
+
+
+def test_a_disk_too_small_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = settings(tmp_path)
+    one = room.checkpoint_bytes(resolve("tiny", keys).config)
+
+    def set_free(amount: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * one, 0, amount))
+
+    set_free(2 * one - 1)
+    with pytest.raises(UserError, match=r"two of them have to fit; \d+ MiB are free"):
+        Trainer("tiny", root=tmp_path / "runs", **keys).fit()
+    assert not (tmp_path / "runs").exists()
+    set_free(2 * one)
+    run = Trainer("tiny", root=tmp_path / "runs", **keys).fit()
+    (told,) = (event["disk"] for event in run.events() if event["t"] == "run")
+    assert disk_lines(told, "")[-1].startswith("! the checkpoints will not all fit")
+    set_free(3 * one)
+    assert len(disk_lines(told | {"free": 3 * one}, "")) == 1
+    set_free(0)  # what the run has written is room of its own
+    room.require(resolve("tiny", keys).config, run.checkpoints)
