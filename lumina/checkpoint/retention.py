@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 from lumina.checkpoint import store
@@ -14,17 +15,19 @@ LINKS = ("latest", "best")
 LEFTOVER = re.compile(r".+\.tmp-(\d+)")  # what a process was writing or deleting
 
 
-def prune(root: Path, keep_last: int) -> list[int]:
+def prune(root: Path, keep_last: int, abandoned: Collection[int] = ()) -> list[int]:
     """Deletes all but the newest `keep_last` complete checkpoints; returns the deleted steps, oldest first.
 
-    What `latest` and `best` point at stays, and so does a folder without COMPLETE: it is evidence. Leftovers of
-    dead processes are swept away, and this one's: no save may be under way in it.
+    What `latest` and `best` point at stays, and so does a folder without COMPLETE: it is evidence. `abandoned` are the
+    steps that a later attempt went back before: they do not count. Leftovers of dead processes are swept away, and this
+    one's: no save may be under way in it.
     """
     _sweep(root)
     links = [root / name for name in LINKS if (root / name).is_symlink()]
     kept = {store.step_of(Path(os.readlink(link))) for link in links}
     complete = [path for path in store.checkpoints(root) if _complete(path)]
-    doomed = [path for path in reversed(complete[keep_last:]) if store.step_of(path) not in kept]
+    kept |= {store.step_of(path) for path in [p for p in complete if store.step_of(p) not in abandoned][:keep_last]}
+    doomed = [path for path in reversed(complete) if store.step_of(path) not in kept]
     for path in doomed:
         store.discard(path)
     return [store.step_of(path) for path in doomed]

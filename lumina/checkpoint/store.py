@@ -17,7 +17,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,18 +235,18 @@ def verify(path: Path, progress: Tell = silent) -> list[str]:
 
 
 def newest(
-    root: Path, world: World = ALONE, progress: Tell = silent
+    root: Path, world: World = ALONE, progress: Tell = silent, without: Collection[Path] = ()
 ) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the newer ones passed over, each with the reason.
 
-    The main process of `world` reads and decides.
+    The main process of `world` reads and decides; it does not look at those in `without`.
     """
-    return world.decide(lambda: _newest(root, progress))
+    return world.decide(lambda: _newest(root, progress, without))
 
 
-def _newest(root: Path, progress: Tell) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+def _newest(root: Path, progress: Tell, without: Collection[Path]) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     skipped: list[tuple[Path, str]] = []
-    for path in checkpoints(root):
+    for path in (path for path in checkpoints(root) if path not in without):
         problems = verify(path, progress)
         if not problems:
             return _open(path), skipped

@@ -20,7 +20,7 @@ from lumina.run import index
 from lumina.run.folder import Run
 from lumina.run.lock import RunLock
 from lumina.training import machine, memory, setup
-from lumina.training.session import Listener, Session
+from lumina.training.session import Back, Listener, Session
 
 EVAL_TOKENS = 16384  # tokens evaluated at once
 
@@ -114,13 +114,13 @@ def _write(run: Run, settled: Resolved, corpus: Corpus, meta: dict[str, Any]) ->
         raise
 
 
-def resume(run: Run, listeners: Sequence[Listener] = (), progress: Tell = silent) -> Run:
-    """Goes on with a run from its newest complete checkpoint (from the start if it has none).
+def resume(run: Run, listeners: Sequence[Listener] = (), progress: Tell = silent, *, back: Back | None = None) -> Run:
+    """Goes on with a run from its newest complete checkpoint (from the start if it has none), or goes `back`.
 
-    A finished run is returned as it is.
+    A finished run is returned as it is, unless it goes back: then it is unfinished again.
     """
     world = join()
-    if world.decide(lambda: run.finished):
+    if back is None and world.decide(lambda: run.finished):
         return run
     resolved = world.each(lambda: read(run.config))
     world.decide(lambda: memory.require(resolved, world.size, world.local_size))
@@ -131,9 +131,7 @@ def resume(run: Run, listeners: Sequence[Listener] = (), progress: Tell = silent
         config = setup.adapt(resolved, meta["processes"], world)
         with whole("building the model", progress):
             parts = setup.build(config, corpus, world)
-            if not store.checkpoints(run.checkpoints):
-                setup.load_origin(parts)
-        Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress).train()
+        Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress).train(back)
     return run
 
 
