@@ -90,6 +90,10 @@ class EventWriter:
             fix = f"make the disk writable or free space on it, then: {again}"
             raise DiskRefused(self._refused, fix) from error
 
+    def sync(self) -> None:
+        """Returns when the disk has what was written: for what must be known before something is done."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Raises `DiskRefused` if lines are left that the disk does not take."""
         try:

@@ -13,7 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from lumina.checkpoint import snapshot
+from lumina.checkpoint.snapshot import Snapshot
+from lumina.config.overlay import acting, skipped
 from lumina.config.resolve import Resolved
+from lumina.data.loader import Batch
+from lumina.orchestrator.protocol import Observation
 from lumina.progress import Tell
 from lumina.run.folder import Run
 from lumina.training.evaluate import Evaluation
@@ -45,7 +50,7 @@ class Course:
         looked_at = parts.heldout(parts.main_kind, PROBE_TOKENS)[0]
         self.probe = Probe(parts.model, looked_at, parts.precision)
         self.state = State(parts.model, parts.optimizer, self.probe)
-        self.observer = Observer(parts, peak, self._tell)
+        self.observer = Observer(parts, peak, self._tell, lambda step: self.values(step)["lr"])
         self.freeze_from = parts.steps - parts.phases[-1].decay
         self.fitting = Fitting(run, resolved, parts, self.state, told, self._tell)
         self.last_eval: tuple[int, Evaluation] | None = None
@@ -57,7 +62,7 @@ class Course:
         step = self.state.progress.step + 1
         if step <= self.parts.steps:
             self._set_capacity(step)
-            self.fitting.rehearse(self.parts.loader.batch(step - 1), step)
+            self.fitting.rehearse(self._batch(step, self.values(step)), step)
         self.last = time.perf_counter()
         self.told(self.first, 0, 1)
 
@@ -79,11 +84,13 @@ class Course:
         self.beat(self._capacity(step) != self._capacity(step - 1))
         self._tell_phase(step)
         self._set_capacity(step)
+        values = self.values(step)
+        parts.optimizer.weight_decay = values["weight_decay"]
         metrics = self.fitting.step(
-            parts.loader.batch(step - 1),
-            rate(parts.phases, train.schedule, step),
-            freeze_bias=step > self.freeze_from,
-            step=step,
+            self._batch(step, values),
+            values["lr"],
+            replace(parts.plan, clip=values["clip"], z_loss=values["z_loss"], bias_rate=values["bias_rate"]),
+            step,
         )
         self.observe()
         now = time.perf_counter()
@@ -91,6 +98,34 @@ class Course:
         progress.step, progress.tokens = step, progress.tokens + train.batch_tokens
         progress.wall += progress.step_seconds
         self.state.pending = Lagged(metrics)
+
+    def _batch(self, step: int, values: dict[str, float]) -> Batch:
+        return self.parts.loader.batch(step - 1, skipped(self.state.overlays), int(values["data.order"]))
+
+    def values(self, step: int) -> dict[str, float]:
+        """The numbers of a step, counted from 1: as planned, and what overlays make of them."""
+        config, plan = self.config, self.parts.plan
+        planned = {
+            "lr": rate(self.parts.phases, config.train.schedule, step),
+            "clip": plan.clip,
+            "weight_decay": config.train.weight_decay,
+            "z_loss": plan.z_loss,
+            "bias_rate": 0.0 if step > self.freeze_from else plan.bias_rate,
+            "data.order": 0,
+        }
+        return acting(self.state.overlays, step, planned)
+
+    def take(self, into: Snapshot | None = None) -> Snapshot:
+        """Where the run stands, as a restore point in memory; overlays are no part of it. `into` is used again."""
+        state = {"progress": self.state.progress, "pending": self.state.pending, "last_eval": self.last_eval}
+        return snapshot.take(self.state.tensors(), state, into=into)
+
+    def return_to(self, point: Snapshot) -> None:
+        """Stands where `take` was called, to the bit."""
+        state = snapshot.restore(point, self.state.tensors())
+        self.state.progress, self.state.pending = state["progress"], state["pending"]
+        self.last_eval = state["last_eval"]
+        self._set_capacity(max(1, self.state.progress.step))
 
     def _set_capacity(self, step: int) -> None:
         for router in self.parts.model.routers:
@@ -109,16 +144,17 @@ class Course:
         mod = self.config.model.mod
         return depth_capacity(mod, step, self.parts.steps) if mod else 1.0
 
-    def observe(self) -> None:
-        """Tells what the previous step did."""
+    def observe(self) -> Observation | None:
+        """Tells what the previous step did, unless it was told."""
         values = self.state.pending.read() if self.state.pending else self.state.progress.pending
         self.state.progress.pending = None
+        self.state.pending = None
         if values is None:
-            return
+            return None
         if self.first:
             self.told(self.first, 1, 1)
             self.first = ""
-        self.observer(self.state.progress, values)
+        return self.observer(self.state.progress, values)
 
     def evaluate(self) -> None:
         """Evaluates all held-out tokens of each kind with the causal routing; its time is not training time."""

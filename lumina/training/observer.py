@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from lumina.model import cost
+from lumina.orchestrator.protocol import Decision, Observation
 from lumina.training import depth, experts, machine
-from lumina.training.schedule import depth_capacity, rate
+from lumina.training.schedule import depth_capacity
 from lumina.training.setup import Parts
 from lumina.training.state import Progress
 from lumina.training.step import METRICS
@@ -20,39 +21,55 @@ Emit = Callable[..., None]
 
 
 class Observer:
-    """Turns the metrics of steps into events. `peak` is what MFU is measured against, in FLOP/s."""
+    """Turns the metrics of steps into events and observations.
 
-    def __init__(self, parts: Parts, peak: float, emit: Emit) -> None:
-        self.parts, self.config, self.peak, self.emit = parts, parts.config, peak, emit
+    `peak` is what MFU is measured against, in FLOP/s; `lr` is the learning rate that acted in a step.
+    """
+
+    def __init__(self, parts: Parts, peak: float, emit: Emit, lr: Callable[[int], float]) -> None:
+        self.parts, self.config, self.peak, self.emit, self.lr = parts, parts.config, peak, emit, lr
         self.layers = len(parts.model.moes), len(parts.model.routers)
         self.flops = dict[float | None, float]()  # of a token, by depth capacity
 
-    def __call__(self, progress: Progress, values: Sequence[float]) -> None:
+    def __call__(self, progress: Progress, values: Sequence[float]) -> Observation:
         """Tells what `progress.step` did, as `train_step` returned it."""
         metrics = dict(zip(METRICS, values, strict=False))
         config, moes, routers = self.config, *self.layers
+        seen = Observation(
+            step=progress.step,
+            tokens=progress.tokens,
+            loss=metrics["nats"] / metrics["count"],
+            acc=metrics["correct"] / metrics["count"],
+            lr=self.lr(progress.step),
+            grad_norm=metrics["grad_norm"],
+            skipped=bool(metrics["skipped"]),
+            balance=metrics["balance"] if moes else None,
+            agreement=metrics["agreement"] if routers else None,
+            loss_scale=metrics["loss_scale"] if self.parts.optimizer.loss_scale else None,
+        )
         tok_s = config.train.batch_tokens / progress.step_seconds
         self.emit(
             "step",
-            step=progress.step,
-            tokens=progress.tokens,
+            step=seen.step,
+            tokens=seen.tokens,
             wall=round(progress.wall, 3),
-            loss=metrics["nats"] / metrics["count"],
-            acc=metrics["correct"] / metrics["count"],
-            lr=rate(self.parts.phases, config.train.schedule, progress.step),
-            grad_norm=metrics["grad_norm"],
+            loss=seen.loss,
+            acc=seen.acc,
+            lr=seen.lr,
+            grad_norm=seen.grad_norm,
             tok_s=round(tok_s, 1),
             mfu=round(tok_s * self._flops(progress.step) / self.peak, 4),
             mem=machine.memory_used(config.parallel.device),
-            bal=metrics["balance"] if moes else None,
-            agree=metrics["agreement"] if routers else None,
+            bal=seen.balance,
+            agree=seen.agreement,
         )
-        if metrics["skipped"]:
-            self._skipped(progress.step, metrics)
+        if seen.skipped:
+            self._skipped(seen)
         else:
             self._count(progress, values[len(METRICS) :])
         if progress.step % config.telemetry.log_every == 0 or progress.step == self.parts.steps:
             self._tell(progress)
+        return seen
 
     def _flops(self, step: int) -> float:
         """Of a token trained in this step."""
@@ -63,13 +80,12 @@ class Observer:
             self.flops[capacity] = cost.count(self.config.model, capacity=capacity, rank=rank).flops_per_token
         return self.flops[capacity]
 
-    def _skipped(self, step: int, metrics: dict[str, float]) -> None:
-        evidence = {"loss": metrics["nats"] / metrics["count"], "grad_norm": metrics["grad_norm"]}
-        rule = "non_finite"
-        if self.parts.optimizer.loss_scale and math.isfinite(evidence["loss"]):
-            evidence = {"loss_scale": metrics["loss_scale"], "halved_to": metrics["loss_scale"] / 2}
-            rule = "overflow"
-        self.emit("decision", step=step, kind="act", rule=rule, evidence=evidence, action="skip_step")
+    def _skipped(self, seen: Observation) -> None:
+        if seen.loss_scale is not None and math.isfinite(seen.loss):
+            why = Decision("overflow", "skip_step", {"loss_scale": seen.loss_scale, "halved_to": seen.loss_scale / 2})
+        else:
+            why = Decision("non_finite", "skip_step", {"loss": seen.loss, "grad_norm": seen.grad_norm})
+        self.emit("decision", step=seen.step, **why.fields())
 
     def _count(self, progress: Progress, rows: Sequence[float]) -> None:
         """Adds what the routers did to what they did since they were last told of."""

@@ -193,7 +193,8 @@ class Optimizer:
     def __init__(
         self, model: nn.Module, train: TrainConfig, world: World = ALONE, loss_scale: LossScale | None = None
     ) -> None:
-        self.train, self.world, self.loss_scale = train, world, loss_scale
+        self.world, self.loss_scale = world, loss_scale
+        self.weight_decay = train.weight_decay  # of the step to come
         self.groups = group_parameters(model, train.optimizer)
         modules = dict(model.named_modules())
         splits: dict[str, tuple[int, ...]] = {}
@@ -208,7 +209,7 @@ class Optimizer:
         self.leaves = {name: p if local(p) is p else nn.Parameter(local(p)) for name, p in self.named.items()}
         self.adamw = torch.optim.AdamW(
             [
-                {"params": [self.leaves[name] for name in self.groups.decayed], "weight_decay": train.weight_decay},
+                {"params": [self.leaves[name] for name in self.groups.decayed], "weight_decay": self.weight_decay},
                 {"params": [self.leaves[name] for name in plain], "weight_decay": 0.0},
             ],
             lr=train.lr,
@@ -225,7 +226,8 @@ class Optimizer:
 
     def step(self, lr: float, skip: Tensor) -> None:
         """Applies the gradients, or nothing at all where `skip` is 1."""
-        self.muon.step(lr, self.train.weight_decay, skip)
+        self.muon.step(lr, self.weight_decay, skip)
+        self.adamw.param_groups[0]["weight_decay"] = self.weight_decay
         for name, leaf in self.leaves.items():
             gradient = self.named[name].grad
             leaf.grad = None if gradient is None else local(gradient)
@@ -249,6 +251,10 @@ class Optimizer:
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[f"{name}.{moment}"] = like(self.adamw.state[self.leaves[name]][moment], parameter)
         return state | (self.loss_scale.tensors() if self.loss_scale else {})
+
+    def step_tensors(self) -> dict[str, Tensor]:
+        """AdamW's count of steps, once for each parameter, in place; `steps_taken` is the same for a checkpoint."""
+        return {f"{name}.step": self.adamw.state[leaf]["step"] for name, leaf in self.leaves.items()}
 
     @property
     def steps_taken(self) -> int:

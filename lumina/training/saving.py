@@ -13,6 +13,8 @@ from lumina.checkpoint.catalogue import LOSS
 from lumina.errors import DiskRefused, UserError
 from lumina.progress import Tell, whole
 from lumina.run.folder import Run
+from lumina.run.lineage import Lineage, abandoned, lineage
+from lumina.training import setup
 from lumina.training.evaluate import Evaluation
 from lumina.training.precision import LossScale
 from lumina.training.setup import Parts
@@ -26,6 +28,7 @@ class Saver:
         """`recast`: the user asked for another precision than the run began with."""
         self.recast, self.precision = recast, parts.precision
         self.run, self.config, self.world, self.state, self.told = run, parts.config, parts.world, state, told
+        self.parts, self.lineage = parts, Lineage()
         self.identity = {
             "tokenizer": parts.corpus.tokenizer.fingerprint,
             "data": parts.corpus.fingerprint,
@@ -63,11 +66,13 @@ class Saver:
         return receipt
 
     def restore(self) -> list[tuple[Path, str]]:
-        """Loads the newest complete checkpoint; returns those it had to pass over, with the reason.
+        """Loads the newest complete checkpoint that counts; returns those it had to pass over, with the reason.
 
         Raises `UserError` if there are some and all are damaged: to begin again is for the user to say.
         """
-        found, skipped = store.newest(self.run.checkpoints, self.world, self.told)
+        self.lineage = self.world.decide(lambda: lineage(self.run))
+        out = self.world.decide(lambda: abandoned(self.run, self.lineage))
+        found, skipped = store.newest(self.run.checkpoints, self.world, self.told, out)
         if found is None and skipped:
             reasons = [f"{path.name}: {reason}" for path, reason in skipped]
             raise UserError(
@@ -75,7 +80,31 @@ class Saver:
                 fix="restore one, or start another: lumina train … --fresh",
             )
         if found is None:
-            return []
+            setup.load_origin(self.parts)
+        else:
+            self.load(found)
+        self.world.decide(lambda: retention.note_damaged(self.run.checkpoints, [path for path, _ in skipped]))
+        return skipped
+
+    def find(self, step: int) -> store.Checkpoint:
+        """The checkpoint of `step`. Raises `UserError` if there is none that counts, or if it is damaged."""
+
+        def look() -> store.Checkpoint:
+            out = abandoned(self.run, self.lineage)
+            there = [path for path in store.checkpoints(self.run.checkpoints) if path not in out]
+            for path in there:
+                if store.step_of(path) == step:
+                    return store.read(path)
+            steps = ", ".join(str(store.step_of(path)) for path in reversed(there))
+            raise UserError(
+                f"{self.run.path}: no checkpoint of step {step} to go back to",
+                fix=f"there are those of {steps}; and 0 is the start" if there else "0 is the start; there is no other",
+            )
+
+        return self.world.decide(look)
+
+    def load(self, found: store.Checkpoint) -> None:
+        """Writes a verified checkpoint into the state. Raises `UserError` if it is of another run."""
         retention.check_links(self.run.checkpoints)
         for what, value in self.identity.items():
             if found.state[what] != value:
@@ -88,15 +117,27 @@ class Saver:
             optim = _with_the_loss_scale_of(found, optim, self.precision.device)
         store.load(found, self.state.model_tensors(), optim, self.world, cast=self.recast)
         self.state.unpack(found.state)
-        self.world.decide(lambda: retention.note_damaged(self.run.checkpoints, [path for path, _ in skipped]))
         self.world.decide(self._link_best)
         self.saved_step = found.step
-        return skipped
+
+    def went_back(self, lineage: Lineage) -> None:
+        """Points `latest` and `best` at what counts after the run went back, or at nothing; for the main process."""
+        self.lineage = lineage
+        out = abandoned(self.run, lineage)
+        there = [path for path in store.checkpoints(self.run.checkpoints) if path not in out]
+        progress = self.state.progress
+        steps = [store.step_of(path) for path in there]
+        for name, wanted in (("latest", steps[:1]), ("best", [step for step in steps if step == progress.best_step])):
+            if wanted:
+                store.point(self.run.checkpoints, name, wanted[0])
+            else:
+                store.remove(self.run.checkpoints / name)
 
     def _tidy(self) -> None:
         self._link_best()
         keep = self.config.checkpoint
-        retention.prune(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every)
+        out = {store.step_of(path) for path in abandoned(self.run, self.lineage) if path.suffix != store.OLD}
+        retention.prune(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every, out)
 
     def _require_folder(self) -> None:
         """Where the folder of the run was moved or deleted, no second one is begun that lacks all but checkpoints."""

@@ -9,15 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from lumina.checkpoint import store
+from lumina.checkpoint.snapshot import Snapshot
+from lumina.config import overlay
 from lumina.config.change import RESUME
+from lumina.config.overlay import SKIP, Overlay, added
 from lumina.config.resolve import Resolved
-from lumina.errors import DiskRefused
+from lumina.errors import DiskRefused, UserError
 from lumina.events import EventWriter
 from lumina.progress import Tell, silent
-from lumina.run import signals, supervised
+from lumina.run import lineage, signals, supervised
 from lumina.run.folder import Run
 from lumina.run.watchdog import Watchdog
 from lumina.training import machine, room, setup
@@ -27,8 +32,22 @@ from lumina.training.saving import Saver
 Listener = Callable[[dict[str, Any]], None]
 
 
+@dataclass(frozen=True)
+class Back:
+    """Going back to `step`, to read what came after it again, or to leave out the batches of the steps `skip`.
+
+    `skip` are the first and the last, or "all" since `step`.
+    """
+
+    step: int
+    skip: tuple[int, int] | Literal["all"] | None = None
+
+
 class Session:
-    """One attempt of a run: restores, steps to the end or to a stop request, and leaves everything saved."""
+    """One sitting of a run: restores, steps to the end or to a stop request, and leaves everything saved.
+
+    It is one attempt, and another each time that it goes back.
+    """
 
     def __init__(
         self,
@@ -51,32 +70,135 @@ class Session:
         }
         self.peak = rate * self.world.size  # FLOP/s of square matmuls, of all processes: what MFU is measured against
         self.course = Course(run, resolved, parts, self.peak, self._emit, self.told, self.watchdog.step)
-        recast = resolved.origins["precision.mode"] == RESUME
-        self.saver = Saver(run, parts, self.course.state, self.told, recast)
+        self.state = self.course.state
+        self.saver = Saver(run, parts, self.state, self.told, recast=resolved.origins["precision.mode"] == RESUME)
+        self.point: Snapshot | None = None  # the restore point in memory
+        self.ending = ""  # who asked to stop, if not a signal
 
-    def train(self) -> None:
-        """Runs the attempt. A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`."""
-        self.attempt = attempt = self.world.decide(self.run.next_attempt)
+    def train(self, back: Back | None = None) -> None:
+        """Trains to the end, from where the run stands or goes `back` to.
+
+        A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`.
+        """
+        self.state.attempt = self.world.decide(self.run.next_attempt)
         hold = self.config.checkpoint.on_error == "continue"
         with ExitStack() as stack:
             stack.enter_context(self.watchdog)
-            skipped = self.saver.restore() if attempt else []
-            requests = stack.enter_context(signals.Requests())
+            skipped = self._begin(back)
+            self.requests = stack.enter_context(signals.Requests())
             if self.world.main:
-                self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners, hold))
-            self._announce(skipped, attempt)
+                writer = EventWriter(self.run.event_log, self.state.attempt, self.listeners, hold)
+                self.events = stack.enter_context(writer)
+            self._announce("rollback" if back else "resume" if self.state.attempt else "start", skipped)
+            if back:
+                self._went_back(back.step)
+            self._tell_restart()
             self.course.begin()
-            while self.course.state.progress.step < self.parts.steps:
-                self._step()
-                self._answer(self.world.max(requests.take()))
+            while self.state.progress.step < self.parts.steps:
+                with suppress(Interrupted):
+                    self._step()
+                self._answer(self.world.max(self.requests.take()))
+                if self.ending:
+                    self._stop(self.ending)
             self._finish()
 
     def _step(self) -> None:
         """The next step, and a checkpoint where one is due."""
         self.course.advance()
-        step, every = self.course.state.progress.step, int(self.config.checkpoint.every)
+        step, every = self.state.progress.step, int(self.config.checkpoint.every)
         if step < self.parts.steps and every and step % every == 0:
             self._save()
+
+    # -- where it goes on from ----------------------------------------------------------------------------------------
+
+    def _begin(self, back: Back | None) -> list[tuple[Path, str]]:
+        """Stands where the attempt begins; returns damaged checkpoints that were passed over, with the reason."""
+        if self.state.attempt == 0:
+            if back:
+                raise UserError(f"{self.run.path}: has not begun, so there is nothing to go back to", "train it first")
+            return []
+        overlays = self._overlays()
+        if back is None:
+            skipped = self.saver.restore()
+            self.state.overlays = self.state.overlays if overlays is None else overlays
+            return skipped
+        self.saver.lineage = self.world.decide(lambda: lineage.lineage(self.run))
+        stood = self.world.decide(self._stood)
+        if not back.step < stood:
+            raise UserError(f"{self.run.path}: stands at step {stood}, not behind {back.step}", "name an earlier step")
+        found = self.saver.find(back.step) if back.step else None
+        self.state.overlays = overlays or ()
+        skip = (back.step + 1, stood) if back.skip == "all" else back.skip
+        overlays = self._without(skip, back.step) if skip else self.state.overlays
+        self._go_to(found)
+        self.state.overlays = overlays
+        return []
+
+    def rollback(
+        self, step: int, skip: tuple[int, int] | None = None, overlays: tuple[Overlay, ...] | None = None, **why: Any
+    ) -> None:
+        """Goes back to the restore point of `step`, in memory or on disk, and begins another attempt there.
+
+        The batches of steps `skip`, first and last, are quarantined; other `overlays` than those in force may be given.
+        Raises `UserError`, with nothing done, if there is no such restore point.
+        """
+        if not step < self.state.progress.step:
+            raise UserError(f"step {step}: the run is at step {self.state.progress.step}", "name an earlier step")
+        at_hand = self.point if self.point and self.point.state["progress"].step == step else None
+        found = at_hand or self.saver.find(step)
+        overlays = self.state.overlays if overlays is None else overlays
+        overlays = self._without(skip, step) if skip else overlays
+        self.course.observe()
+        self.state.attempt += 1
+        if self.world.main:
+            self.events.attempt = self.state.attempt
+        self.state.overlays = overlays
+        self._announce("rollback", [], step, **why)  # known on the disk before anything changes
+        self._go_to(found)
+        self.state.overlays = overlays
+        self._went_back(step)
+        self.course.last = time.perf_counter()
+
+    def _go_to(self, point: Snapshot | store.Checkpoint | None) -> None:
+        """Stands at a restore point; without one, at the start, where a session begins anyway."""
+        self.course.last_eval, self.saver.saved_step = None, None
+        if isinstance(point, Snapshot):
+            self.course.return_to(point)
+        elif point:
+            self.saver.load(point)
+        else:
+            setup.load_origin(self.parts)
+
+    def _went_back(self, step: int) -> None:
+        if self.point and self.point.state["progress"].step > step:
+            self.point = None
+        known = self.saver.lineage.after(self.state.attempt, step)
+        self.saver.lineage = known
+        self.world.decide(lambda: self.saver.went_back(known))
+
+    def _without(self, skip: tuple[int, int], step: int) -> tuple[Overlay, ...]:
+        """What lies over the plan, and a quarantine of what steps `skip` read or would have read, all after `step`."""
+        first, last = skip
+        if not step < first <= last:
+            raise UserError(f"steps {first} to {last}: not after step {step}", "quarantine steps that are undone")
+        overlays = self.state.overlays
+        for block in self.parts.loader.blocks(first - 1, last - 1, overlay.skipped(overlays)):
+            begin = block.at + 1
+            id = f"{SKIP}@{begin}:{block.start}+{block.length}"
+            overlays = added(overlays, Overlay(id, SKIP, [block.start, block.length], begin))
+        return overlays
+
+    def _overlays(self) -> tuple[Overlay, ...] | None:
+        """What lies over the plan, as the log has it; None if the log does not say."""
+        said = self.world.decide(lambda: lineage.overlays(self.run))
+        return None if said is None else overlay.unpack(said, str(self.run.event_log))
+
+    def _stood(self) -> int:
+        """The last step that the run is known to have taken."""
+        out = lineage.abandoned(self.run, self.saver.lineage)
+        saved = [store.step_of(path) for path in store.checkpoints(self.run.checkpoints) if path not in out]
+        told = [int(event["step"]) for event in self.run.events() if "step" in event]
+        return max([0, *saved, *told])
 
     # -- saving, stopping ----------------------------------------------------------------------------------------------
 
@@ -90,7 +212,7 @@ class Session:
 
     def _save(self, last: bool = False, **why: str) -> None:
         """Saves this step, if that is not done; its time is not training time. After the `last` there is no other."""
-        if self.saver.saved_step == self.course.state.progress.step:
+        if self.saver.saved_step == self.state.progress.step:
             return
         start = time.perf_counter()
         try:
@@ -103,7 +225,7 @@ class Session:
 
     def _not_saved(self, error: DiskRefused, ends: bool) -> None:
         """Tells that the disk refused a checkpoint; raises the error if that `ends` the attempt."""
-        step = self.course.state.progress.step
+        step = self.state.progress.step
         with suppress(DiskRefused) if ends else nullcontext():  # of the log: the first error is the one to mend
             self._emit("incident", step=step, kind="save refused", error=error.message, ends=ends)
             if ends:
@@ -115,15 +237,15 @@ class Session:
         """Saves where we are, then says how to go on."""
         self._save(last=True, signal=signal)
         self.course.observe()
-        self._emit("end", step=self.course.state.progress.step, reason="stopped", signal=signal)
-        raise Stopped(self.run, self.course.state.progress.step, signal)
+        self._emit("end", step=self.state.progress.step, reason="stopped", signal=signal)
+        raise Stopped(self.run, self.state.progress.step, signal)
 
     def _finish(self) -> None:
         """The last observation, evaluation and checkpoint."""
         self.course.evaluate()
         self._save(last=True)
         self.course.observe()
-        self._emit("end", step=self.course.state.progress.step, reason="done")
+        self._emit("end", step=self.state.progress.step, reason="done")
 
     def _emit(self, type: str, /, **fields: Any) -> None:
         """Events are the main process's to write."""
@@ -132,16 +254,30 @@ class Session:
 
     def _tell_hang(self, facts: dict[str, Any]) -> None:
         """Called in another thread: what hangs may hold the writer of the events, or be a listener."""
-        with EventWriter(self.run.event_log, self.attempt) as events:
-            events.emit("incident", step=self.course.state.progress.step, rank=self.world.rank, **facts)
+        with EventWriter(self.run.event_log, self.state.attempt) as events:
+            events.emit("incident", step=self.state.progress.step, rank=self.world.rank, **facts)
 
-    def _announce(self, skipped: Sequence[tuple[Path, str]], attempt: int) -> None:
+    def _tell_restart(self) -> None:
+        if self.world.main and (why := supervised.restart()):
+            self._emit("incident", step=self.state.progress.step, kind="restart", **why)
+
+    def heed(self) -> None:
+        """Raises `Interrupted` if the run was asked to stop: for what may be left at any step."""
+        if self.world.max(self.requests.stop):
+            raise Interrupted
+
+    def _announce(self, reason: str, skipped: Sequence[tuple[Path, str]], step: int | None = None, **why: Any) -> None:
+        """Tells that an attempt begins at `step`, by default where the state is; returns when the disk knows it."""
+        step = self.state.progress.step if step is None else step
         self._emit(
             "run",
-            step=self.course.state.progress.step,
+            step=step,
+            reason=reason,
+            **why,
+            overlays=overlay.pack(self.state.overlays),
             path=str(self.run.path),
             preset=self.source,
-            parent_step=self.course.state.progress.step if attempt else None,
+            parent_step=step if self.state.attempt else None,
             skipped_checkpoints=[[path.name, reason] for path, reason in skipped],
             loader_tok_s=round(self.parts.loader.throughput()),
             machine=machine.facts(self.config.parallel.device),
@@ -151,8 +287,12 @@ class Session:
             disk=room.facts(self.config, self.run.checkpoints),
             **setup.description(self.parts),
         )
-        if self.world.main and (why := supervised.restart()):
-            self._emit("incident", step=self.course.state.progress.step, kind="restart", **why)
+        if self.world.main:
+            self.events.sync()
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: an arm was left because the run is asked to stop
+    """A trial was left because the run is asked to stop; the run stands where it left on trial."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and saved itself

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumina.config import overlay
+from lumina.config.overlay import Overlay
 from lumina.model.transformer import Transformer
 from lumina.training.optim import Optimizer
 from lumina.training.probe import Probe
@@ -38,10 +40,16 @@ class State:
         self.model, self.optimizer, self.probe = model, optimizer, probe
         self.progress = Progress()
         self.pending: Lagged | None = None  # metrics of `progress.step`, if this attempt took it
+        self.overlays: tuple[Overlay, ...] = ()  # what lies over the plan
+        self.attempt = 0
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Weights and router buffers by name; writing into them changes the model."""
         return self.model.tensors()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a snapshot copies: all tensors, with AdamW's own counts of steps, so that no device is waited for."""
+        return self.model_tensors() | self.optim_tensors() | self.optimizer.step_tensors()
 
     def optim_tensors(self) -> dict[str, Tensor]:
         """Moments and what the probe remembers, likewise."""
@@ -51,12 +59,18 @@ class State:
         """The plain values, as `state.json` holds them."""
         if self.pending:  # else it is what this attempt began with, if that is not observed yet
             self.progress.pending = self.pending.read()
-        return {"progress": vars(self.progress), "optimizer_steps": self.optimizer.steps_taken}
+        return {
+            "progress": vars(self.progress),
+            "optimizer_steps": self.optimizer.steps_taken,
+            "attempt": self.attempt,
+            "overlays": overlay.pack(self.overlays),
+        }
 
     def unpack(self, state: dict[str, Any]) -> None:
-        """Restores what `pack` gave; the tensors are loaded separately."""
+        """Restores what `pack` gave, but for the attempt; the tensors are loaded separately."""
         self.optimizer.steps_taken = state["optimizer_steps"]
         self.progress, self.pending = Progress(**state["progress"]), None
+        self.overlays = overlay.unpack(state.get("overlays", []), "state.json")  # format 1 knew none
 
 
 class Lagged:
@@ -71,6 +85,9 @@ class Lagged:
             self._event.record()
         else:
             self._host = metrics
+
+    def __deepcopy__(self, memo: object) -> Lagged:
+        return self  # nothing writes into it
 
     def read(self) -> list[float]:
         if self._event is not None:

@@ -22,7 +22,7 @@ from lumina.run import index
 from lumina.run.folder import Run
 from lumina.run.lock import RunLock
 from lumina.training import machine, memory, oom, room, setup
-from lumina.training.session import Listener, Session
+from lumina.training.session import Back, Listener, Session
 
 BUILDING = "building the model"
 TOO_LARGE = "choose a smaller model (see `lumina presets`), or share it among more processes with torchrun"
@@ -124,14 +124,16 @@ def resume(
     progress: Tell = silent,
     *,
     settings: Sequence[str] | Mapping[str, Any] = (),
+    back: Back | None = None,
 ) -> Run:
-    """Goes on with a run from its newest complete checkpoint (from the start if it has none).
+    """Goes on with a run from its newest complete checkpoint (from the start if it has none), or goes `back`.
 
     `settings` change how it is computed, kept and shown from here on, as `config.change` lists; its `config.yaml`
-    holds them then, so that it goes on with them the next time. A finished run is returned as it is.
+    holds them then, so that it goes on with them the next time. A finished run is returned as it is, unless it goes
+    back: then it is unfinished again.
     """
     world = join()
-    if world.decide(lambda: run.finished):
+    if back is None and world.decide(lambda: run.finished):
         return run
     before = world.each(lambda: read(run.config))
     with world.holding(RunLock(run.lock)), oom.ending_alone(world):
@@ -144,11 +146,10 @@ def resume(
         config = setup.adapt(resolved, meta["processes"], world)
         with oom.beyond_repair(BUILDING, TOO_LARGE), whole(BUILDING, progress):
             parts = setup.build(config, corpus, world)
-            if not store.checkpoints(run.checkpoints):
-                setup.load_origin(parts)
         if changed := differences(before, resolved):
             world.decide(lambda: oom.rewrite(run, resolved))
-        Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress, changed).train()
+        session = Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress, changed)
+        session.train(back)
     return run
 
 

@@ -26,9 +26,12 @@ class Told:
         corpus = setup.load_data(resolved.config)
         parts = setup.build(setup.settle_all(resolved, corpus)[0].config, corpus)
         self.events: list[dict[str, Any]] = []
-        self.observer = Observer(parts, 1e9, lambda type, **fields: self.events.append({"t": type, **fields}))
+        self.observer = Observer(parts, 1e9, self.tell, lambda step: 1e-3)
         self.moes, self.routers = len(parts.model.moes), len(parts.model.routers)
         self.progress = Progress(step_seconds=1.0)
+
+    def tell(self, type: str, **fields: Any) -> None:
+        self.events.append({"t": type, **fields})
 
     def step(self, load: float, tokens: float, skipped: bool = False) -> None:
         metrics = dict.fromkeys(METRICS, 1.0) | {"skipped": float(skipped)}

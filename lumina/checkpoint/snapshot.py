@@ -1,0 +1,79 @@
+"""A restore point in memory: copies of tensors, and the plain state beside them. On disk it is a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lumina.parallel.sharding import local
+
+Tensors = Mapping[str, Tensor]
+
+
+class Snapshot:
+    """What the tensors and the state were when it was taken; `bytes` is the memory that it takes.
+
+    Of a tensor that is shared out among processes each keeps its own rows.
+    """
+
+    def __init__(self, copies: dict[str, Tensor], state: Any) -> None:
+        self.copies, self.state = copies, state
+
+    @property
+    def bytes(self) -> int:
+        return sum(copy.nbytes for copy in self.copies.values())
+
+
+@torch.no_grad()
+def take(
+    tensors: Tensors, state: Any, keep: Literal["host", "device"] = "host", into: Snapshot | None = None
+) -> Snapshot:
+    """Copies `tensors` to the host, or on their own device; `state` is copied as `deepcopy` does.
+
+    `into` is a snapshot that nobody needs any more: its memory is used again. It then holds the new one.
+    Raises `ValueError` if it was one of other tensors.
+    """
+    parts = {name: local(tensor) for name, tensor in tensors.items()}
+    if into is None:
+        into = Snapshot({name: _memory(part, keep) for name, part in parts.items()}, None)
+    for name, part, copy in _paired(parts, into.copies):
+        if copy.device != (part.device if keep == "device" else torch.device("cpu")):
+            raise ValueError(f"{name}: the memory to use again is on {copy.device}")
+        copy.copy_(part)
+    into.state = deepcopy(state)
+    return into
+
+
+@torch.no_grad()
+def restore(snapshot: Snapshot, tensors: Tensors) -> Any:
+    """Writes what was copied back, in place and to the bit; returns a copy of the state.
+
+    Raises `ValueError`, before anything is written, if these are not the tensors that were copied.
+    """
+    parts = {name: local(tensor) for name, tensor in tensors.items()}
+    for _, part, copy in _paired(parts, snapshot.copies):
+        part.copy_(copy)
+    return deepcopy(snapshot.state)
+
+
+def _memory(part: Tensor, keep: str) -> Tensor:
+    if keep == "device" or part.device.type == "cpu":
+        return torch.empty_like(part)
+    return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.device.type == "cuda")
+
+
+def _paired(parts: dict[str, Tensor], copies: dict[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
+    """Each tensor with its copy. Raises `ValueError` if they are not the same tensors."""
+    if parts.keys() != copies.keys():
+        raise ValueError(f"not the tensors of this snapshot: {', '.join(sorted(parts.keys() ^ copies.keys()))}")
+    for name, part in parts.items():
+        copy = copies[name]
+        if (part.shape, part.dtype) != (copy.shape, copy.dtype):
+            raise ValueError(
+                f"{name}: {[*part.shape]} of {part.dtype}, the snapshot has {[*copy.shape]} of {copy.dtype}"
+            )
+    return [(name, part, copies[name]) for name, part in parts.items()]

@@ -1,0 +1,72 @@
+"""Which of a run's attempts led to where it stands, after it was resumed or went back. No torch.
+
+What attempt a did after step s counts unless a later attempt began before it: the rule of `lumina.events.merged`, for
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lumina.events import parse
+from lumina.run.folder import Run
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The attempts that went on from an earlier step: number, step, and whether on purpose."""
+
+    begins: tuple[tuple[int, int, bool], ...] = ()
+
+    def counts(self, attempt: int | None, step: int) -> bool:
+        """Whether what `attempt` saved at `step` is part of the run.
+
+        None is an attempt before checkpoints had its number; nobody went back then.
+        """
+        if attempt is None:
+            return not any(back and parent < step for _, parent, back in self.begins)
+        return not any(attempt < later and parent < step for later, parent, _ in self.begins)
+
+    def after(self, attempt: int, parent: int) -> Lineage:
+        """With an attempt that goes back to `parent`."""
+        return Lineage((*self.begins, (attempt, parent, True)))
+
+
+def lineage(run: Run) -> Lineage:
+    """As the run's event log tells; without one, everything counts."""
+    begun = [event for line in _lines(run) if b'"run"' in line and (event := parse(line)) and event["t"] == "run"]
+    resumed = [event for event in begun if event.get("parent_step") is not None]
+    return Lineage(tuple((e["attempt"], e["parent_step"], e.get("reason") == "rollback") for e in resumed))
+
+
+def overlays(run: Run) -> list[dict[str, Any]] | None:
+    """What lies over the plan, by the last event that says so: each says all. None if none does."""
+    said = (event for line in reversed(_lines(run)) if b'"overlays"' in line and (event := parse(line)))
+    found: list[dict[str, Any]] | None = next((event["overlays"] for event in said if "overlays" in event), None)
+    return found
+
+
+def abandoned(run: Run, known: Lineage | None = None) -> list[Path]:
+    """The checkpoint folders that do not count; one whose attempt cannot be read is damaged, which is another matter.
+
+    `known` spares reading the log.
+    """
+    known = known or lineage(run)
+    folders = run.checkpoints.glob("step-*") if known.begins else ()
+    return sorted(path for path in folders if not _counts(path, known))
+
+
+def _counts(path: Path, known: Lineage) -> bool:
+    try:
+        attempt = json.loads((path / "state.json").read_bytes()).get("attempt")
+        step = int(path.name.split("-")[1].removesuffix(".old"))
+        return known.counts(attempt, step)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return True
+
+
+def _lines(run: Run) -> list[bytes]:
+    return run.event_log.read_bytes().splitlines() if run.event_log.is_file() else []
