@@ -226,7 +226,12 @@ class Console:
         )
 
     def _on_checkpoint(self, event: Event) -> None:
-        self.write(f"[Save {event['step']}] {size(event['bytes'])} in {event['seconds']:.2f}s")
+        self.write(
+            f"[Save {event['step']}] {size(event['bytes'])} | steps waited {event['stall']:.2f}s | "
+            f"on disk after {event['seconds']:.2f}s ({size(event['bandwidth'])}/s, {event['way']})"
+        )
+        for problem in event.get("problems", []):
+            self.write(f"! checkpoint of step {event['step']}: {problem}")
 
     def _on_decision(self, event: Event) -> None:
         sentence = SENTENCES[event["rule"], event["action"]].format(**event["evidence"])

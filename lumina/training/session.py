@@ -74,6 +74,7 @@ class Session:
             stop = stack.enter_context(StopRequest())
             if self.world.main:
                 self.events = stack.enter_context(EventWriter(self.run.event_log, attempt, self.listeners))
+            stack.enter_context(self.saver.writer)
             self._announce(skipped, attempt)
             self.last = time.perf_counter()
             self.told(self.first, 0, 1)
@@ -109,6 +110,7 @@ class Session:
         progress.step, progress.tokens = step, progress.tokens + train.batch_tokens
         progress.wall += progress.step_seconds
         self.state.pending = Lagged(metrics)
+        self._tell_saves(self.saver.poll(progress.step_seconds))
         if step == parts.steps:
             return
         if train.eval_every and step % train.eval_every == 0:
@@ -183,17 +185,27 @@ class Session:
     # -- saving, stopping ----------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Saves this step, if that is not done; its time is not training time."""
+        """Begins to save this step, if that is not done; its time is not training time."""
         if self.saver.saved_step == self.state.progress.step:
             return
         start = time.perf_counter()
-        receipt = self.saver.save(self.last_eval)
-        self._emit("checkpoint", step=receipt.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes)
+        self._tell_saves(self.saver.save(self.last_eval))
         self.last += time.perf_counter() - start
+
+    def _tell_saves(self, saves: Sequence[dict[str, Any]]) -> None:
+        """What was published and read back since."""
+        for fields in saves:
+            self._emit("checkpoint", **fields)
+
+    def _settle(self) -> None:
+        """Waits until the last save has lasted."""
+        self._tell_saves(self.saver.finish())
+        self.saver.require_saved()
 
     def _stop(self, signal: str) -> None:
         """Saves where we are, then says how to go on."""
         self._save()
+        self._settle()
         self._observe()
         self._emit("end", step=self.state.progress.step, reason="stopped", signal=signal)
         raise Stopped(self.run, self.state.progress.step, signal)
@@ -202,6 +214,7 @@ class Session:
         """The last observation, evaluation and checkpoint."""
         self._evaluate()
         self._save()
+        self._settle()
         self._observe()
         self._emit("end", step=self.state.progress.step, reason="done")
 

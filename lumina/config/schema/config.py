@@ -39,6 +39,10 @@ class CheckpointConfig(Section):
         0, ge=0, description="steps between checkpoints; 0: at the end only; evaluated ones can be best"
     )
     keep_last: Count = Field(2, ge=1, description="newest checkpoints to keep; the best is kept besides")
+    write: Literal["auto", "inline", "background"] = Field(
+        "auto",
+        description="inline: steps wait for the files; background: for a copy in memory; auto: as is cheaper here",
+    )
 
 
 class TelemetryConfig(Section):
