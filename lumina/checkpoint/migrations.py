@@ -16,8 +16,8 @@ State = dict[str, Any]
 
 
 def _to_2(state: State) -> None:
-    """A checkpoint had no held-out loss of its own; its files were those of torch's distributed checkpoint."""
-    state[LOSS] = None
+    """A checkpoint had no held-out loss, attempt or overlays of its own; its files were those of torch's distributed checkpoint."""
+    state |= {LOSS: None, "attempt": 0, "overlays": []}
 
 
 MIGRATIONS: dict[int, Callable[[State], None]] = {1: _to_2}

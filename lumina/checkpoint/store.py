@@ -72,7 +72,8 @@ class Receipt:
     stall: float
     waited: float = 0.0
     way: str = "inline"
-    problems: tuple[str, ...] | None = None  # what was wrong when it was read back; None: it was not
+    problems: tuple[str, ...] | None = None  # what was wrong when it was read back, or why it was not; None: not tried
+    damaged: bool = False  # read back, it was not what was written: it is set aside
 
     @property
     def verified(self) -> bool:

@@ -249,7 +249,12 @@ class Console:
     def _on_checkpoint(self, event: Event) -> None:
         self.unsaved = False
         asked = f", asked by {event['signal']}" if event.get("signal") else ""
-        self.write(f"[Save {event['step']}] {size(event['bytes'])} in {event['seconds']:.2f}s{asked}")
+        self.write(
+            f"[Save {event['step']}] {size(event['bytes'])} | steps waited {event['stall']:.2f}s | "
+            f"on disk after {event['seconds']:.2f}s ({size(event['bandwidth'])}/s, {event['way']}){asked}"
+        )
+        for problem in event.get("problems", []):
+            self.write(f"! checkpoint of step {event['step']}: {problem}")
 
     def _on_incident(self, event: Event) -> None:
         if event["kind"] != "save refused" or not self.unsaved:

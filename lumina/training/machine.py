@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from lumina import __version__
+from lumina.checkpoint.writer import Way
 from lumina.compat import compiler_missing, cpu_has_fast_bf16, grouped_mm_works, mps_has_bf16, usable_cores
 from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
@@ -89,6 +90,9 @@ def choose(config: Config, world: World = ALONE) -> Choices:
     if config.train.micro_batch == "auto":
         limit = max(1, MICRO_TOKENS // config.model.seq_len)
         choices["train.micro_batch"] = micro_batch(config, world, limit), f"at most {MICRO_TOKENS} tokens at once"
+    if config.checkpoint.write == "auto":
+        used = choices.get("parallel.threads", (config.parallel.threads, ""))[0]
+        choices["checkpoint.write"] = choose_writing(device, int(used), world)
     if config.train.tokens is not None:
         steps = max(1, round(config.train.tokens / config.train.batch_tokens))
         choices["train.steps"] = (steps, f"train.tokens={config.train.tokens} / train.batch_tokens")
@@ -108,6 +112,15 @@ def require_micro_batch(config: Config, world: World) -> None:
 def threads(world: World) -> int:
     """CPU threads of each process, for those of one machine share its cores."""
     return max(1, usable_cores() // world.local_size)
+
+
+def choose_writing(device: str, threads: int, world: World = ALONE) -> tuple[Way, str]:
+    """How a checkpoint costs training the least, and why; `lumina bench checkpoint` measures it."""
+    if device != "cpu":
+        return "background", "the device trains while the host writes"
+    if threads * world.local_size < usable_cores():
+        return "background", "training leaves cores free that can write"
+    return "inline", "training uses all cores: writing with all of them is over soonest"
 
 
 def micro_batch(config: Config, world: World, limit: int) -> int:

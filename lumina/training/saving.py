@@ -1,24 +1,32 @@
-"""A run's checkpoints: when one is saved, which are kept, and where an attempt goes on from."""
+"""A run's checkpoints: how one is saved beside the steps, which are kept, and where an attempt goes on from."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from safetensors import safe_open
 from torch import Tensor
 
 from lumina.checkpoint import retention, store
 from lumina.checkpoint.catalogue import LOSS
+from lumina.checkpoint.writer import Writer
 from lumina.errors import DiskRefused, UserError
 from lumina.progress import Tell, whole
 from lumina.run.folder import Run
 from lumina.run.lineage import Lineage, abandoned, lineage
-from lumina.training import setup
+from lumina.training import machine, setup
 from lumina.training.evaluate import Evaluation
 from lumina.training.precision import LossScale
 from lumina.training.setup import Parts
-from lumina.training.state import State
+from lumina.training.state import State, state_problems
+
+T = TypeVar("T")
+STEPS_REMEMBERED = 100  # that no writer stood beside: what the others are compared with
 
 
 class Saver:
@@ -34,36 +42,126 @@ class Saver:
             "data": parts.corpus.fingerprint,
             "kind": self.config.model.kind,
         }
-        self.saved_step: int | None = None
+        way, parallel = self.config.checkpoint.write, self.config.parallel
+        if way == "auto":  # the run was begun by a version that did not ask
+            way, _ = machine.choose_writing(parallel.device, int(parallel.threads), self.world)
+        self.writer = Writer(run.checkpoints, self.world, way)
+        self.saved_step: int | None = None  # published, or under way
+        self.best_before: tuple[float | None, int | None] = (None, None)  # the last save
+        self.why: dict[str, str] = {}  # what else the event of the last save tells
+        self.alone: deque[float] = deque(maxlen=STEPS_REMEMBERED)  # seconds of steps
+        self.beside: list[float] = []  # seconds of the steps since the save began
 
-    def save(self, evaluated: tuple[int, Evaluation] | None) -> store.Receipt:
-        """Publishes a checkpoint of this step and points `latest` at it, and `best` if it was evaluated as the best.
+    # -- saving -------------------------------------------------------------------------------------------------------
 
-        Raises `DiskRefused` if the disk does not take it; whatever was saved before is untouched then.
+    def save(self, evaluated: tuple[int, Evaluation] | None, **why: str) -> list[dict[str, Any]]:
+        """Begins a checkpoint of this step; if it was evaluated as the best, `best` will point at it.
+
+        Returns the event of the save before, if that was still under way: this one waited for it. `why` is told in the
+        event of this one. Raises `DiskRefused` if the disk does not take it, or did not take the one before.
         """
-        progress, best = self.state.progress, (self.state.progress.best_loss, self.state.progress.best_step)
-        loss = None
+        progress = self.state.progress
+        with whole(f"saving step {progress.step}", self.told):
+            self._or_unsaved(self.writer.finish)
+            before = self._told()  # prunes, which nothing may be under way for
+            self.world.decide(self._require_folder)
+            loss = self._judge(evaluated)
+            state = self.identity | {LOSS: loss} | self.state.pack()
+            tensors = self.state.model_tensors(), self.state.optim_tensors()
+            self._or_unsaved(lambda: self.writer.save(progress.step, *tensors, state))
+        self.saved_step, self.why = progress.step, why
+        return before
+
+    def poll(self, step_seconds: float) -> list[dict[str, Any]]:
+        """The `checkpoint` events of what was published since, after a step that took so long.
+
+        Older checkpoints go once a newer one was read back. Raises the `UserError` of a save that failed.
+        """
+        (self.beside if self.writer.busy else self.alone).append(step_seconds)
+        return self._told()
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Waits for the save that is under way; its event. Raises the `UserError` of a save that failed."""
+        if self.writer.busy:
+            with whole(f"reading step {self.saved_step} back", self.told):
+                self._or_unsaved(self.writer.finish)
+        return self._told()
+
+    def require_saved(self) -> None:
+        """Raises `UserError` if the last save did not last: before a run is called done, or stopped and saved."""
+        if self.saved_step is None:
+            raise UserError(
+                f"{self.run.checkpoints}: the last checkpoint, read back from the disk, was not what had been written; "
+                "earlier ones are untouched",
+                fix=f"check the disk, then: lumina resume {self.run.path}",
+            )
+
+    def _judge(self, evaluated: tuple[int, Evaluation] | None) -> float | None:
+        """The held-out loss of this step, if it may be compared; the lowest makes it the best."""
+        progress, loss = self.state.progress, None
+        self.best_before = progress.best_loss, progress.best_step
         if evaluated and evaluated[0] == progress.step and evaluated[1].comparable:
             loss = evaluated[1].loss if math.isfinite(evaluated[1].loss) else None
         if loss is not None and (progress.best_loss is None or loss < progress.best_loss):
             progress.best_loss, progress.best_step = loss, progress.step
+        return loss
+
+    def _or_unsaved(self, work: Callable[[], T]) -> T:
         try:
-            self.world.decide(self._require_folder)
-            with whole(f"saving step {progress.step}", self.told):
-                receipt = store.save(
-                    self.run.checkpoints,
-                    progress.step,
-                    self.state.model_tensors(),
-                    self.state.optim_tensors(),
-                    self.identity | {LOSS: loss} | self.state.pack(),
-                    self.world,
-                )
-        except DiskRefused:
-            progress.best_loss, progress.best_step = best  # the best of those that were saved
+            return work()
+        except UserError:
+            self._unsaved()
             raise
-        self.saved_step = progress.step
-        self.world.decide(self._tidy)
-        return receipt
+
+    def _unsaved(self) -> None:
+        """The last save is none; the best is one of those that were saved."""
+        progress = self.state.progress
+        progress.best_loss, progress.best_step = self.best_before
+        self.saved_step = None
+
+    def _told(self) -> list[dict[str, Any]]:
+        receipts = self._or_unsaved(self.writer.poll)
+        if any(receipt.damaged and receipt.step == self.saved_step for receipt in receipts):
+            self._unsaved()
+        events = [self._event(receipt) for receipt in receipts]
+        if any(receipt.verified for receipt in receipts):
+            self.world.decide(self._tidy)
+        return events
+
+    def _event(self, receipt: store.Receipt) -> dict[str, Any]:
+        usual, beside, self.beside = statistics.median(self.alone) if self.alone else None, self.beside, []
+        figures = {name: round(getattr(receipt, name), 4) for name in ("seconds", "stall", "waited")}
+        return {
+            "step": receipt.step,
+            "bytes": receipt.bytes,
+            **figures,
+            "bandwidth": round(receipt.bandwidth),
+            "way": receipt.way,
+            "verified": receipt.verified,
+            "slowed": None if usual is None else round(sum(seconds - usual for seconds in beside), 4),
+            **self.why,
+            **({"problems": list(receipt.problems)} if receipt.problems else {}),
+        }
+
+    def _require_folder(self) -> None:
+        """Where the folder of the run was moved or deleted, no second one is begun that lacks all but checkpoints."""
+        if not self.run.config.is_file():
+            fix = "bring the folder back to where it was"
+            raise DiskRefused(f"{self.run.path}: checkpoint not written: the folder of the run is gone", fix)
+
+    def _tidy(self) -> None:
+        self._link_best()
+        keep = self.config.checkpoint
+        out = {store.step_of(path) for path in abandoned(self.run, self.lineage) if path.suffix != store.OLD}
+        retention.prune(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every, out)
+
+    def _link_best(self) -> None:
+        """Points `best` where the state says it is: also after a crash between a save and its link."""
+        best = self.state.progress.best_step
+        if best is not None and store.folder(self.run.checkpoints, best).is_dir():
+            store.point(self.run.checkpoints, "best", best)
+
+    # -- restoring ----------------------------------------------------------------------------------------------------
 
     def restore(self) -> list[tuple[Path, str]]:
         """Loads the newest complete checkpoint that counts; returns those it had to pass over, with the reason.
@@ -72,7 +170,14 @@ class Saver:
         """
         self.lineage = self.world.decide(lambda: lineage(self.run))
         out = self.world.decide(lambda: abandoned(self.run, self.lineage))
-        found, skipped = store.newest(self.run.checkpoints, self.world, self.told, out)
+        skipped: list[tuple[Path, str]] = []
+        while True:
+            without = [path for path, _ in skipped]
+            found, damaged = store.newest(self.run.checkpoints, self.world, self.told, [*out, *without])
+            skipped += [one for one in damaged if one[0] not in without]
+            if found is None or not (problem := self._load(found)):
+                break
+            skipped.append((found.path, problem))
         if found is None and skipped:
             reasons = [f"{path.name}: {reason}" for path, reason in skipped]
             raise UserError(
@@ -81,8 +186,6 @@ class Saver:
             )
         if found is None:
             setup.load_origin(self.parts)
-        else:
-            self.load(found)
         self.world.decide(lambda: retention.note_damaged(self.run.checkpoints, [path for path, _ in skipped]))
         return skipped
 
@@ -104,21 +207,9 @@ class Saver:
         return self.world.decide(look)
 
     def load(self, found: store.Checkpoint) -> None:
-        """Writes a verified checkpoint into the state. Raises `UserError` if it is of another run."""
-        retention.check_links(self.run.checkpoints)
-        for what, value in self.identity.items():
-            if found.state[what] != value:
-                raise UserError(
-                    f"{found.path}: saved with another {what} ({found.state[what]}) than the run now has ({value})",
-                    fix=f"restore the run's {what}, or start another: lumina train … --fresh",
-                )
-        optim = self.state.optim_tensors()
-        if self.recast:
-            optim = _with_the_loss_scale_of(found, optim, self.precision.device)
-        store.load(found, self.state.model_tensors(), optim, self.world, cast=self.recast)
-        self.state.unpack(found.state)
-        self.world.decide(self._link_best)
-        self.saved_step = found.step
+        """Writes a verified checkpoint into the state. Raises `UserError` if it is none of this run, or not sound."""
+        if problem := self._load(found):
+            raise UserError(f"{found.path}: {problem}", fix="go back to another step")
 
     def went_back(self, lineage: Lineage) -> None:
         """Points `latest` and `best` at what counts after the run went back, or at nothing; for the main process."""
@@ -133,23 +224,31 @@ class Saver:
             else:
                 store.remove(self.run.checkpoints / name)
 
-    def _tidy(self) -> None:
-        self._link_best()
-        keep = self.config.checkpoint
-        out = {store.step_of(path) for path in abandoned(self.run, self.lineage) if path.suffix != store.OLD}
-        retention.prune(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every, out)
+    def _load(self, found: store.Checkpoint) -> str:
+        """Writes a checkpoint into the state; or says why nobody can go on from it."""
+        retention.check_links(self.run.checkpoints)
+        if problems := state_problems(found.state, self.identity):
+            return "; ".join(problems)
+        self._require_own(found)
+        optim = self.state.optim_tensors()
+        if self.recast:
+            optim = _with_the_loss_scale_of(found, optim, self.precision.device)
+        try:
+            store.load(found, self.state.model_tensors(), optim, self.world, cast=self.recast)
+        except store.Unsound as error:
+            return error.message.partition(": ")[2]
+        self.state.unpack(found.state)
+        self.world.decide(self._link_best)
+        self.saved_step = found.step
+        return ""
 
-    def _require_folder(self) -> None:
-        """Where the folder of the run was moved or deleted, no second one is begun that lacks all but checkpoints."""
-        if not self.run.config.is_file():
-            fix = "bring the folder back to where it was"
-            raise DiskRefused(f"{self.run.path}: checkpoint not written: the folder of the run is gone", fix)
-
-    def _link_best(self) -> None:
-        """Points `best` where the state says it is: also after a crash between a save and its link."""
-        best = self.state.progress.best_step
-        if best is not None and store.folder(self.run.checkpoints, best).is_dir():
-            store.point(self.run.checkpoints, "best", best)
+    def _require_own(self, found: store.Checkpoint) -> None:
+        for what, value in self.identity.items():
+            if found.state[what] != value:
+                raise UserError(
+                    f"{found.path}: saved with another {what} ({found.state[what]}) than the run now has ({value})",
+                    fix=f"restore the run's {what}, or start another: lumina train … --fresh",
+                )
 
 
 def _with_the_loss_scale_of(found: store.Checkpoint, optim: dict[str, Tensor], device: str) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ Everything a reader wants goes through one `EventWriter`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +89,7 @@ class Session:
             if self.world.main:
                 writer = EventWriter(self.run.event_log, self.state.attempt, self.listeners, hold)
                 self.events = stack.enter_context(writer)
+            stack.enter_context(self.saver.writer)
             self._announce("rollback" if back else "resume" if self.state.attempt else "start", skipped)
             if back:
                 self._went_back(back.step)
@@ -106,6 +107,8 @@ class Session:
         """The next step, and a checkpoint where one is due."""
         self.course.advance()
         step, every = self.state.progress.step, int(self.config.checkpoint.every)
+        with self._refusals():
+            self._tell_saves(self.saver.poll(self.state.progress.step_seconds))
         if step < self.parts.steps and every and step % every == 0:
             self._save()
 
@@ -144,6 +147,8 @@ class Session:
         """
         if not step < self.state.progress.step:
             raise UserError(f"step {step}: the run is at step {self.state.progress.step}", "name an earlier step")
+        with self._refusals():
+            self._tell_saves(self.saver.finish())
         at_hand = self.point if self.point and self.point.state["progress"].step == step else None
         found = at_hand or self.saver.find(step)
         overlays = self.state.overlays if overlays is None else overlays
@@ -211,31 +216,44 @@ class Session:
             self._save(signal=save)
 
     def _save(self, last: bool = False, **why: str) -> None:
-        """Saves this step, if that is not done; its time is not training time. After the `last` there is no other."""
+        """Begins to save this step, if that is not done; its time is not training time. After the `last` comes none."""
         if self.saver.saved_step == self.state.progress.step:
             return
         start = time.perf_counter()
-        try:
-            receipt = self.saver.save(self.course.last_eval)
-        except DiskRefused as error:
-            self._not_saved(error, last or self.config.checkpoint.on_error == "stop")
-        else:
-            self._emit("checkpoint", step=receipt.step, seconds=round(receipt.seconds, 3), bytes=receipt.bytes, **why)
+        with self._refusals(last):
+            self._tell_saves(self.saver.save(self.course.last_eval, **why))
         self.course.last += time.perf_counter() - start
 
-    def _not_saved(self, error: DiskRefused, ends: bool) -> None:
-        """Tells that the disk refused a checkpoint; raises the error if that `ends` the attempt."""
-        step = self.state.progress.step
-        with suppress(DiskRefused) if ends else nullcontext():  # of the log: the first error is the one to mend
-            self._emit("incident", step=step, kind="save refused", error=error.message, ends=ends)
+    @contextmanager
+    def _refusals(self, last: bool = False) -> Iterator[None]:
+        """What the disk refuses inside the block is told; it ends the attempt, if the user wants that or it is the
+        `last` save."""
+        try:
+            yield
+        except DiskRefused as error:
+            step, ends = self.state.progress.step, last or self.config.checkpoint.on_error == "stop"
+            with suppress(DiskRefused) if ends else nullcontext():  # of the log: the first error is the one to mend
+                self._emit("incident", step=step, kind="save refused", error=error.message, ends=ends)
+                if ends:
+                    self._emit("end", step=step, reason="save refused")
             if ends:
-                self._emit("end", step=step, reason="save refused")
-        if ends:
-            raise error
+                raise
+
+    def _tell_saves(self, saves: Sequence[dict[str, Any]]) -> None:
+        """What was published and read back since."""
+        for fields in saves:
+            self._emit("checkpoint", **fields)
+
+    def _settle(self) -> None:
+        """Waits until the last save has lasted."""
+        with self._refusals(last=True):
+            self._tell_saves(self.saver.finish())
+        self.saver.require_saved()
 
     def _stop(self, signal: str) -> None:
         """Saves where we are, then says how to go on."""
         self._save(last=True, signal=signal)
+        self._settle()
         self.course.observe()
         self._emit("end", step=self.state.progress.step, reason="stopped", signal=signal)
         raise Stopped(self.run, self.state.progress.step, signal)
@@ -244,6 +262,7 @@ class Session:
         """The last observation, evaluation and checkpoint."""
         self.course.evaluate()
         self._save(last=True)
+        self._settle()
         self.course.observe()
         self._emit("end", step=self.state.progress.step, reason="done")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -70,7 +71,32 @@ class State:
         """Restores what `pack` gave, but for the attempt; the tensors are loaded separately."""
         self.optimizer.steps_taken = state["optimizer_steps"]
         self.progress, self.pending = Progress(**state["progress"]), None
-        self.overlays = overlay.unpack(state.get("overlays", []), "state.json")  # format 1 knew none
+        self.overlays = overlay.unpack(state["overlays"], "state.json")
+
+
+def state_problems(state: dict[str, Any], identity: Mapping[str, str]) -> list[str]:
+    """What is not as `pack` and the run's `identity` write it: a file on disk may hold anything."""
+    wanted: dict[str, Any] = {**dict.fromkeys(identity, str), "optimizer_steps": int, "attempt": int, "overlays": list, "progress": dict}
+    problems = [
+        f"its state has no {key} of type {kind.__name__}"
+        for key, kind in wanted.items()
+        if type(state.get(key)) is not kind
+    ]
+    if not problems:
+        kinds = get_type_hints(Progress)
+        for key, value in state["progress"].items():
+            if key not in kinds or not _fits(value, kinds[key]):
+                problems.append(f"its progress has {str(key)[:50]}={str(value)[:50]}")
+    return problems
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value out of JSON is of a field's type; a float may have been written without its point."""
+    if args := get_args(kind):
+        if get_origin(kind) is list:
+            return type(value) is list and all(_fits(item, args[0]) for item in value)
+        return any(_fits(value, one) for one in args)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 class Lagged:

@@ -55,6 +55,10 @@ class CheckpointConfig(Section):
     on_error: Literal["stop", "continue"] = Field(
         "stop", description="when the disk refuses a save: stop, or train on and try again at the next one"
     )
+    write: Literal["auto", "inline", "background"] = Field(
+        "auto",
+        description="inline: steps wait for the files; background: for a copy in memory; auto: as is cheaper here",
+    )
 
 
 class TelemetryConfig(Section):

@@ -1,0 +1,269 @@
+"""A save in parts: what is on disk is what was there when it began, read back; and whatever fails is heard of."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lumina.checkpoint import phases, readback, store, tensors
+from lumina.checkpoint.writer import Way, Writer
+from lumina.errors import UserError
+
+WAYS: tuple[Way, ...] = ("inline", "background")
+both_ways = pytest.mark.parametrize("way", WAYS)
+
+
+def model(value: float) -> dict[str, Tensor]:
+    return {"w": torch.full((300, 7), value), "b": torch.full((5,), value).bfloat16(), "n": torch.arange(3)}
+
+
+def optim(value: float) -> dict[str, Tensor]:
+    return {"w.m": torch.full((300, 7), value)}
+
+
+def begin(writer: Writer, step: int) -> None:
+    writer.save(step, model(step), optim(step), {"step": step})
+
+
+def save(writer: Writer, step: int) -> store.Receipt:
+    begin(writer, step)
+    writer.finish()
+    (receipt,) = writer.poll()
+    return receipt
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@both_ways
+def test_both_ways_write_what_a_plain_save_writes(way: Way, tmp_path: Path) -> None:
+    receipt = save(Writer(tmp_path / "parts", way=way), 7)
+    whole = store.save(tmp_path / "whole", 7, model(7), optim(7), {"step": 7})
+    assert content(receipt.path) == content(whole.path)
+    assert (receipt.step, receipt.bytes, receipt.way, receipt.verified) == (7, whole.bytes, way, True)
+    assert receipt.waited <= receipt.stall <= receipt.seconds
+    assert receipt.bandwidth == receipt.bytes / receipt.seconds
+    assert os.readlink(tmp_path / "parts" / "latest") == "step-000007"
+
+
+def test_other_readers_of_safetensors_read_the_files(tmp_path: Path) -> None:
+    path = save(Writer(tmp_path), 7).path
+    read = load_file(path / "model" / tensors.file_name(0))
+    assert read.keys() == model(7).keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in model(7).items())
+
+
+@both_ways
+def test_what_changes_after_a_save_began_is_not_in_it(way: Way, tmp_path: Path) -> None:
+    writer = Writer(tmp_path, way=way)
+    for step in (1, 2, 3):  # the memory that copies go to is used again
+        weights = model(step)
+        writer.save(step, weights, optim(step), {})
+        for tensor in weights.values():
+            tensor.zero_()
+    writer.finish()
+    assert [receipt.step for receipt in writer.poll()] == [1, 2, 3]
+    for step in (1, 2, 3):
+        target = model(0)
+        store.load(store.read(store.folder(tmp_path, step)), target)
+        assert torch.equal(target["w"], model(step)["w"])
+
+
+def test_there_is_one_save_at_a_time_and_its_receipt_says_that_it_waited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, flush = threading.Event(), phases.flush
+
+    def slow(*arguments: Any) -> None:
+        go_on.wait()
+        flush(*arguments)
+
+    monkeypatch.setattr(phases, "flush", slow)
+    writer = Writer(tmp_path)
+    begin(writer, 1)
+    assert writer.poll() == []
+    assert writer.busy
+    assert store.checkpoints(tmp_path) == []
+    threading.Timer(0.05, go_on.set).start()
+    begin(writer, 2)
+    assert [receipt.step for receipt in writer.poll()] == [1]
+    writer.finish()
+    (second,) = writer.poll()
+    assert not writer.busy
+    assert 0 < second.waited < second.stall
+
+
+# -- failures -----------------------------------------------------------------------------------------------
+
+
+@both_ways
+@pytest.mark.parametrize("failing", ["mkdir", "write", "fsync", "rename", "symlink"])
+def test_a_disk_that_refuses_is_heard_of_at_the_next_call_and_changes_nothing(
+    way: Way, failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(tmp_path, way=way)
+    before = content(save(writer, 10).path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, refuse)
+        failed = "latest: link" if failing == "symlink" else "step-000020: checkpoint"
+        with pytest.raises(UserError, match=f"{failed} not written: No space left on device"):
+            save(writer, 20)
+    assert not writer.busy
+    assert not list(tmp_path.glob("*.tmp-*"))
+    assert content(store.folder(tmp_path, 10)) == before
+    newest, skipped = store.newest(tmp_path)
+    assert newest is not None
+    assert (newest.step, skipped) == (20 if failing == "symlink" else 10, [])
+    assert save(writer, 30).verified
+
+
+@both_ways
+@pytest.mark.parametrize("phase", ["write", "flush", "seal", "publish"])
+def test_a_folder_that_vanishes_is_an_error_in_any_phase(
+    way: Way, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, real = Writer(tmp_path, way=way), getattr(phases, phase)
+    before = content(save(writer, 10).path)
+
+    def vanish(root: Path, aside: Path, *rest: Any) -> Any:
+        shutil.rmtree(aside)
+        return real(root, aside, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phases, phase, vanish)
+        with pytest.raises(UserError, match="step-000020: checkpoint not written: No such file"):
+            save(writer, 20)
+    assert content(store.folder(tmp_path, 10)) == before
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-000010"]
+
+
+@both_ways
+def test_a_bug_in_the_thread_is_raised_too(way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(phases, "flush", bug)
+    with pytest.raises(ZeroDivisionError):
+        save(Writer(tmp_path, way=way), 1)
+
+
+def leave(root: Path, way: Way, step: int, error: BaseException) -> None:
+    """Leaves a writer with an error while a save is under way."""
+    with Writer(root, way=way) as writer:
+        begin(writer, step)
+        raise error
+
+
+@both_ways
+def test_leaving_with_an_error_lets_a_save_land_and_an_interrupt_does_not_wait(
+    way: Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ZeroDivisionError):
+        leave(tmp_path, way, 1, ZeroDivisionError())
+    assert [store.step_of(path) for path in store.checkpoints(tmp_path)] == [1]
+    go_on, write = threading.Event(), tensors._write
+
+    def hanging(*arguments: Any) -> int:
+        if way == "background":
+            go_on.wait()
+        return write(*arguments)
+
+    monkeypatch.setattr(tensors, "_write", hanging)
+    monkeypatch.setattr(phases, "flush", lambda *_: go_on.wait())
+    with pytest.raises(KeyboardInterrupt):
+        leave(tmp_path, way, 2, KeyboardInterrupt())
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "checkpoint of step 2")
+    go_on.set()
+    thread.join()
+    assert [store.step_of(path) for path in store.checkpoints(tmp_path)] == [1]
+
+
+# -- reading back -------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    file = path / "optim" / tensors.file_name(0)
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+
+
+@pytest.fixture
+def bad_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], object]], None]:
+    """A disk that harms a checkpoint the moment it is published."""
+    publish = phases.publish
+
+    def harm_with(harm: Callable[[Path], object]) -> None:
+        def published(*arguments: Any) -> Path:
+            path = publish(*arguments)
+            harm(path)
+            return path
+
+        monkeypatch.setattr(phases, "publish", published)
+
+    return harm_with
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        (flip, "optim/.* has other bytes than were saved"),
+        (lambda path: (path / "state.json").unlink(), "state.json cannot be read: No such file"),
+        (lambda path: (path / "COMPLETE").write_text("{}"), "COMPLETE has other bytes"),
+    ],
+)
+def test_what_the_disk_does_not_give_back_is_set_aside(
+    way: Way, harm: Callable[[Path], object], problem: str, tmp_path: Path, bad_disk: Any
+) -> None:
+    writer = Writer(tmp_path, way=way)
+    save(writer, 10)
+    bad_disk(harm)
+    receipt = save(writer, 20)
+    assert receipt.damaged
+    assert not receipt.verified
+    assert re.search(problem, "; ".join(receipt.problems or ()))
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-000010", "step-000020.damaged"]
+    assert os.readlink(tmp_path / "latest") == "step-000010"
+
+
+def test_what_could_not_be_looked_at_is_neither_verified_nor_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
+    receipt = save(Writer(tmp_path), 1)
+    assert (receipt.verified, receipt.damaged) == (False, False)
+    assert receipt.problems == ("not read back: No such file or directory",)
+    assert store.read(receipt.path).step == 1
+
+
+def test_reading_back_needs_only_the_standard_library_and_ends_with_who_asked(tmp_path: Path) -> None:
+    path = save(Writer(tmp_path), 1).path
+    seal = store.fingerprint(path)
+    code = f"import sys; sys.path[:] = {[p for p in sys.path if 'site-packages' not in p]}; import runpy; "
+    code += f"sys.argv = ['readback', {str(path)!r}, {seal!r}, sys.argv[1]]; "
+    code += f"runpy.run_path({readback.__file__!r}, run_name='__main__')"
+    command = [sys.executable, "-I", "-S", "-c", code]
+    done = subprocess.run([*command, str(os.getpid())], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+    orphan = subprocess.run([*command, str(os.getpid() + 1)], capture_output=True, text=True)
+    assert (orphan.returncode, orphan.stdout) == (1, "")
