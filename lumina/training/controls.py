@@ -8,12 +8,12 @@ from typing import Any
 
 from lumina.config.overlay import SKIP, Overlay, Value, added, lifted, pack, skipped
 from lumina.errors import UserError
-from lumina.orchestrator.protocol import Data, Decision, Fork, Outcome
+from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Outcome
 from lumina.training.arms import Arms
 from lumina.training.session import Session
 
 
-class SessionControls:
+class SessionControls(Controls):
     """`Controls` of this session; see there for what each does."""
 
     def __init__(self, session: Session) -> None:

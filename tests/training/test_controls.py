@@ -174,7 +174,3 @@ def test_it_is_what_the_orchestrator_knows() -> None:
     promised = {name for name in vars(Controls) if not name.startswith("_")}
     assert promised <= set(dir(module.SessionControls))
     assert {name for name in vars(SessionControls) if not name.startswith("_")} == promised
-
-
-def _typed(controls: SessionControls) -> Controls:
-    return controls  # mypy holds the class to the protocol
