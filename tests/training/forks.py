@@ -55,17 +55,29 @@ def trained(root: Path, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, a
         return Trainer("tiny", root=root, **keys).fit()
 
 
-def tensors(run: Run) -> dict[str, torch.Tensor]:
-    """All of the newest checkpoint that counts."""
+def last(run: Run) -> store.Checkpoint:
+    """The newest checkpoint that counts, of the last step."""
     newest, skipped = store.newest(run.checkpoints, without=abandoned(run))
     assert newest is not None
     assert not skipped
     assert newest.step == STEPS
+    return newest
+
+
+def tensors(run: Run) -> dict[str, torch.Tensor]:
+    """All that were saved last."""
     return {
         f"{path.parent.name}/{name}": tensor
-        for path in newest.path.glob("*/*.safetensors")
+        for path in last(run).path.glob("*/*.safetensors")
         for name, tensor in load_file(path).items()
     }
+
+
+def values(run: Run) -> dict[str, Any]:
+    """The plain state that was saved last, but for times."""
+    state = last(run).state
+    timeless = {name: value for name, value in state["progress"].items() if name not in ("wall", "step_seconds")}
+    return timeless | {"optimizer_steps": state["optimizer_steps"]}
 
 
 def history(run: Run) -> list[tuple[Any, ...]]:
@@ -81,6 +93,7 @@ def require_equal(one: Run, other: Run) -> None:
     assert sorted(first) == sorted(second)
     assert [name for name, tensor in first.items() if not torch.equal(tensor, second[name])] == []
     assert history(one) == history(other)
+    assert values(one) == values(other)
 
 
 def crash(*_: object, **__: object) -> None:
