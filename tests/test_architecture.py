@@ -46,6 +46,7 @@ TORCHLESS = [
     "lumina.model.cost",
     "lumina.orchestrator.protocol",
     "lumina.run.index",
+    "lumina.run.lineage",
     "lumina.run.overview",
     "lumina.training.doctor",
     "lumina.telemetry.console",

@@ -82,6 +82,12 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def began_with(overlays: str) -> Prepare:
+    """The stopped run began once more, with this over its plan."""
+    event = '{"t":"run","v":1,"attempt":1,"step":2,"parent_step":2,"overlays":' + overlays + "}\n"
+    return damage(lambda r: r.event_log.write_text(r.event_log.read_text() + event))
+
+
 def every_checkpoint_flipped(of: Run) -> None:
     for path in store.checkpoints(of.checkpoints):
         flip(path / store.STATE)
@@ -234,6 +240,22 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
      ["retry.json: damaged", "delete it"]),
     ("every checkpoint damaged", damage(every_checkpoint_flipped), ["resume", "STOPPED"],
      ["every checkpoint is damaged", "state.json has other bytes", "--fresh"]),
+    ("no checkpoint to go back to", nothing, ["resume", "STOPPED", "--from", "1"],
+     ["runs/stopped: no checkpoint of step 1", "those of 2"]),
+    ("back to where it stands", nothing, ["resume", "RUN", "--from", "4"], ["stands at step 4", "earlier"]),
+    ("batches left out without going back", nothing, ["resume", "STOPPED", "--skip"], ["go back to", "--from"]),
+    ("half a range to leave out", nothing, ["resume", "RUN", "--from", "2", "--skip-steps", "3:"],
+     ["--skip-steps 3:", "120:140"]),
+    ("two ways to leave out", nothing, ["resume", "RUN", "--from", "2", "--skip", "--skip-steps", "3:4"],
+     ["beside --skip", "without --skip"]),
+    ("batches before the step to go back to", nothing, ["resume", "RUN", "--from", "2", "--skip-steps", "1:3"],
+     ["steps 1 to 3: not after step 2"]),
+    ("an overlay out of bounds", began_with('[{"id":"a","key":"lr.scale","value":9,"begin":3,"end":null}]'),
+     ["resume", "STOPPED"], ["events.jsonl: damaged overlays: lr.scale=9: out of bounds", "restore"]),
+    ("overlays that are none", began_with("7"), ["resume", "STOPPED"], ["events.jsonl: damaged overlays", "restore"]),
+    ("a parent step that is none", damage(lambda r: r.event_log.write_text(
+        r.event_log.read_text() + '{"t":"run","v":1,"attempt":1,"parent_step":"2"}\n')), ["resume", "STOPPED"],
+     ["events.jsonl: damaged: `attempt` and `parent_step`", "restore"]),
     ("no tokenizer in the run", damage(lambda r: shutil.rmtree(r.tokenizer)), ["resume", "STOPPED"],
      ["runs/stopped/tokenizer: the run's tokenizer is gone", "restore it"]),
     ("no tokenizer to write with", damage(lambda r: shutil.rmtree(r.tokenizer), "done"), ["generate", "RUN", "-p", "x"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 Root = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew even if this request has a run already.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print problems, and the run's folder at the end.")]
+BackTo = Annotated[
+    int | None, typer.Option("--from", min=0, help="Go back to the checkpoint of this step (0: the start) and on.")
+]
+Skip = Annotated[bool, typer.Option("--skip", help="With --from: leave out the batches that were read since.")]
+SkipSteps = Annotated[
+    str, typer.Option(help="With --from: leave out the batches of these steps, 120:140.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON, and nothing else.")]
 
 
@@ -46,28 +53,51 @@ def resume(
         list[str] | None,
         typer.Argument(help="How it goes on: parallel.device=cpu precision.mode=fp32 …", show_default=False),
     ] = None,
+    back_to: BackTo = None,
+    skip: Skip = False,
+    skip_steps: SkipSteps = "",
     root: Root = Path("runs"),
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Go on with a stopped run, to the bit.
 
-    It goes on from its newest complete checkpoint, or from the start if it has none. Settings change how it is
-    computed, kept and shown (another device, say), and stay; numbers may then differ in their last digits.
+    It goes on from its newest complete checkpoint, or from the start if it has none. With --from it goes back, also if
+    it is finished, and on from there in another attempt. Settings change how it is computed, kept and shown (another
+    device, say), and stay; numbers may then differ in their last digits.
     """
+    steps = _steps(skip, skip_steps, back_to)
     from lumina.config.change import change
     from lumina.config.resolve import read
     from lumina.run import index
     from lumina.training import trainer
+    from lumina.training.session import Back
 
     voice, found = Voice(quiet, json), index.find(root, run)
-    if found.finished:
+    if found.finished and back_to is None:
         voice.tell_again(found)
         voice.say(f"note   {found.path} is finished: there is nothing to go on with")
     config = read(found.config)
     console = voice.console((change(config, settings) if settings else config).config.telemetry.log_every)
-    listeners = voice.listeners(console)
-    _finish(lambda: trainer.resume(found, listeners, console.progress, settings=settings or ()), console, voice)
+    how = {"settings": settings or (), "back": None if back_to is None else Back(back_to, steps)}
+    _finish(lambda: trainer.resume(found, voice.listeners(console), console.progress, **how), console, voice)
+
+
+def _steps(all_since: bool, named: str, back_to: int | None) -> tuple[int, int] | Literal["all"] | None:
+    """The steps whose batches are left out."""
+    if back_to is None and (all_since or named):
+        raise UserError(
+            "--skip and --skip-steps leave out batches after a step to go back to", fix="name it with --from"
+        )
+    if not named:
+        return "all" if all_since else None
+    first, _, last = named.partition(":")
+    if all_since or not (first.isdecimal() and last.isdecimal()):
+        raise UserError(
+            f"--skip-steps {named}: not the first and the last step to leave out" + " beside --skip" * all_since,
+            fix="such as --skip-steps 120:140, without --skip",
+        )
+    return int(first), int(last)
 
 
 class Voice:

@@ -149,6 +149,10 @@ class Loader:
             facts["answers"] = round(sum(stream.counted for stream in streams) / tokens, 4)
         return facts | cuts_of(self.windows)
 
+    def phase_end(self, i: int) -> int:
+        """The first batch behind the phase of batch `i`."""
+        return [*self.begins[1:], self.steps][self._phase(i)]
+
     def _phase(self, i: int) -> int:
         return bisect_right(self.begins, i) - 1
 

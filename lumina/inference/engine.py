@@ -15,6 +15,7 @@ from lumina.inference.cache import Cache
 from lumina.inference.sampler import Sampler
 from lumina.model.transformer import Transformer
 from lumina.run.folder import Run
+from lumina.run.lineage import abandoned
 
 
 @dataclass
@@ -103,7 +104,7 @@ def load(run: Run) -> Model:
     Raises `UserError` if there is none yet, or if the run's tokenizer is not the one the weights were trained with.
     """
     while True:
-        found, skipped = store.newest(run.checkpoints)
+        found, skipped = store.newest(run.checkpoints, without=abandoned(run))
         if found is None:
             raise UserError(
                 f"{run.path}: no complete checkpoint" + "".join(f"\n  {path.name}: {why}" for path, why in skipped),

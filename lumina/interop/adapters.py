@@ -15,6 +15,7 @@ from lumina.events import EventWriter, as_line
 from lumina.model.lora import merge
 from lumina.model.transformer import Transformer
 from lumina.run.folder import Run
+from lumina.run.lineage import abandoned
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def load(run: Run) -> Adapted:
             f"{run.path}: this run has no adapters, it trained the whole model",
             fix="name a run that was started with train.lora.rank above 0",
         )
-    found, skipped = store.newest(run.checkpoints)
+    found, skipped = store.newest(run.checkpoints, without=abandoned(run))
     if found is None:
         raise UserError(
             f"{run.path}: no complete checkpoint" + "".join(f"\n  {path.name}: {why}" for path, why in skipped),

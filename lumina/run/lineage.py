@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lumina.errors import UserError
 from lumina.events import parse
 from lumina.run.folder import Run
 
@@ -36,9 +37,12 @@ class Lineage:
 
 
 def lineage(run: Run) -> Lineage:
-    """As the run's event log tells; without one, everything counts."""
-    begun = [event for line in _lines(run) if b'"run"' in line and (event := parse(line)) and event["t"] == "run"]
+    """As the run's event log tells; without one, everything counts. Raises `UserError` if it is damaged there."""
+    begun = [event for line in _lines(run) if b'"run"' in line and (event := parse(line)) and event.get("t") == "run"]
     resumed = [event for event in begun if event.get("parent_step") is not None]
+    if any(type(event[name]) is not int for event in resumed for name in ("attempt", "parent_step")):
+        wrong = "damaged: `attempt` and `parent_step` of a `run` event must be whole numbers"
+        raise UserError(f"{run.event_log}: {wrong}", fix="restore the log")
     return Lineage(tuple((e["attempt"], e["parent_step"], e.get("reason") == "rollback") for e in resumed))
 
 

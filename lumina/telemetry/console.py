@@ -168,9 +168,13 @@ class Console:
         resumed = event.get("parent_step") is not None
         for name, reason in event["skipped_checkpoints"]:
             self.write(f"! skipped {name}: {reason}")
-        self.write(f"resume {event['path']} from step {event['step']}" if resumed else f"run    {event['path']}")
+        how = "back  " if event.get("reason") == "rollback" else "resume"
+        self.write(f"{how} {event['path']} from step {event['step']}" if resumed else f"run    {event['path']}")
         for key, (old, new) in event.get("changed", {}).items():
             self.write(f"       {key} is {new} from here on, it was {old}")
+        for one in event.get("overlays", []):
+            until = "" if one["end"] is None else f" to {one['end']}"
+            self.write(f"       {one['key']}={one['value']} from step {one['begin']}{until}")
         self.write(
             f"model  {event['kind']}, {count(event['params'])} parameters, "
             f"{count(event['active'])} active a token{mean}, {count(event['flops_per_token'])}FLOP a trained token"
@@ -262,7 +266,9 @@ class Console:
         self.unsaved |= event["kind"] == "save refused"  # said once, until a save succeeds
 
     def _on_decision(self, event: Event) -> None:
-        sentence = SENTENCES[event["rule"], event["action"]].format(**event["evidence"])
+        said = SENTENCES.get((event["rule"], event["action"]))
+        reason = f"{event['action']} ({event['rule']}) {event.get('reason', '')}".rstrip()
+        sentence = said.format(**event["evidence"]) if said else reason
         self.write(f"! step {event['step']}: {sentence}")
 
     def _on_end(self, event: Event) -> None:

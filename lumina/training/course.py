@@ -156,8 +156,11 @@ class Course:
             self.first = ""
         return self.observer(self.state.progress, values)
 
-    def evaluate(self) -> None:
-        """Evaluates all held-out tokens of each kind with the causal routing; its time is not training time."""
+    def evaluate(self) -> Evaluation:
+        """Evaluates all held-out tokens of each kind with the causal routing; its time is not training time.
+
+        Returns that of the main kind.
+        """
         parts, begin, mod = self.parts, time.perf_counter(), self.config.model.mod
         for kind in parts.kinds:
             start = time.perf_counter()
@@ -177,6 +180,8 @@ class Course:
             if kind == parts.main_kind:
                 self.last_eval = self.state.progress.step, result
         self.last += time.perf_counter() - begin
+        assert self.last_eval is not None
+        return self.last_eval[1]
 
     def look(self) -> None:
         """Tells what the probe sees; its time is not training time."""

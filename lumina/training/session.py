@@ -21,6 +21,7 @@ from lumina.config.overlay import SKIP, Overlay, added
 from lumina.config.resolve import Resolved
 from lumina.errors import DiskRefused, UserError
 from lumina.events import EventWriter
+from lumina.orchestrator.protocol import Decision
 from lumina.progress import Tell, silent
 from lumina.run import lineage, signals, supervised
 from lumina.run.folder import Run
@@ -138,7 +139,11 @@ class Session:
         return []
 
     def rollback(
-        self, step: int, skip: tuple[int, int] | None = None, overlays: tuple[Overlay, ...] | None = None, **why: Any
+        self,
+        step: int,
+        skip: tuple[int, int] | None = None,
+        overlays: tuple[Overlay, ...] | None = None,
+        why: Decision | None = None,
     ) -> None:
         """Goes back to the restore point of `step`, in memory or on disk, and begins another attempt there.
 
@@ -158,7 +163,7 @@ class Session:
         if self.world.main:
             self.events.attempt = self.state.attempt
         self.state.overlays = overlays
-        self._announce("rollback", [], step, **why)  # known on the disk before anything changes
+        self._announce("rollback", [], step, why)  # known on the disk before anything changes
         self._go_to(found)
         self.state.overlays = overlays
         self._went_back(step)
@@ -285,14 +290,16 @@ class Session:
         if self.world.max(self.requests.stop):
             raise Interrupted
 
-    def _announce(self, reason: str, skipped: Sequence[tuple[Path, str]], step: int | None = None, **why: Any) -> None:
+    def _announce(
+        self, reason: str, skipped: Sequence[tuple[Path, str]], step: int | None = None, why: Decision | None = None
+    ) -> None:
         """Tells that an attempt begins at `step`, by default where the state is; returns when the disk knows it."""
         step = self.state.progress.step if step is None else step
         self._emit(
             "run",
             step=step,
             reason=reason,
-            **why,
+            why=why.fields() if why else None,
             overlays=overlay.pack(self.state.overlays),
             path=str(self.run.path),
             preset=self.source,

@@ -30,6 +30,7 @@ from lumina.parallel import sharding
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
 from lumina.run.folder import Run
+from lumina.run.lineage import abandoned
 from lumina.training import interval, machine
 from lumina.training.optim import Optimizer
 from lumina.training.precision import DTYPES, LossScale, Precision
@@ -117,7 +118,7 @@ def origin(config: Config) -> Origin | None:
     path = Path(config.train.init_from).expanduser()
     is_checkpoint = store.STEP.fullmatch(path.resolve().name) is not None
     run = Run.open(path.resolve().parent.parent if is_checkpoint else path)
-    found = store.read(path) if is_checkpoint else store.newest(run.checkpoints)[0]
+    found = store.read(path) if is_checkpoint else store.newest(run.checkpoints, without=abandoned(run))[0]
     if found is None:
         raise UserError(f"train.init_from: {run.path}: no complete checkpoint", fix="let it train until it saves one")
     if read(run.config).config.train.lora.rank:

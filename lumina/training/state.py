@@ -76,7 +76,13 @@ class State:
 
 def state_problems(state: dict[str, Any], identity: Mapping[str, str]) -> list[str]:
     """What is not as `pack` and the run's `identity` write it: a file on disk may hold anything."""
-    wanted: dict[str, Any] = {**dict.fromkeys(identity, str), "optimizer_steps": int, "attempt": int, "overlays": list, "progress": dict}
+    wanted: dict[str, Any] = {
+        **dict.fromkeys(identity, str),
+        "optimizer_steps": int,
+        "attempt": int,
+        "overlays": list,
+        "progress": dict,
+    }
     problems = [
         f"its state has no {key} of type {kind.__name__}"
         for key, kind in wanted.items()

@@ -1,0 +1,116 @@
+"""Leaving a run on trial: arms from one place, each with overlays of its own, and back to the bit.
+
+An arm goes some steps, then a probe: a few steps of linear decay to 0 and a causal evaluation. Without the decay every
+cut of the learning rate would win (short-horizon bias: Wu et al. 2018, 1803.02021). Its events go to a file of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from lumina.checkpoint.snapshot import Snapshot
+from lumina.config.overlay import Overlay, added, check
+from lumina.errors import UserError
+from lumina.events import EventWriter
+from lumina.orchestrator.protocol import Outcome
+from lumina.training.course import Course
+
+
+@dataclass
+class _Held:
+    """The end of an arm's steps, before its probe, and what was told until then."""
+
+    end: Snapshot
+    events: list[tuple[str, dict[str, Any]]]
+    overlays: tuple[Overlay, ...]
+
+
+class Arms:
+    """The place where a run is left; inside the block arms begin and end there. See `orchestrator.protocol.Fork`."""
+
+    def __init__(self, course: Course, folder: Path, step_seconds: float, between: Callable[[], None]) -> None:
+        """`step_seconds` is what a step counts; `between` is called after each step of an arm, and may end it."""
+        self.course, self.folder, self.step_seconds, self.between = course, folder, step_seconds, between
+        self.held: dict[str, _Held] = {}
+
+    def __enter__(self) -> Self:
+        course = self.course
+        self.left, self.last = time.perf_counter(), course.last
+        self.here, self.overlays, self.emit = course.take(), course.state.overlays, course.emit
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.held.clear()
+
+    def run(self, name: str, overlays: Sequence[Overlay], steps: int, probe: int, hold: bool = False) -> Outcome:
+        """See `orchestrator.protocol.Fork`. Whatever goes wrong inside, the run is where it was left."""
+        here, rest = self.course.state.progress.step, self.course.parts.steps - self.course.state.progress.step
+        if steps < 1 or probe < 0 or steps + probe > rest:
+            wrong = f"arm {name}: {steps} steps and {probe} of the probe, but the run has {rest} left"
+            raise UserError(wrong, fix="make it shorter")
+        acting = self.overlays
+        for one in overlays:
+            acting = added(acting, one, fork=True)
+        decay = Overlay(f"probe of {name}", "lr.decay", probe, here + steps + 1) if probe else None
+        told: list[tuple[str, dict[str, Any]]] = []
+        with ExitStack() as stack:
+            stack.callback(self._return)
+            self.course.emit = self._teller(name, told, stack)
+            self.course.state.overlays = acting
+            for _ in range(steps):
+                self.course.advance()
+                self.between()
+            if hold:
+                self.held[name] = _Held(self.course.take(), list(told), acting)
+            if decay:
+                self.course.state.overlays = added(acting, decay, fork=True)
+            for _ in range(probe):
+                self.course.step()
+                self.between()
+            self.course.observe()
+            heldout = self.course.evaluate()
+        losses = [fields["loss"] for type, fields in told if type == "step" and here < fields["step"] <= here + steps]
+        seconds = (steps + probe) * self.step_seconds
+        return Outcome(name, steps, probe, losses, heldout.loss, heldout.comparable, seconds)
+
+    def require_held(self, outcome: Outcome) -> tuple[Overlay, ...]:
+        """What lies over the plan at the end of that arm. Raises `UserError` if a run cannot go on from there."""
+        if outcome.name not in self.held:
+            raise UserError(f"arm {outcome.name}: its end was not held", fix="run it with hold=True")
+        for one in self.held[outcome.name].overlays:
+            check(one)
+        return self.held[outcome.name].overlays
+
+    def keep(self, outcome: Outcome) -> None:
+        """Stands at the end of a held arm, and tells what it did as the run's own."""
+        held = self.held[outcome.name]
+        self.course.return_to(held.end)
+        self.course.state.overlays = held.overlays
+        for type, fields in held.events:
+            self.course.emit(type, **fields)
+        self.course.last = time.perf_counter()
+
+    def _teller(self, name: str, told: list[tuple[str, dict[str, Any]]], stack: ExitStack) -> Callable[..., None]:
+        """Remembers events, and writes them to the arm's file in the main process."""
+        writer: EventWriter | None = None
+        if self.course.parts.world.main:
+            self.folder.mkdir(exist_ok=True)
+            writer = stack.enter_context(EventWriter(self.folder / f"{name}.jsonl", self.course.state.attempt))
+
+        def tell(type: str, /, **fields: Any) -> None:
+            told.append((type, fields))
+            if writer:
+                writer.emit(type, **fields)
+
+        return tell
+
+    def _return(self) -> None:
+        """Back to where the run was left; the time since is not training time."""
+        self.course.emit, self.course.state.overlays = self.emit, self.overlays
+        self.course.return_to(self.here)
+        self.course.last = self.last + time.perf_counter() - self.left

@@ -1,0 +1,106 @@
+"""The door to a run in training: `orchestrator.protocol.Controls`, done to a session between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lumina.config.overlay import SKIP, Overlay, Value, added, lifted, pack, skipped
+from lumina.errors import UserError
+from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Outcome
+from lumina.training.arms import Arms
+from lumina.training.session import Session
+
+
+class SessionControls(Controls):
+    """`Controls` of this session; see there for what each does."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.course, self.state = session, session.course, session.state
+
+    @property
+    def step(self) -> int:
+        return self.state.progress.step
+
+    @property
+    def overlays(self) -> tuple[Overlay, ...]:
+        return self.state.overlays
+
+    # -- what lies over the plan -----------------------------------------------------------------------------------
+
+    def overlay(self, why: Decision, key: str, value: Value, steps: int | None = None) -> Overlay:
+        begin = self.step + 1
+        new = Overlay(f"{key}={value}@{begin}", key, value, begin, None if steps is None else self.step + steps)
+        overlays = added(self.overlays, new)
+        self._require_effect(new)
+        self._lay(why, overlays, overlay=new.id)
+        return new
+
+    def lift(self, why: Decision, id: str) -> None:
+        self._lay(why, lifted(self.overlays, id, self.step), overlay=id)
+
+    def undo(self, why: Decision, id: str) -> None:
+        rest = tuple(one for one in self.overlays if one.id != id)
+        if rest == self.overlays:
+            there = ", ".join(one.id for one in self.overlays) or "none"
+            raise UserError(f"{id}: no such overlay", fix=f"there are: {there}")
+        begin = next(one.begin for one in self.overlays if one.id == id)
+        if begin > self.step:  # nothing was done with it yet
+            self._lay(why, rest, overlay=id)
+        else:
+            self.session.rollback(begin - 1, overlays=rest, why=why)
+
+    def _lay(self, why: Decision, overlays: tuple[Overlay, ...], **what: Any) -> None:
+        """The run as it stands on the disk, then what is going to be in force, then it is."""
+        self.session._save()
+        self._journal(why, overlays=pack(overlays), **what)
+        self.state.overlays = overlays
+
+    def _require_effect(self, new: Overlay) -> None:
+        """Raises `UserError` for what this run has nothing of, and for batches that it has read or never will."""
+        loader, model = self.course.parts.loader, self.course.parts.model
+        if new.key == "bias_rate" and not model.moes:
+            raise UserError(f"{new.key}: a {self.course.config.model.kind} model has no experts", fix="leave it out")
+        if new.key == SKIP:
+            assert isinstance(new.value, list)
+            before = skipped(self.overlays)
+            next_, last = loader.planned(self.step, before), loader.planned(loader.phase_end(self.step) - 1, before)
+            if not next_ <= new.value[0] <= last:
+                wrong = f"{SKIP}={new.value}: batch {new.value[0]} is not one that is still to come in this phase"
+                raise UserError(wrong, fix=f"to come are {next_} to {last}; for those before, go back")
+
+    # -- going back, trying ------------------------------------------------------------------------------------------
+
+    def rollback(self, why: Decision, step: int, data: Data = "replay") -> None:
+        self.session.rollback(step, (step + 1, self.step) if data == "skip" else None, why=why)
+
+    def snapshot(self) -> int:
+        self.session.point = self.course.take(into=self.session.point)
+        return self.session.point.bytes
+
+    @contextmanager
+    def fork(self, step_seconds: float) -> Iterator[Arms]:
+        with Arms(self.course, self.session.run.path / "trials", step_seconds, self.session.heed) as arms:
+            yield arms
+
+    def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> None:
+        assert isinstance(fork, Arms)
+        overlays = fork.require_held(outcome)
+        self._lay(why, overlays, arm=outcome.name)
+        fork.keep(outcome)
+
+    # -- saving, stopping --------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        self.session._save()
+
+    def stop(self, why: Decision) -> None:
+        self._journal(why)
+        self.session.ending = why.rule
+
+    def _journal(self, why: Decision, **what: Any) -> None:
+        """Returns when the disk knows it."""
+        self.session._emit("decision", step=self.step, **why.fields(), **what)
+        if self.session.world.main:
+            self.session.events.sync()

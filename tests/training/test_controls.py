@@ -1,0 +1,176 @@
+"""The door to a run: whatever goes through it is journalled before it is done, shows, and can be undone to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forks import WHY, act, crash, history, request, require_equal, trained
+
+from lumina.checkpoint import store
+from lumina.config.overlay import KEYS, SKIP, Value
+from lumina.errors import UserError
+from lumina.events import EventWriter
+from lumina.orchestrator.protocol import Controls, Decision
+from lumina.run.folder import Run
+from lumina.training import controls as module
+from lumina.training.controls import SessionControls
+from lumina.training.session import Session, Stopped
+from lumina.training.trainer import Trainer, resume
+
+Keys = dict[str, Any]
+VALUES: list[tuple[str, Value]] = [
+    ("lr.scale", 0.5), ("lr.decay", 3), ("lr.warmup", 3), ("clip", 0.1), ("weight_decay", 1.0), ("z_loss", 1e-2),
+    ("bias_rate", 1e-2), (SKIP, [5, 2]),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    return request(tmp_path_factory.mktemp("text"), train__decay=3)
+
+
+@pytest.fixture(scope="module")
+def plain(keys: Keys, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Trainer("tiny", root=tmp_path_factory.mktemp("plain"), **keys).fit()
+
+
+def decisions(run: Run) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in run.event_log.read_text().splitlines()]
+    return [event for event in lines if event["t"] == "decision"]
+
+
+def test_every_key_is_tried_below() -> None:
+    assert {key for key, _ in VALUES} == {name for name, key in KEYS.items() if not key.forks_only} | {SKIP}
+
+
+@pytest.mark.parametrize(("key", "value"), VALUES, ids=lambda v: str(v))
+def test_an_overlay_shows_and_its_undo_is_the_run_that_never_had_it(
+    key: str, value: Value, keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def lay(controls: SessionControls) -> None:
+        laid = controls.overlay(WHY, key, value)
+        act(monkeypatch, {8: lambda controls: undo(controls, laid.id)})
+
+    def undo(controls: SessionControls, id: str) -> None:
+        seen.extend(history(controls.session.run))
+        controls.undo(WHY, id)
+        assert controls.step == 4
+        assert controls.overlays == ()
+
+    run = trained(tmp_path, keys, monkeypatch, {4: lay})
+    steps = [event for event in seen if event[0] == "step"]
+    assert steps
+    usual = [event for event in history(plain) if event[0] == "step"]
+    assert steps[:4] == usual[:4]
+    assert steps != usual[: len(steps)]
+    require_equal(plain, run)
+    (laid,) = decisions(run)
+    assert (laid["step"], laid["rule"], laid["reason"], laid["evidence"]) == (4, "test", "because", {"loss": 1.0})
+    assert [one["id"] for one in laid["overlays"]] == [laid["overlay"]]
+
+
+def test_an_overlay_that_ends_by_itself_and_one_that_is_lifted_are_one(
+    keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lay(controls: SessionControls) -> None:
+        laid = controls.overlay(WHY, "lr.scale", 2.0)
+        act(monkeypatch, {6: lambda controls: controls.lift(WHY, laid.id)})
+
+    short = trained(tmp_path / "short", keys, monkeypatch, {4: lambda c: c.overlay(WHY, "lr.scale", 2.0, steps=2)})
+    lifted = trained(tmp_path / "lifted", keys, monkeypatch, {4: lay})
+    require_equal(short, lifted)
+    rates, usual = ([float(e[5]) for e in history(run) if e[0] == "step"] for run in (lifted, plain))
+    assert [a / b for a, b in zip(rates, usual, strict=True)] == [1, 1, 1, 1, 2, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("after", [5, 8])
+def test_a_crash_forgets_no_overlay(after: int, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laid down after a checkpoint that is gone on from, and lifted since: the steps taken again see it as before."""
+
+    def lay(controls: SessionControls) -> None:
+        laid = controls.overlay(WHY, "lr.scale", 2.0)
+        act(monkeypatch, {5: lambda controls: controls.lift(WHY, laid.id)})
+
+    laid = trained(tmp_path / "laid", keys, monkeypatch, {4: lay})
+    with monkeypatch.context() as patch:
+        act(patch, {4: lay, after: crash})
+        patch.setattr(Session, "_save", lambda session: None if session.state.progress.step > 3 else save(session))
+        with pytest.raises(RuntimeError, match="power cut"):
+            Trainer("tiny", root=tmp_path / "crashed", **keys).fit()
+        run = Run(next((tmp_path / "crashed").iterdir()))
+        assert [store.step_of(path) for path in store.checkpoints(run.checkpoints)] == [3]
+    if after == 5:  # it was to be lifted just then
+        with monkeypatch.context() as patch:
+            act(patch, {5: lambda controls: controls.lift(WHY, controls.overlays[0].id)})
+            resume(run)
+    require_equal(laid, resume(run))
+
+
+save = Session._save
+
+
+def test_what_is_done_was_journalled_on_the_disk_before(
+    keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails when the journal is to be safe: nothing is done, and the caller hears of it."""
+
+    def refused(controls: SessionControls) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(EventWriter, "sync", crash)
+            for attempt in (
+                lambda: controls.overlay(WHY, "lr.scale", 0.5),
+                lambda: controls.stop(WHY),
+            ):
+                with pytest.raises(RuntimeError, match="power cut"):
+                    attempt()
+        assert controls.overlays == ()
+
+    require_equal(plain, trained(tmp_path, keys, monkeypatch, {5: refused}))
+
+
+def test_save_and_stop(keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Stopped) as stopped:
+        trained(tmp_path, keys, monkeypatch, {4: lambda c: c.save(), 5: lambda c: c.stop(Decision("drift", "stop"))})
+    run = stopped.value.run
+    assert stopped.value.step == 5
+    assert [store.step_of(path) for path in store.checkpoints(run.checkpoints)] == [5, 4, 3]
+    assert run.events()[-1]["signal"] == "drift"
+    assert decisions(run)[-1]["action"] == "stop"
+    again = resume(run)
+    assert [entry for entry in history(again) if "drift" not in entry] == history(plain)
+
+
+def test_what_cannot_be_done_is_refused_and_nothing_is_done(
+    plain: Run, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(controls: SessionControls) -> None:
+        for key, value, says in (
+            ("lr.scale", 3.0, "out of bounds"), ("data.order", 1, "nothing that a run can"),
+            (SKIP, [4, 1], "still to come"), (SKIP, [10, 1], "still to come"), ("lr.scale", 0.0, "out of bounds"),
+        ):  # fmt: skip
+            with pytest.raises(UserError, match=says):
+                controls.overlay(WHY, key, value)
+        for act_on in (controls.lift, controls.undo):
+            with pytest.raises(UserError, match="no such overlay"):
+                act_on(WHY, "nobody")
+        assert controls.overlays == ()
+
+    run = trained(tmp_path, keys, monkeypatch, {5: refused})
+    assert decisions(run) == []
+    require_equal(plain, run)
+
+
+def test_a_dense_model_has_no_bias_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="has no experts"):
+        trained(tmp_path, request(tmp_path, "dense"), monkeypatch, {2: lambda c: c.overlay(WHY, "bias_rate", 0.0)})
+
+
+def test_it_is_what_the_orchestrator_knows() -> None:
+    promised = {name for name in vars(Controls) if not name.startswith("_")}
+    assert promised <= set(dir(module.SessionControls))
+    assert {name for name in vars(SessionControls) if not name.startswith("_")} == promised
