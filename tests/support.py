@@ -162,16 +162,18 @@ def tensors_of(run: Run) -> dict[str, str]:
     }
 
 
-def until(found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
-    """What `found` returns once it is true; fails if the process ends before."""
+def until(found: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:
+    """What `found` returns once it is true. If the process ends before, or that takes too long, the test fails."""
+    end = time.monotonic() + seconds
     while not (value := found()):
-        if process.poll() is not None:
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
             raise AssertionError(f"ended with {process.returncode}: {process.communicate()}")
         time.sleep(0.02)
     return value
 
 
-def ended(process: subprocess.Popen[str], seconds: float = 90) -> tuple[str, str]:
+def ended(process: subprocess.Popen[str], seconds: float = 120) -> tuple[str, str]:
     """What a process said until it ended; one that does not end is killed, and the test fails."""
     try:
         return process.communicate(timeout=seconds)

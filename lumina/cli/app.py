@@ -14,6 +14,7 @@ import typer
 from lumina import __version__
 from lumina.cli import bench, chat, config, data, demo, doctor, generate, lora, presets, runs, train
 from lumina.errors import OutOfMemory, UserError
+from lumina.run import supervised, watchdog
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, OUT_OF_MEMORY, USER_ERROR
 
 Verb = Callable[..., None]
@@ -129,6 +130,10 @@ def run(arguments: list[str] | None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
         app(args=arguments, prog_name="lumina")
+        code = DONE
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else BUG
-    return DONE
+        code = end.code if isinstance(end.code, int) else BUG
+    supervised.tell_exit(code)
+    if arguments is None and "lumina.training.session" in sys.modules:  # the process is ours, and it trained
+        watchdog.expect_exit()
+    return code

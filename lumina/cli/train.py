@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from lumina.errors import UserError
 from lumina.events import Event, Listener, as_line
+from lumina.run import supervised
 from lumina.run.exit_codes import STOPPED
 from lumina.run.signals import NothingToSave
 
@@ -28,6 +30,14 @@ Skip = Annotated[bool, typer.Option("--skip", help="With --from: leave out the b
 SkipSteps = Annotated[
     str, typer.Option(help="With --from: leave out the batches of these steps, 120:140.", show_default=False)
 ]
+Supervise = Annotated[bool, typer.Option("--supervise", help="Start it again when it dies, from the last good state.")]
+Restarts = Annotated[
+    int | None,
+    typer.Option(min=0, help="Restarts without a new checkpoint before it gives up.  [default: 5]", show_default=False),
+]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="Processes, started by torchrun.  [default: 1]", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print every event as a line of JSON, and nothing else.")]
 
 
@@ -40,11 +50,18 @@ def train(
     root: Root = Path("runs"),
     quiet: Quiet = False,
     json: Json = False,
+    supervise: Supervise = False,
+    restarts: Restarts = None,
+    processes: Processes = None,
 ) -> None:
     """Train a model. The same command again continues an unfinished run."""
     if "=" in source:  # the preset was left out: `lumina train train.steps=10`
         settings, source = [source, *(settings or [])], "debug"
-    fit(source, settings or [], root, fresh, Voice(quiet, json))
+    voice = Voice(quiet, json)
+    if watched(supervise, restarts, processes):
+        again = ["train", *voice.options, "--root", str(root), "--", source, *(settings or [])]
+        start_again(lambda first: ["train", "--fresh", *again[1:]] if first and fresh else again, restarts, processes)
+    fit(source, settings or [], root, fresh, voice)
 
 
 def resume(
@@ -59,6 +76,9 @@ def resume(
     root: Root = Path("runs"),
     quiet: Quiet = False,
     json: Json = False,
+    supervise: Supervise = False,
+    restarts: Restarts = None,
+    processes: Processes = None,
 ) -> None:
     """Go on with a stopped run, to the bit.
 
@@ -74,13 +94,21 @@ def resume(
     from lumina.training.session import Back
 
     voice, found = Voice(quiet, json), index.find(root, run)
+    if watched(supervise, restarts, processes):
+        again = ["resume", *voice.options, "--", str(found.path.resolve()), *(settings or [])]
+        back_first = _going_back(back_to, steps)
+        start_again(lambda first: [again[0], *(back_first if first else []), *again[1:]], restarts, processes, found)
     if found.finished and back_to is None:
         voice.tell_again(found)
         voice.say(f"note   {found.path} is finished: there is nothing to go on with")
     config = read(found.config)
     console = voice.console((change(config, settings) if settings else config).config.telemetry.log_every)
-    how = {"settings": settings or (), "back": None if back_to is None else Back(back_to, steps)}
-    _finish(lambda: trainer.resume(found, voice.listeners(console), console.progress, **how), console, voice)
+    back = None if back_to is None else Back(back_to, steps)
+    _finish(
+        lambda: trainer.resume(found, voice.listeners(console), console.progress, settings=settings or (), back=back),
+        console,
+        voice,
+    )
 
 
 def _steps(all_since: bool, named: str, back_to: int | None) -> tuple[int, int] | Literal["all"] | None:
@@ -100,6 +128,36 @@ def _steps(all_since: bool, named: str, back_to: int | None) -> tuple[int, int] 
     return int(first), int(last)
 
 
+def _going_back(back_to: int | None, steps: tuple[int, int] | Literal["all"] | None) -> list[str]:
+    """The options that `--from`, `--skip` and `--skip-steps` were."""
+    if back_to is None:
+        return []
+    skip = [] if steps is None else ["--skip"] if steps == "all" else ["--skip-steps", f"{steps[0]}:{steps[1]}"]
+    return ["--from", str(back_to), *skip]
+
+
+def watched(supervise: bool, restarts: int | None, processes: int | None) -> bool:
+    """Whether a supervisor is asked for. `UserError` for what only one would do."""
+    if not supervise and (restarts is not None or processes is not None):
+        option = "--processes" if restarts is None else "--restarts"
+        raise UserError(f"{option} is for a command that is supervised", fix="add --supervise, or leave it out")
+    if supervise and "RANK" in os.environ:
+        fix = "start one lumina, without torchrun: lumina train … --supervise --processes 2"
+        raise UserError("--supervise starts the processes itself, but torchrun started this one", fix)
+    return supervise
+
+
+def start_again(
+    command: Callable[[bool], list[str]], restarts: int | None, processes: int | None, run: Run | None = None
+) -> NoReturn:
+    """Runs the command, which is a function of whether it is to begin the run, under a supervisor, and exits."""
+    from lumina.run.supervisor import RESTARTS, Supervisor
+
+    limit = RESTARTS if restarts is None else restarts
+    supervisor = Supervisor(command, lambda line: typer.echo(line, err=True), run, processes or 1, limit)
+    raise typer.Exit(supervisor.supervise())
+
+
 class Voice:
     """How a verb that trains speaks: to a person, only of problems (`quiet`), or in events (`json`)."""
 
@@ -107,6 +165,7 @@ class Voice:
         if quiet and json:
             raise UserError("--quiet and --json ask for different things", fix="use one of them")
         self.quiet, self.json = quiet, json
+        self.options = [option for option, given in (("--quiet", quiet), ("--json", json)) if given]
 
     def say(self, line: str) -> None:
         if not (self.quiet or self.json):
@@ -125,7 +184,7 @@ class Voice:
         return Console(log_every, show=_nowhere if self.json else None, quiet=self.quiet)
 
     def listeners(self, console: Console) -> list[Listener]:
-        return [console, _print_event] if self.json else [console]
+        return [console, *([_print_event] if self.json else []), _tell_supervisor]
 
 
 def fit(source: str, settings: list[str], root: Path, fresh: bool, voice: Voice) -> Run:
@@ -173,6 +232,11 @@ def _finish(train: Callable[[], Run], console: Console, voice: Voice) -> Run:
 
 def _print_event(event: Event) -> None:
     typer.echo(as_line(event))
+
+
+def _tell_supervisor(event: Event) -> None:
+    if event["t"] == "run":
+        supervised.tell_run(Path(event["path"]))
 
 
 def _nowhere(line: str) -> None:

@@ -37,9 +37,8 @@ class Requests:
         self.stop = self.save = self.pressed = 0
 
     def __enter__(self) -> Self:
-        heard = (*STOP, SAVE) if _main_thread() else ()
-        deaf = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        self._previous = {number: signal.signal(number, self._handle) for number in heard if number not in deaf}
+        numbers = heard() if _main_thread() else []
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,6 +72,12 @@ def read(asked: int) -> tuple[str, str]:
     """The names of the signals in a number of `Requests.take`: which asked to stop, which to save; or empty."""
     stop, save = divmod(asked, BASE)
     return signal.Signals(stop).name if stop else "", signal.Signals(save).name if save else ""
+
+
+def heard() -> list[signal.Signals]:
+    """Those that ask something of this process: not SIGHUP where it is ignored, as `nohup` arranges."""
+    deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in (*STOP, SAVE) if not (deaf and number == signal.SIGHUP)]
 
 
 class NothingToSave:

@@ -16,6 +16,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 VARIABLE = "LUMINA_SUPERVISOR"
 
 
@@ -58,7 +60,6 @@ def abandoned() -> bool:
     if not value:
         return False
     try:
-        os.kill(int(value.partition(":")[0]), 0)
-    except (ProcessLookupError, PermissionError):  # gone, or another user's process has its number now
+        return psutil.Process(int(value.partition(":")[0])).status() == psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone, or another user's process has its number now
         return True
-    return False

@@ -197,7 +197,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_run_that_hangs_ends_with_its_own_code_and_goes_on_to_the_bit(tmp_path: Path) -> None:
-    keys = settings(tmp_path)
+    keys = settings(tmp_path, "dense")
     whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
     arguments = ["train", "tiny", *(f"{key}={value}" for key, value in keys.items()), "--root", tmp_path / "parts"]
     process = python(HANGING, *arguments)

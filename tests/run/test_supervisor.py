@@ -1,0 +1,226 @@
+"""A command that dies is started again as long as that helps: real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import ended, history, settings, tensors_of, until
+
+from lumina.events import EventWriter, read_events
+from lumina.run import supervised
+from lumina.run.folder import Run
+from lumina.run.supervisor import Supervisor
+from lumina.training.trainer import Trainer, resume
+
+# What a command does in these tests, instead of training: the next of a list of programs.
+CHECKPOINT = """
+folder = Path({run!r}) / "checkpoints" / "step-{step:06d}"
+folder.mkdir(parents=True)
+(folder / "COMPLETE").touch()
+"""
+BEGIN = """
+import json, os, sys, time
+from pathlib import Path
+from lumina.run import supervised
+supervised.tell_run(Path({run!r}))
+with open({told!r}, "a") as told:
+    told.write(json.dumps([sys.argv[1:], supervised.restart()]) + "\\n")
+"""
+KILLED = "os.kill(os.getpid(), 9)"
+
+
+class Case:
+    """A supervisor over programs that stand in for `lumina`."""
+
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, programs: list[str], restarts: int = 5, run: bool = False
+    ) -> None:
+        self.run, self.told, self.pauses = Run(folder / "a run"), folder / "told", list[float]()
+        self.run.path.mkdir(parents=True)
+        with EventWriter(self.run.event_log, 0) as events:
+            events.emit("step", step=7)
+        monkeypatch.setattr("lumina.run.supervisor.LOOK", 0.01)
+        monkeypatch.setattr(Supervisor, "_wait", lambda _, seconds: self.pauses.append(seconds))
+        module = folder / "lumina_stand_in.py"
+        monkeypatch.setattr("lumina.run.supervisor.PROGRAM", "lumina_stand_in")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        begin = BEGIN.format(run=str(self.run.path), told=str(self.told))
+        self.said: list[str] = []
+        left = iter(programs)
+
+        def command(first: bool) -> list[str]:
+            module.write_text(begin + next(left))
+            return ["first"] if first else ["again"]
+
+        self.supervisor = Supervisor(command, self.said.append, self.run if run else None, restarts=restarts)
+
+    def starts(self) -> list[tuple[list[str], dict[str, Any] | None]]:
+        return [tuple(json.loads(line)) for line in self.told.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 130])
+def test_what_a_restart_cannot_mend_is_passed_on(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tmp_path, monkeypatch, [f"sys.exit({code})"])
+    assert case.supervisor.supervise() == code
+    assert case.said == []
+    assert case.starts() == [(["first"], None)]
+
+
+def test_each_death_is_told_to_the_next_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tmp_path, monkeypatch, [KILLED, "sys.exit(4)", "sys.exit(5)", "sys.exit(1)", "sys.exit(0)"])
+    assert case.supervisor.supervise() == 0
+    commands, why = zip(*case.starts(), strict=True)
+    assert commands == (["first"], *[["again"]] * 4)
+    assert why[0] is None
+    assert [(each["code"], each["signal"], each["restarts"]) for each in why[1:]] == [
+        (None, "SIGKILL", 1), (4, None, 2), (5, None, 3), (1, None, 4),
+    ]  # fmt: skip
+    assert all(each["seconds_lost"] > 0 for each in why[1:])
+    assert case.pauses == [1, 2, 4, 8]
+    assert "SIGKILL (as the system does when memory runs out) after step 7; restart 1 of 5 in 1 s" in case.said[0]
+
+
+def test_a_new_checkpoint_counts_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = str(tmp_path / "a run")
+    saves = [CHECKPOINT.format(run=run, step=step) + KILLED for step in (100, 200)]
+    case = Case(tmp_path, monkeypatch, [KILLED, KILLED, saves[0], KILLED, saves[1], *[KILLED] * 9], restarts=2)
+    assert case.supervisor.supervise() == 128 + 9
+    assert case.pauses == [1, 2, 1, 2, 1, 2]
+    assert len(case.starts()) == 7
+
+
+def test_a_loop_ends_and_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tmp_path, monkeypatch, ["sys.exit(4)"] * 9, restarts=2, run=True)
+    assert case.supervisor.supervise() == 4
+    assert [command for command, _ in case.starts()] == [["again"]] * 3
+    said = "\n".join(case.said[-3:])
+    assert "ended 3 times without a new checkpoint, at last by exit code 4" in said
+    assert "each time there" in said
+    assert str(case.run.log) in said
+    assert f"lumina resume '{case.run.path}'" in said
+
+
+def test_the_pause_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tmp_path, monkeypatch, [])
+    codes = iter([1] * 9)
+    monkeypatch.setattr(case.supervisor, "_start_and_wait", lambda: next(codes))
+    case.supervisor.limit = 8
+    assert case.supervisor.supervise() == 1
+    assert case.pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert "did not come as far as having a run folder" in case.said[-1]
+
+
+def asked_in_a_pause(supervisor: Supervisor, seconds: float) -> bool:
+    signal.raise_signal(signal.SIGTERM)
+    return bool(supervisor.asked)
+
+
+def test_who_asks_for_an_end_in_a_pause_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = str(tmp_path / "a run")
+    for program, code in (("sys.exit(1)", 130), (CHECKPOINT.format(run=run, step=100) + "sys.exit(1)", 3)):
+        case = Case(tmp_path / str(code), monkeypatch, [program.replace(run, str(tmp_path / str(code) / "a run"))])
+        monkeypatch.setattr(Supervisor, "_wait", asked_in_a_pause)
+        assert case.supervisor.supervise() == code
+        assert len(case.starts()) == 1
+
+
+def test_without_a_supervisor_nothing_is_told_and_with_a_dead_one_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(supervised.VARIABLE, raising=False)
+    supervised.tell_run(tmp_path)
+    supervised.tell_exit(3)
+    assert supervised.restart() is None
+    assert not supervised.abandoned()
+    monkeypatch.setenv(supervised.VARIABLE, supervised.environment(tmp_path)[supervised.VARIABLE])
+    assert not supervised.abandoned()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    monkeypatch.setenv(supervised.VARIABLE, f"{gone.pid}:{tmp_path}")
+    assert supervised.abandoned()
+
+
+def train(folder: Path, keys: dict[str, Any], *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "lumina", "train", "tiny", *(f"{key}={value}" for key, value in keys.items())]
+    command += ["--root", str(folder), "--supervise", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_below(folder: Path, process: subprocess.Popen[str]) -> Run:
+    return Run(until(lambda: next(folder.glob("tiny-*/events.jsonl"), None), process).parent)
+
+
+def steps_since(run: Run, attempt: int) -> Callable[[], bool]:
+    """Whether this attempt, or a later one, took a step."""
+    return lambda: any(event["t"] == "step" and event["attempt"] >= attempt for event in read_events(run.event_log))
+
+
+def holder(run: Run) -> int:
+    return int(json.loads(run.lock.read_text())["pid"])
+
+
+def test_killed_twice_and_stopped_it_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    keys = settings(tmp_path, "dense") | {"train.steps": 40, "checkpoint.every": 3}
+    whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
+    process = train(tmp_path / "parts", keys, "--fresh")
+    run = run_below(tmp_path / "parts", process)
+    for attempt in range(2):
+        until(steps_since(run, attempt), process)
+        os.kill(holder(run), signal.SIGKILL)
+    until(steps_since(run, 2), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = ended(process)
+    assert process.returncode == 3, err
+    assert err.count("SIGKILL") == 2
+    assert "lumina resume" in out
+    events = [*read_events(run.event_log)]
+    assert (events[-1]["reason"], events[-1]["signal"]) == ("stopped", "SIGTERM")
+    restarts = [event for event in events if event["t"] == "incident"]
+    assert [(event["kind"], event["attempt"], event["signal"]) for event in restarts] == [
+        ("restart", 1, "SIGKILL"), ("restart", 2, "SIGKILL"),
+    ]  # fmt: skip
+    resume(run)
+    assert history(run) == history(whole)
+    assert tensors_of(run) == tensors_of(whole)
+    assert len([*(tmp_path / "parts").glob("tiny-*")]) == 1
+
+
+def test_whoever_loses_its_supervisor_saves_and_stops(tmp_path: Path) -> None:
+    keys = settings(tmp_path, "dense") | {"train.steps": 100000, "checkpoint.every": 0}
+    process = train(tmp_path, keys)
+    run = run_below(tmp_path, process)
+    until(steps_since(run, 0), process)
+    process.kill()
+    process.communicate()  # until the last of its processes has closed its output
+    last = [*read_events(run.event_log)][-1]
+    assert (last["t"], last["reason"]) == ("end", "stopped")
+    assert (run.checkpoints / "latest").exists()
+
+
+def test_two_processes_save_and_go_on_and_one_that_is_killed_is_started_again_with_the_other(tmp_path: Path) -> None:
+    keys = settings(tmp_path, "dense") | {"train.steps": 100000, "checkpoint.every": 0}
+    process = train(tmp_path, keys, "--processes", "2")
+    run = run_below(tmp_path, process)
+    until(steps_since(run, 0), process)
+    process.send_signal(signal.SIGUSR1)
+    until(lambda: any(event["t"] == "checkpoint" for event in read_events(run.event_log)), process)
+    os.kill(holder(run), signal.SIGKILL)
+    until(steps_since(run, 1), process)
+    process.send_signal(signal.SIGTERM)
+    _, err = ended(process)
+    assert process.returncode == 3, err
+    events = [*read_events(run.event_log)]
+    assert [event.get("signal") for event in events if event["t"] in ("checkpoint", "end")] == [
+        "SIGUSR1", "SIGTERM", "SIGTERM",
+    ]  # fmt: skip
+    (restart,) = (event for event in events if event["t"] == "incident")
+    assert (restart["kind"], restart["code"], restart["attempt"]) == ("restart", 1, 1)
+    assert [event["processes"] for event in events if event["t"] == "run"] == [2, 2]
