@@ -31,10 +31,13 @@ ALLOWED = {
     "training": LEAVES | {"model", "data", "checkpoint", "parallel", "run", "lumina"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
     "bench": LEAVES | {"data", "inference", "model", "parallel", "run", "telemetry", "training"},
-    "cli": LEAVES | {"api", "bench", "data", "inference", "interop", "model", "run", "telemetry", "training", "lumina"},
+    "cli": LEAVES
+    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "run", "telemetry", "training", "lumina"},
 }
 TORCHLESS = [
     "lumina",
+    "lumina.checkpoint.overview",
+    "lumina.checkpoint.retention",
     "lumina.cli.app",
     "lumina.cli.data",
     "lumina.config.reference",
@@ -48,6 +51,7 @@ TORCHLESS = [
     "lumina.training.doctor",
     "lumina.telemetry.console",
     "lumina.training.memory",
+    "lumina.training.room",
 ]
 
 
