@@ -32,10 +32,13 @@ ALLOWED = {
     "orchestrator": LEAVES,
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
     "bench": LEAVES | {"data", "inference", "model", "parallel", "run", "telemetry", "training"},
-    "cli": LEAVES | {"api", "bench", "data", "inference", "interop", "model", "run", "telemetry", "training", "lumina"},
+    "cli": LEAVES
+    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "run", "telemetry", "training", "lumina"},
 }
 TORCHLESS = [
     "lumina",
+    "lumina.checkpoint.overview",
+    "lumina.checkpoint.retention",
     "lumina.cli.app",
     "lumina.cli.data",
     "lumina.config.reference",
@@ -51,6 +54,7 @@ TORCHLESS = [
     "lumina.training.doctor",
     "lumina.telemetry.console",
     "lumina.training.memory",
+    "lumina.training.room",
 ]
 
 

@@ -135,6 +135,10 @@ def little_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "usable", lambda device="cpu": 2**22)
 
 
+def little_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumina.training.room.free", lambda path: 2**10)
+
+
 def cache_is_a_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "cache").touch()
     monkeypatch.setenv("LUMINA_CACHE", str(here / "cache"))
@@ -171,6 +175,13 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
      ["precision.mode=bf16_pure", "precision.eval=auto"]),
     ("no such device", nothing, [*TEXT, "parallel.device=cuda"], ["parallel.device=cuda", "has no cuda", "auto"]),
     ("does not fit", little_memory, [*TEXT, "model.width=512"], ["does not fit", "model.width=512", "smaller"]),
+    ("failures that never come", nothing, [*TEXT, "checkpoint.mtbf=0"], ["checkpoint.mtbf=0", "must be more than 0"]),
+    ("saves before the start", nothing, ["train", "tiny", "checkpoint.every=-5"],
+     ["checkpoint.every=-5", "auto or a whole number of steps"]),
+    ("no best one", nothing, [*TEXT, "checkpoint.keep_best=0"], ["checkpoint.keep_best=0", "at least 1"]),
+    ("neither stop nor continue", nothing, [*TEXT, "checkpoint.on_error=ignore"],
+     ["checkpoint.on_error=ignore", "stop or continue"]),
+    ("disk too small", little_disk, [*TEXT, "--fresh"], ["two of them have to fit", "0 MiB are free", "--root"]),
     ("quiet and json", nothing, [*TEXT, "--quiet", "--json"], ["--quiet and --json", "use one"]),
     ("no such preset", nothing, ["train", "debgu"], ["unknown preset 'debgu'", "did you mean debug"]),
     # -- configuration files
@@ -273,6 +284,15 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
     ("disk full: run folder", fail_writes("config.yaml"), [*TEXT, "--fresh"],
      ["run cannot be written: No space left", "--root"]),
     ("disk full: cache", fail_writes("building"), [*TRAIN, "data.train=other.txt"], ["token cache", "LUMINA_CACHE"]),
+    # -- checkpoints
+    ("no such checkpoint", nothing, ["checkpoints", "RUN", "--diff", "2", "3"], ["no checkpoint '3'", "steps 2, 4"]),
+    ("a checkpoint elsewhere", nothing, ["checkpoints", "RUN", "--diff", "2", "../../../text.txt"], ["no checkpoint"]),
+    ("a difference to what is damaged", damage(lambda r: flip(newest(r) / store.STATE)),
+     ["checkpoints", "STOPPED", "--diff", "2", "latest"], ["state.json has other bytes"]),
+    ("two wishes at once", nothing, ["checkpoints", "RUN", "--verify", "--prune"], ["different things", "use one"]),
+    ("yes to nothing", nothing, ["checkpoints", "RUN", "--yes"], ["go with --prune"]),
+    ("notes that are none", damage(lambda r: (r.checkpoints / "notes.json").write_text("[")),
+     ["checkpoints", "STOPPED"], ["notes.json: not the notes", "delete it"]),
     # -- writing
     ("top-p", nothing, ["generate", "RUN", "-p", "x", "--top-p", "2"], ["top_p=2.0", "(0, 1]"]),
     ("temperature", nothing, ["generate", "RUN", "-p", "x", "--temperature", "nan"], ["temperature=nan", "positive"]),

@@ -40,14 +40,20 @@ def prune(
 
 
 def kept(
-    root: Path, keep_last: int, keep_best: int = 1, keep_every: int = 0, abandoned: Collection[int] = ()
+    root: Path,
+    keep_last: int,
+    keep_best: int = 1,
+    keep_every: int = 0,
+    abandoned: Collection[int] = (),
+    damaged: Collection[Path] = (),
 ) -> dict[Path, list[str]]:
     """What keeps each checkpoint that counts, newest first: `newest`, `best`, `every 500`, `latest`, `pinned: why`.
 
     The newest `keep_last`, the `keep_best` of the lowest held-out losses among those that were evaluated, every one of
-    a step that `keep_every` divides (0: none), what the links point at, and what is pinned.
+    a step that `keep_every` divides (0: none), what the links point at, and what is pinned. What is known to be
+    `damaged` does not count.
     """
-    whole = counting(root)
+    whole = [path for path in counting(root) if path not in damaged]
     own = [path for path in whole if step_of(path) not in abandoned] or whole[:1]
     losses = {path: loss for path in own if (loss := catalogue.heldout_loss(path)) is not None}
     links = {name: os.readlink(root / name) for name in LINKS if (root / name).is_symlink()}
@@ -65,6 +71,25 @@ def kept(
         reasons[path] += [f"link {name}" for name, target in links.items() if target == path.name]
         reasons[path] += [f"pinned: {pinned[step]}"] if (step := step_of(path)) in pinned else []
     return reasons
+
+
+def delete(root: Path, paths: Iterable[Path]) -> None:
+    """Deletes these checkpoints, damaged or not; a link to one of them is pointed at the newest left, or goes (`best`).
+
+    Raises `UserError`, and deletes nothing, if no other checkpoint would be left; `DiskRefused` if the disk refuses.
+    """
+    doomed = set(paths)
+    left = [path for path in counting(root) if path not in doomed]
+    if doomed and not left:
+        fix = "keep more, or delete the folder of the run yourself"
+        raise UserError(f"{root}: nothing would be left to go on from", fix)
+    for path in doomed:
+        places.discard(path)
+    for link in (root / name for name in LINKS):
+        if link.is_symlink() and not link.exists():
+            places.remove(link)
+            if link.name == "latest":
+                places.point(root, "latest", step_of(left[0]))
 
 
 def counting(root: Path) -> list[Path]:

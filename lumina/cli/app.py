@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from lumina import __version__
-from lumina.cli import bench, chat, config, data, demo, doctor, generate, lora, presets, runs, train
+from lumina.cli import bench, chat, checkpoints, config, data, demo, doctor, generate, lora, presets, runs, train
 from lumina.errors import OutOfMemory, UserError
 from lumina.run import supervised, watchdog
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, OUT_OF_MEMORY, USER_ERROR
@@ -26,6 +26,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "chat": chat.chat,
     "lora": {"export": lora.export, "merge": lora.merge},
     "runs": runs.runs,
+    "checkpoints": checkpoints.checkpoints,
     "presets": presets.presets,
     "config": {
         "show": config.show,

@@ -84,6 +84,8 @@ class TestValues:
             "train.clip=-1": "must be more than 0",
             "train.seed=true": whole,
             "precision.mode=fp8": "must be auto, fp32, bf16, fp16 or bf16_pure",
+            "checkpoint.every=often": "auto or a whole number of steps is needed",
+            "checkpoint.mtbf=never": "a duration is needed, such as 90s, 2h, 1h30m or 1.5d",
             "checkpoint.keep_last=0": "must be at least 1",
             "telemetry.log_every=0": "must be at least 1",
             "parallel.device=tpu": "must be auto, cpu, cuda or mps",
