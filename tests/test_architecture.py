@@ -31,7 +31,9 @@ ALLOWED = {
     "training": LEAVES | {"model", "data", "checkpoint", "parallel", "run", "lumina"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
     "bench": LEAVES | {"data", "inference", "model", "parallel", "run", "telemetry", "training"},
-    "cli": LEAVES | {"api", "bench", "data", "inference", "interop", "model", "run", "telemetry", "training", "lumina"},
+    "verify": LEAVES | {"bench", "checkpoint", "data", "model", "run", "telemetry", "training", "lumina"},
+    "cli": LEAVES
+    | {"api", "bench", "data", "inference", "interop", "model", "run", "telemetry", "training", "verify", "lumina"},
 }
 TORCHLESS = [
     "lumina",

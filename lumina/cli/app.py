@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from lumina import __version__
-from lumina.cli import bench, chat, config, data, demo, doctor, generate, lora, presets, runs, train
+from lumina.cli import bench, chat, config, data, demo, doctor, generate, lora, presets, runs, train, verify
 from lumina.errors import UserError
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, USER_ERROR
 
@@ -46,6 +46,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "tuning": bench.tuning,
         "data": bench.data,
     },
+    "verify": {"resume": verify.resume, "corruption": verify.corruption},
 }
 
 GROUP_HELP = {
@@ -53,6 +54,7 @@ GROUP_HELP = {
     "config": "Configurations: shown, checked, documented.",
     "lora": "Trained adapters: for other tools, or folded into the weights.",
     "bench": "What this machine reaches, measured fairly.",
+    "verify": "What is promised of a run, checked on this machine.",
 }
 
 app = typer.Typer(
