@@ -32,8 +32,10 @@ ALLOWED = {
     "orchestrator": LEAVES,
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
     "bench": LEAVES | {"data", "inference", "model", "parallel", "run", "telemetry", "training"},
+    "verify": LEAVES | {"bench", "checkpoint", "data", "model", "run", "telemetry", "training", "lumina"},
     "cli": LEAVES
-    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "run", "telemetry", "training", "lumina"},
+    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "run", "telemetry", "training"}
+    | {"verify", "lumina"},
 }
 TORCHLESS = [
     "lumina",

@@ -297,6 +297,14 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
     ("top-p", nothing, ["generate", "RUN", "-p", "x", "--top-p", "2"], ["top_p=2.0", "(0, 1]"]),
     ("temperature", nothing, ["generate", "RUN", "-p", "x", "--temperature", "nan"], ["temperature=nan", "positive"]),
     ("prompt not UTF-8", nothing, ["generate", "RUN", "-p", "ab\udcff"], ["character 3", "iconv"]),
+    ("verify: unknown preset", nothing, ["verify", "resume", "tinny"], ["tinny", "tiny"]),
+    (
+        "verify: unknown configuration",
+        nothing,
+        ["verify", "resume", "--configuration", "dense-muon"],
+        ["no such configuration", "(dense|moe|mod|hybrid)-(muon|adamw)"],
+    ),
+    ("verify: report into a file", nothing, ["verify", "resume", "--out", "text.txt"], ["text.txt", "another folder"]),
     ("json without prompt", nothing, ["chat", "RUN", "--json"], ["--json needs a prompt", "-p TEXT"]),
 ]  # fmt: skip
 

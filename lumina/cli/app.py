@@ -12,7 +12,21 @@ from typing import Any
 import typer
 
 from lumina import __version__
-from lumina.cli import bench, chat, checkpoints, config, data, demo, doctor, generate, lora, presets, runs, train
+from lumina.cli import (
+    bench,
+    chat,
+    checkpoints,
+    config,
+    data,
+    demo,
+    doctor,
+    generate,
+    lora,
+    presets,
+    runs,
+    train,
+    verify,
+)  # fmt: skip
 from lumina.errors import OutOfMemory, UserError
 from lumina.run import supervised, watchdog
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, OUT_OF_MEMORY, USER_ERROR
@@ -48,6 +62,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "tuning": bench.tuning,
         "data": bench.data,
     },
+    "verify": {"resume": verify.resume, "corruption": verify.corruption},
 }
 
 GROUP_HELP = {
@@ -55,6 +70,7 @@ GROUP_HELP = {
     "config": "Configurations: shown, checked, documented.",
     "lora": "Trained adapters: for other tools, or folded into the weights.",
     "bench": "What this machine reaches, measured fairly.",
+    "verify": "What is promised of a run, checked on this machine.",
 }
 
 app = typer.Typer(
