@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lumina.run.lock import RunLock
 from lumina.training import machine, memory, oom, setup
 from lumina.training.session import Listener, Session
 
+TOO_LONG = "set train.micro_batch smaller, or train.steps instead of train.time"
 BUILDING = "building the model"
 TOO_LARGE = "choose a smaller model (see `lumina presets`), or share it among more processes with torchrun"
 
@@ -72,7 +74,8 @@ class Trainer:
             return resume(known, self.listeners, self.progress)
         own = str(start.run.tokenizer) if start else None
         corpus = setup.load_data(self.resolved.config, tokenizer=own, world=world, progress=self.progress)
-        settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress)
+        with oom.ending_alone(world), oom.beyond_repair("timing a step", TOO_LONG):
+            settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress)
         with oom.ending_alone(world), oom.beyond_repair(BUILDING, TOO_LARGE), whole(BUILDING, self.progress):
             parts = setup.build(settled.config, corpus, world)
             setup.load_origin(parts)
@@ -85,7 +88,7 @@ class Trainer:
             "processes": world.size,
         }
         run = world.decide(lambda: Run.create(self.root, settled.source))
-        with world.holding(RunLock(run.lock)), oom.ending_alone(world):
+        with world.holding(RunLock(run.lock)), oom.ending_alone(world), _memory_of(run):
             world.decide(lambda: _write(run, settled, corpus, meta))
             Session(run, settled, parts, rate, self.listeners, self.progress).train()
         return run
@@ -133,7 +136,7 @@ def resume(
     if world.decide(lambda: run.finished):
         return run
     before = world.each(lambda: read(run.config))
-    with world.holding(RunLock(run.lock)), oom.ending_alone(world):
+    with world.holding(RunLock(run.lock)), oom.ending_alone(world), _memory_of(run):
         resolved = _changed(run, before, settings, world)
         world.decide(lambda: memory.require(resolved, world.size, world.local_size))
         meta = world.each(run.read_meta)
@@ -148,6 +151,11 @@ def resume(
             world.decide(lambda: oom.rewrite(run, resolved))
         Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress, changed).train()
     return run
+
+
+def _memory_of(run: Run) -> AbstractContextManager[None]:
+    """Of whatever has no smaller pieces, such as a probe or a checkpoint."""
+    return oom.beyond_repair("the run", f"free memory, then go on from the last checkpoint: lumina resume {run.path}")
 
 
 def _changed(run: Run, before: Resolved, settings: Sequence[str] | Mapping[str, Any], world: World) -> Resolved:
