@@ -16,7 +16,7 @@ State = dict[str, Any]
 
 
 def _to_2(state: State) -> None:
-    """A checkpoint had no held-out loss, attempt or overlays; its files were those of torch's distributed checkpoint."""
+    """A checkpoint had no held-out loss, attempt or overlays; its files were torch's distributed checkpoint's."""
     state |= {LOSS: None, "attempt": 0, "overlays": []}
 
 

@@ -271,12 +271,6 @@ class Console:
         sentence = said.format(**event["evidence"]) if said else reason
         self.write(f"! step {event['step']}: {sentence}")
 
-    def _on_incident(self, event: Event) -> None:
-        if event["kind"] == "restart":
-            how = event["signal"] or f"exit code {event['code']}"
-            lost = f"{duration(event['seconds_lost'])} of work and waiting are lost"
-            self.write(f"! restart {event['restarts']}: the attempt before ended by {how}; {lost}")
-
     def _on_end(self, event: Event) -> None:
         signal = f" by {event['signal']}" if event.get("signal") else ""
         self.status("")

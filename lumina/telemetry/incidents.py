@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lumina.events import Event
+from lumina.telemetry.figures import duration
 
 SHORTAGES = {
     "micro_batch": "the batch stays, but is computed in micro-batches of {after} sequences, not {before}",
@@ -22,4 +23,8 @@ def sentence(event: Event) -> str:
         what = next(name for name in SHORTAGES if name in event)
         before, after = event[what]
         return f"{where}out of memory; {SHORTAGES[what].format(before=before, after=after)}"
+    if kind == "restart":
+        how = event["signal"] or f"exit code {event['code']}"
+        lost = f"{duration(event['seconds_lost'])} of work and waiting are lost"
+        return f"restart {event['restarts']}: the attempt before ended by {how}; {lost}"
     return f"{where}{kind}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lumina.run.lock import RunLock
 from lumina.training import machine, memory, oom, room, setup
 from lumina.training.session import Back, Listener, Session
 
+TOO_LONG = "set train.micro_batch smaller, or train.steps instead of train.time"
 BUILDING = "building the model"
 TOO_LARGE = "choose a smaller model (see `lumina presets`), or share it among more processes with torchrun"
 
@@ -73,7 +75,8 @@ class Trainer:
         world.decide(lambda: room.require(self.resolved.config, self.root))
         own = str(start.run.tokenizer) if start else None
         corpus = setup.load_data(self.resolved.config, tokenizer=own, world=world, progress=self.progress)
-        settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress, self.root)
+        with oom.ending_alone(world), oom.beyond_repair("timing a step", TOO_LONG):
+            settled, rate = setup.settle_all(self.resolved, corpus, world, self.progress, self.root)
         with oom.ending_alone(world), oom.beyond_repair(BUILDING, TOO_LARGE), whole(BUILDING, self.progress):
             parts = setup.build(settled.config, corpus, world)
             setup.load_origin(parts)
@@ -86,7 +89,7 @@ class Trainer:
             "processes": world.size,
         }
         run = world.decide(lambda: Run.create(self.root, settled.source))
-        with world.holding(RunLock(run.lock)), oom.ending_alone(world):
+        with world.holding(RunLock(run.lock)), oom.ending_alone(world), _memory_of(run):
             world.decide(lambda: _write(run, settled, corpus, meta))
             Session(run, settled, parts, rate, self.listeners, self.progress).train()
         return run
@@ -136,7 +139,7 @@ def resume(
     if back is None and world.decide(lambda: run.finished):
         return run
     before = world.each(lambda: read(run.config))
-    with world.holding(RunLock(run.lock)), oom.ending_alone(world):
+    with world.holding(RunLock(run.lock)), oom.ending_alone(world), _memory_of(run):
         resolved = _changed(run, before, settings, world)
         world.decide(lambda: memory.require(resolved, world.size, world.local_size))
         world.decide(lambda: room.require(resolved.config, run.checkpoints))
@@ -151,6 +154,11 @@ def resume(
         session = Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress, changed)
         session.train(back)
     return run
+
+
+def _memory_of(run: Run) -> AbstractContextManager[None]:
+    """Of whatever has no smaller pieces, such as a probe or a checkpoint."""
+    return oom.beyond_repair("the run", f"free memory, then go on from the last checkpoint: lumina resume {run.path}")
 
 
 def _changed(run: Run, before: Resolved, settings: Sequence[str] | Mapping[str, Any], world: World) -> Resolved:

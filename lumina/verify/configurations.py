@@ -20,6 +20,7 @@ FACTORS = {
     "train.optimizer": ("muon", "adamw"),
     "precision.mode": ("fp32", "bf16", "fp16", "bf16_pure"),
     "micro-batches": ("x1", "x2", "x4"),
+    "checkpoint.write": ("inline", "background"),
     "data.mode": ("base", "finetune", "hybrid_sequential", "hybrid_interleaved"),
 }
 READS: dict[str, tuple[str, ...]] = {"base": ("text",), "finetune": ("chat",)}  # the other modes read both

@@ -32,14 +32,15 @@ class Place:
 COMPUTING, SAVING = "computing", "staging"
 # In the order in which they are drawn, so that few kills meet very different ones.
 PLACES = (
-    Place("writing", "lumina.checkpoint.store._write_tensors", "disk"),
-    Place(COMPUTING, "lumina.training.session.train_step", "calls"),
-    Place("publishing", "lumina.checkpoint.store._publish", "disk"),
-    Place("sealing", "lumina.checkpoint.store._seal", "disk"),
+    Place("writing", "lumina.checkpoint.phases.write", "disk"),
+    Place(COMPUTING, "lumina.training.oom.Fitting.step", "calls"),
+    Place("publishing", "lumina.checkpoint.phases.publish", "disk"),
+    Place("sealing", "lumina.checkpoint.phases.seal", "disk"),
+    Place("flushing", "lumina.checkpoint.phases.flush", "disk"),
     Place("telling", "lumina.events.EventWriter._write", "disk"),  # `_write(self, line)`: it can be torn
-    Place(SAVING, "lumina.training.state.State.pack", "calls"),
-    Place("linking", "lumina.checkpoint.store.point", "disk"),
-    Place("evaluating", "lumina.training.session.evaluate", "calls"),
+    Place(SAVING, "lumina.checkpoint.phases.stage", "calls"),
+    Place("linking", "lumina.checkpoint.places.point", "disk"),
+    Place("evaluating", "lumina.training.oom.evaluate", "calls"),
     Place("tidying", "lumina.checkpoint.retention.prune", "disk"),
     Place("restoring", "lumina.training.saving.Saver.restore", "disk"),
 )

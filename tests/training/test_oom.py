@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
+import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import settings
+from support import settings, write_text
 
 from lumina.checkpoint import store
+from lumina.cli import main
 from lumina.config.resolve import read
 from lumina.errors import OutOfMemory
-from lumina.run.folder import Run
+from lumina.run.exit_codes import OUT_OF_MEMORY
+from lumina.run.folder import Run, write_json
+from lumina.telemetry.console import Console
 from lumina.training import oom
 from lumina.training.oom import Fitting, Shortage, attempt, is_out_of_memory
 from lumina.training.step import gradients
@@ -127,7 +134,9 @@ def test_what_does_not_fit_is_settled_before_the_first_step(
 ) -> None:
     keys = settings(tmp_path) | ({"train.micro_batch": 4} if own else {})
     failing(monkeypatch, lambda step, micro, rehearsal: micro > 2)
-    run = Trainer("tiny", root=tmp_path / "runs", **keys).fit()
+    said: list[str] = []
+    run = Trainer("tiny", root=tmp_path / "runs", listeners=[Console(show=said.append)], **keys).fit()
+    assert any("out of memory; the batch stays" in line and "of 2 sequences, not 4" in line for line in said)
     steps = [event["step"] for event in run.events() if event["t"] == "step"]
     assert steps == list(range(1, 7))
     told = incidents(run)
@@ -189,13 +198,17 @@ def test_gradients_of_halves_are_those_of_the_whole(tmp_path: Path, monkeypatch:
         assert (split[name] - want).norm() <= 1e-5 * want.norm(), name
 
 
-def test_one_sequence_that_does_not_fit_is_beyond_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_sequence_that_does_not_fit_is_beyond_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     failing(monkeypatch, lambda *_: True)
     with pytest.raises(OutOfMemory, match=r"one sequence at a time(.|\n)*can't allocate") as error:
         Trainer("tiny", root=tmp_path / "runs", **settings(tmp_path)).fit()
     (run,) = (Run(path) for path in (tmp_path / "runs").iterdir())
     assert f"lumina resume {run.path} train.recompute=full" in error.value.fix
     assert [event["micro_batch"] for event in incidents(run)] == [[8, 4], [4, 2], [2, 1]]
+    assert main(["resume", str(run.path), "train.recompute=full"]) == OUT_OF_MEMORY
+    assert "recompute" not in capsys.readouterr().err
     monkeypatch.undo()
     assert resume(run).finished
 
@@ -249,3 +262,84 @@ def test_an_evaluation_that_fails_is_done_again_in_halves(tmp_path: Path, monkey
     newest, _ = store.newest(again.checkpoints)
     assert newest is not None
     assert newest.state["progress"]["eval_tokens"] == 8192
+
+
+def test_what_has_no_smaller_pieces_is_beyond_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scarce(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    keys = settings(tmp_path)
+    monkeypatch.setattr("lumina.training.setup.train_step", scarce)
+    with pytest.raises(OutOfMemory, match=r"out of memory in timing a step: MemoryError(.|\n)*train.micro_batch"):
+        Trainer("tiny", root=tmp_path / "runs", **{key: value for key, value in keys.items() if key != "train.steps"},
+                **{"train.time": 2}).fit()  # fmt: skip
+    monkeypatch.setattr("lumina.training.setup.build_model", scarce)
+    with pytest.raises(OutOfMemory, match=r"in building the model(.|\n)*lumina presets"):
+        Trainer("tiny", root=tmp_path / "runs", **keys).fit()
+    assert not (tmp_path / "runs").exists()  # a model that cannot be built is no run
+    monkeypatch.undo()
+    monkeypatch.setattr("lumina.training.probe.Probe.__call__", scarce)
+    with pytest.raises(OutOfMemory, match=r"in the run: MemoryError(.|\n)*lumina resume"):
+        Trainer("tiny", root=tmp_path / "runs", **keys | {"orchestrator.probe_every": 1}).fit()
+
+
+def test_word_of_an_evaluation_that_did_not_fit_is_taken_once(tmp_path: Path) -> None:
+    """As a process among several leaves it."""
+
+    def crash(event: dict[str, Any]) -> None:
+        if event["t"] == "checkpoint":
+            raise RuntimeError("power cut")
+
+    keys = settings(tmp_path)
+    with pytest.raises(RuntimeError, match="power cut"):
+        Trainer("tiny", root=tmp_path / "runs", listeners=[crash], **keys).fit()
+    (run,) = (Run(path) for path in (tmp_path / "runs").iterdir())
+    write_json(run.retry, {"eval_tokens": 4096, "before": 8192, "step": 2, "said": "no room"})
+    resume(run)
+    (told,) = incidents(run)
+    assert (told["step"], told["eval_tokens"], told["said"]) == (2, [8192, 4096], "no room")
+    assert not run.retry.exists()
+    newest, _ = store.newest(run.checkpoints)
+    assert newest is not None
+    assert newest.state["progress"]["eval_tokens"] == 4096
+
+
+LIMITED = """
+import json, resource, sys
+import torch
+from lumina.run.folder import Run
+from lumina.training.trainer import Trainer
+
+torch.set_num_threads(1)
+
+def limit(event):
+    if event["t"] == "step" and event["step"] == 1:
+        pages = int(open("/proc/self/statm").read().split()[0])
+        most = pages * resource.getpagesize() + 64 * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+text, root = sys.argv[1:]
+keys = {"data.train": text, "model.kind": "dense", "train.steps": 3, "train.batch_tokens": 64 * 192,
+        "train.micro_batch": 192, "precision.mode": "fp32", "parallel.threads": 1}
+for name, listeners in (("whole", []), ("limited", [limit])):
+    run = Trainer("tiny", keys, root=f"{root}/{name}", listeners=listeners).fit()
+    events = [event for event in run.events() if event["t"] in ("step", "eval", "incident")]
+    print(json.dumps(events))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux limits a process's memory")
+def test_memory_that_really_runs_out(tmp_path: Path) -> None:
+    """An allocator that fails in the middle of a backward pass, and pieces that fit."""
+    command = [sys.executable, "-c", LIMITED, str(write_text(tmp_path)), str(tmp_path)]
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # to the system as soon as it is free, so that it counts as free
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | returned)
+    assert done.returncode == 0, done.stderr
+    whole, limited = map(json.loads, done.stdout.splitlines())
+    told = [event for event in limited if event["t"] == "incident"]
+    assert told
+    assert all("can't allocate memory" in event["said"] for event in told)
+    assert told[0]["micro_batch"] == [192, 96]
+    mine, theirs = ([event["loss"] for event in events if event["t"] != "incident"] for events in (limited, whole))
+    assert len(mine) == 4
+    assert mine == pytest.approx(theirs, rel=1e-5)

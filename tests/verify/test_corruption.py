@@ -31,7 +31,7 @@ def test_every_kind_of_damage_is_passed_over_and_said(
 
 BLIND: dict[str, tuple[str, Any]] = {
     "sees nothing": ("lumina.checkpoint.store.verify", lambda *_: []),
-    "sees sizes only": ("lumina.checkpoint.store._damage", lambda *_: iter(())),
+    "sees sizes only": ("lumina.checkpoint.store.damage", lambda *_: []),
 }
 
 
