@@ -87,7 +87,8 @@ def corruption(json: Json = False) -> None:
         print_json({"damages": damaging.as_json(findings), "wrong": wrong, "kept": str(kept) if kept else None})
     else:
         print_table(*damaging.rows(findings), left=5)
-        typer.echo(f"\n{len(findings)} kinds of damage, {wrong} of them not as it has to be")
+        verdict = f"{wrong} met in the wrong way" if wrong else "each one seen, said and passed over"
+        typer.echo(f"\n{len(findings)} kinds of damage, {verdict}")
         if kept:
             typer.echo(f"! the damaged copies lie in {kept}")
     if wrong:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -127,7 +128,7 @@ class _Cut(Exception):  # noqa: N818 - what stands for a crash
 
 
 def _runs(folder: Path) -> tuple[Run, Run]:
-    """A run that was left alone, and an equal one that was cut off when its third checkpoint was announced."""
+    """A run that was left alone, and an equal one that was cut off after its third checkpoint."""
     write_data(folder)
     keys = {
         "data.train": [str(folder / "text.txt")],
@@ -138,13 +139,16 @@ def _runs(folder: Path) -> tuple[Run, Run]:
     }
 
     def cut(event: dict[str, Any]) -> None:
-        if event["t"] == "checkpoint" and event["step"] == SAVED[0]:
-            raise _Cut
+        if event["t"] == "step" and event["step"] > SAVED[0]:
+            raise _Cut  # a save that is under way may still end
 
     whole = Trainer("tiny", keys, root=folder / "whole").fit()
     with suppress(_Cut):
         Trainer("tiny", keys, root=folder / "cut", listeners=[cut]).fit()
-    return whole, Run(next((folder / "cut").iterdir()))
+    run = Run(next((folder / "cut").iterdir()))
+    if [store.step_of(path) for path in store.checkpoints(run.checkpoints)] != list(SAVED):
+        raise RuntimeError(f"{run.checkpoints}: not the checkpoints of steps {SAVED}")
+    return whole, run
 
 
 @contextmanager
@@ -181,7 +185,8 @@ def rows(findings: list[Finding]) -> tuple[list[str], list[list[str]]]:
     for damage, said, problem in ((finding.damage, finding.said, finding.problem) for finding in findings):
         left = "refuses" if damage.left is None else f"step {damage.left}"
         tried = "yes" if damage.resumed or damage.left is None else "-"
-        reason = said if len(said) <= SHOWN else f"{said[: SHOWN - 1]}…"
+        short = re.sub(r"/[^/ ]*\.safetensors", "/….safetensors", said)
+        reason = short if len(short) <= SHOWN else f"{short[: SHOWN - 1]}…"
         cells.append([damage.name, "WRONG" if problem else "holds", left, tried, problem or reason])
     return ["damage", "result", "goes on from", "resumed", "what is said of it"], cells
 

@@ -48,7 +48,10 @@ def _flipped(place: Callable[[int], int]) -> Hurt:
 
 def _instead(make: Callable[[Path, Path], object]) -> Hurt:
     def replace(path: Path, other: Path) -> None:
-        store.remove(path)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
         make(path, other)
 
     return replace
