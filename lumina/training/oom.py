@@ -139,7 +139,7 @@ class Fitting:
         parts = self.parts
         found = self._gradients(batch, step, plan)
         with beyond_repair(f"the optimizer, in step {step}", f"go on from the last checkpoint: {self._again()}"):
-            return apply(parts.model, parts.optimizer, batch, lr, plan, found, freeze_bias=False)
+            return apply(parts.model, parts.optimizer, batch, lr, plan, found)
 
     def evaluate(self, kind: Kind, capacity: float | None) -> Evaluation:
         """All held-out tokens of a kind; `capacity` is the trained share of a depth router.

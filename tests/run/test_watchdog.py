@@ -186,10 +186,10 @@ from lumina.cli import main
 batch = session.setup.Loader.batch
 session.Watchdog = functools.partial(session.Watchdog, floor=1.0)
 
-def a_disk_that_never_answers(loader, i):
+def a_disk_that_never_answers(loader, i, *rest):
     if i == 4 and [*Path(sys.argv[-1]).glob("*/checkpoints/step-000004")]:
         threading.Event().wait()
-    return batch(loader, i)
+    return batch(loader, i, *rest)
 
 session.setup.Loader.batch = a_disk_that_never_answers
 sys.exit(main(sys.argv[1:]))
@@ -208,7 +208,7 @@ def test_a_run_that_hangs_ends_with_its_own_code_and_goes_on_to_the_bit(tmp_path
         assert "no sign of life" in said
         assert "in a_disk_that_never_answers" in said
     last = [*read_events(run.event_log)][-1]
-    assert " (training/session.py:" in last["where"]
+    assert " (training/course.py:" in last["where"]
     assert (last["t"], last["kind"], last["step"], last["doing"]) == ("incident", "hang", 4, "a step")
     resume(run)
     assert history(run) == history(whole)

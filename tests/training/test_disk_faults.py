@@ -170,7 +170,7 @@ def test_the_best_is_one_that_was_saved(tmp_path: Path, monkeypatch: pytest.Monk
     """An evaluation whose checkpoint the disk refused is no mark to beat."""
     script = iter([3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(
-        "lumina.training.session.evaluate", lambda *_: Evaluation(next(script), 1.0, 0.0, 1.0, 1, [], True)
+        "lumina.training.oom.evaluate", lambda *_: Evaluation(next(script), 1.0, 0.0, 1.0, 1, [], True)
     )
     make = Path.mkdir
 

@@ -247,7 +247,7 @@ def test_an_evaluation_that_fails_is_done_again_in_halves(tmp_path: Path, monkey
     monkeypatch.setattr(oom, "evaluate", scarce)
 
     def crash(event: dict[str, Any]) -> None:
-        if event["t"] == "checkpoint" and event["step"] == 4:
+        if event["t"] == "step" and event["step"] == 5:
             raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
@@ -287,7 +287,7 @@ def test_word_of_an_evaluation_that_did_not_fit_is_taken_once(tmp_path: Path) ->
     """As a process among several leaves it."""
 
     def crash(event: dict[str, Any]) -> None:
-        if event["t"] == "checkpoint":
+        if event["t"] == "step" and event["step"] == 3:
             raise RuntimeError("power cut")
 
     keys = settings(tmp_path)
