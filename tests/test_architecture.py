@@ -31,7 +31,7 @@ ALLOWED = {
     "training": LEAVES | {"model", "data", "checkpoint", "orchestrator", "parallel", "run", "lumina"},
     "orchestrator": LEAVES,
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
-    "bench": LEAVES | {"data", "inference", "model", "parallel", "run", "telemetry", "training"},
+    "bench": LEAVES | {"checkpoint", "data", "inference", "model", "parallel", "run", "telemetry", "training"},
     "verify": LEAVES | {"bench", "checkpoint", "data", "model", "run", "telemetry", "training", "lumina"},
     "cli": LEAVES
     | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "run", "telemetry", "training"}

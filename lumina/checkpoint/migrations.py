@@ -18,6 +18,7 @@ State = dict[str, Any]
 def _to_2(state: State) -> None:
     """A checkpoint had no held-out loss, attempt or overlays; its files were torch's distributed checkpoint's."""
     state |= {LOSS: None, "attempt": 0, "overlays": []}
+    state["progress"]["eval_tokens"] = 16384
 
 
 MIGRATIONS: dict[int, Callable[[State], None]] = {1: _to_2}

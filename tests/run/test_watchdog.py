@@ -187,7 +187,7 @@ batch = session.setup.Loader.batch
 session.Watchdog = functools.partial(session.Watchdog, floor=1.0)
 
 def a_disk_that_never_answers(loader, i, *rest):
-    if i == 4 and [*Path(sys.argv[-1]).glob("*/checkpoints/step-000004")]:
+    if i == 4 and [*Path(sys.argv[-1]).glob("*/checkpoints/step-000002")]:
         threading.Event().wait()
     return batch(loader, i, *rest)
 
