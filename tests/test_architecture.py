@@ -45,6 +45,8 @@ TORCHLESS = [
     "lumina.model.cost",
     "lumina.run.index",
     "lumina.run.overview",
+    "lumina.run.supervisor",
+    "lumina.run.watchdog",
     "lumina.training.doctor",
     "lumina.telemetry.console",
     "lumina.training.memory",

@@ -187,6 +187,7 @@ def test_killed_twice_and_stopped_it_ends_as_if_nothing_had_been(tmp_path: Path)
     assert [(event["kind"], event["attempt"], event["signal"]) for event in restarts] == [
         ("restart", 1, "SIGKILL"), ("restart", 2, "SIGKILL"),
     ]  # fmt: skip
+    assert "! restart 2: the attempt before ended by SIGKILL" in run.log.read_text()
     resume(run)
     assert history(run) == history(whole)
     assert tensors_of(run) == tensors_of(whole)
