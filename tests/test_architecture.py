@@ -53,6 +53,8 @@ TORCHLESS = [
     "lumina.run.index",
     "lumina.run.lineage",
     "lumina.run.overview",
+    "lumina.run.supervisor",
+    "lumina.run.watchdog",
     "lumina.training.doctor",
     "lumina.telemetry.console",
     "lumina.training.memory",

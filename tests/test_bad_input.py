@@ -45,6 +45,10 @@ def nothing(here: Path, _: pytest.MonkeyPatch) -> None:
     """The situation is in the command line."""
 
 
+def under_torchrun(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+
+
 def tokenizer(change: Callable[[dict[str, Any]], None]) -> Prepare:
     """A tokenizer.json with something wrong in it."""
 
@@ -158,6 +162,9 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
     ("not finite", nothing, [*TEXT, "train.lr=.nan"], ["train.lr", "a number is needed"]),
     ("no steps", nothing, ["train", "tiny", "train.steps=0"], ["train.steps=0", "at least 1"]),
     ("half a step", nothing, ["train", "tiny", "train.steps=2.5"], ["train.steps=2.5", "whole number"]),
+    ("restarts of nothing", nothing, [*TRAIN, "--restarts", "3"], ["--restarts", "add --supervise"]),
+    ("processes of nothing", nothing, ["resume", "STOPPED", "--processes", "2"], ["--processes", "add --supervise"]),
+    ("a supervisor in each process", under_torchrun, [*TRAIN, "--supervise"], ["--supervise", "without torchrun"]),
     ("two lengths", nothing, ["train", "tiny", "train.steps=3", "train.time=2h"], ["train.steps, train.time", "one"]),
     ("not a duration", nothing, ["train", "tiny", "train.time=soon"], ["train.time=soon", "1h30m"]),
     ("warm-up longer than the run", nothing, [*TEXT, "train.warmup=9"], ["train.warmup=9", "shorten one"]),

@@ -119,6 +119,14 @@ def _say(error: UserError | OutOfMemory, as_json: bool) -> None:
     print(text, file=sys.stderr)
 
 
+def _tell_torchrun(error: Exception) -> None:
+    """A bug of ours, for the table that torchrun prints at the end, of the process that had it first."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
 def _joined() -> bool:
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_initialized()
@@ -150,6 +158,9 @@ def run(arguments: list[str] | None) -> int:
         code = DONE
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else BUG
+    except Exception as error:
+        _tell_torchrun(error)
+        raise
     supervised.tell_exit(code)
     if arguments is None and "lumina.training.session" in sys.modules:  # the process is ours, and it trained
         watchdog.expect_exit()

@@ -7,7 +7,7 @@ checkpoint saved or read back. How long the next may take is learned for each ki
 |---|---|---|
 | one of which fewer than three were measured | `FIRST` | compiling takes minutes, and a cold disk or cluster too |
 | steps | 10 x their median, at least `FLOOR` | one slow step must not make all later hangs last longer |
-| saving | 10 x the longest, at least `SAVING` | a disk that others use may be slow for minutes |
+| saving, reading back | 10 x the longest, at least `FIRST` | a save may wait for a slow disk that the last did not |
 | anything else | 10 x the longest, at least `FLOOR` | the words of one kind are not equally far apart |
 
 Time in which the process itself was stopped (ctrl-Z, a debugger, a suspended machine) is not counted. A thread of
@@ -35,12 +35,13 @@ from lumina.run import supervised
 from lumina.run.exit_codes import HANG
 
 FLOOR = 60.0  # seconds
-SAVING = 600.0
 FIRST = 1800.0
+LEAVING = 600.0  # to end, when all is done
 FACTOR = 10
 MEASURED = 3  # of a kind, before its limit is learned
 REMEMBERED = 100  # of a kind
-STEP, NEW, SAVE = "a step", "a step of a new shape", "saving"
+STEP, NEW = "a step", "a step of a new shape"
+PATIENT = ("saving", "reading")  # as what is told begins
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -49,7 +50,7 @@ class Watchdog:
     """Inside the block, a process without a sign of life writes all stacks to `log` and standard error, hands `report`
     the facts `{kind, seconds, doing, where}` and ends with exit code 4: what hangs cannot be unwound.
 
-    `report` is called in another thread, while the first one may hold anything. The last four are for tests.
+    `report` is called in another thread, while the first one may hold anything. The last three are for tests.
     """
 
     def __init__(
@@ -58,12 +59,11 @@ class Watchdog:
         report: Report,
         *,
         floor: float = FLOOR,
-        saving: float = SAVING,
         first: float = FIRST,
         leave: Callable[[int], object] = os._exit,
     ) -> None:
         self.log, self.report, self.leave = log, report, leave
-        self.floor, self.saving, self.first = floor, saving, first
+        self.floor, self.first = floor, first
         self.pause = floor / 60  # between two looks
         self.doing, self.since, self.beats = "starting", time.monotonic(), 0
         self.step_seconds = 0.0
@@ -111,7 +111,7 @@ class Watchdog:
         if len(seconds) < MEASURED:
             return self.first
         usual = statistics.median(seconds) if self.doing == STEP else max(seconds)
-        return max(FACTOR * usual, self.saving if self.doing == SAVE else self.floor)
+        return max(FACTOR * usual, self.first if self.doing in PATIENT else self.floor)
 
     def __enter__(self) -> Self:
         self.watched, self.since = threading.get_ident(), time.monotonic()
@@ -177,7 +177,7 @@ class Watchdog:
         self._arm()
 
 
-def expect_exit(seconds: float = SAVING) -> None:
+def expect_exit(seconds: float = LEAVING) -> None:
     """From now on the process has this long to end; else it writes its stacks to standard error and is ended, with
     exit code 1. The work is done then, and all that was saved is on the disk."""
     faulthandler.dump_traceback_later(seconds, exit=True)

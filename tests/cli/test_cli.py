@@ -14,6 +14,8 @@ import pytest
 from support import write_text
 
 from lumina.cli import main
+from lumina.errors import OutOfMemory
+from lumina.training.trainer import Trainer
 
 FAST = ["train.steps=3", "checkpoint.every=0"]
 
@@ -197,3 +199,21 @@ def test_memorised_evaluation_and_passed_over_files_are_said(here: Path, capsys:
     assert "1 of 1 held-out documents are in the training data too" in said
     assert "1 file was passed over" in said
     assert "passes over the data" in said
+
+
+def test_out_of_memory_has_its_own_code_and_a_bug_is_told_to_torchrun(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[Exception] = [OutOfMemory("one sequence is too much", fix="a smaller model"), RuntimeError("a bug")]
+
+    def fit(trainer: Trainer) -> None:
+        raise raised.pop(0)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(here / "error.json"))
+    assert main(["train", "tiny", "data.train=text.txt"]) == 5
+    assert capsys.readouterr().err == "error: one sequence is too much\n  fix: a smaller model\n"
+    assert not (here / "error.json").exists()
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train", "tiny", "data.train=text.txt"])
+    assert "a bug" in (here / "error.json").read_text()

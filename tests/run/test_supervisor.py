@@ -187,22 +187,41 @@ def test_killed_twice_and_stopped_it_ends_as_if_nothing_had_been(tmp_path: Path)
     assert [(event["kind"], event["attempt"], event["signal"]) for event in restarts] == [
         ("restart", 1, "SIGKILL"), ("restart", 2, "SIGKILL"),
     ]  # fmt: skip
+    assert "! restart 2: the attempt before ended by SIGKILL" in run.log.read_text()
     resume(run)
     assert history(run) == history(whole)
     assert tensors_of(run) == tensors_of(whole)
     assert len([*(tmp_path / "parts").glob("tiny-*")]) == 1
 
 
-def test_whoever_loses_its_supervisor_saves_and_stops(tmp_path: Path) -> None:
-    keys = settings(tmp_path, "dense") | {"train.steps": 100000, "checkpoint.every": 0}
-    process = train(tmp_path, keys)
-    run = run_below(tmp_path, process)
-    until(steps_since(run, 0), process)
+LEFT = """
+import time
+from lumina.run.signals import Requests, read
+from lumina.run.watchdog import Watchdog
+with Requests() as requests, Watchdog(Path({log!r}), print, floor=3.0):
+    Path({ready!r}).touch()
+    while not requests.stop:
+        time.sleep(0.02)
+Path({ended!r}).write_text(read(requests.take())[0])
+"""
+
+
+def test_whoever_loses_its_supervisor_is_asked_to_save_and_stop(tmp_path: Path) -> None:
+    ready, end = tmp_path / "ready", tmp_path / "ended"
+    program = LEFT.format(log=str(tmp_path / "log.txt"), ready=str(ready), ended=str(end))
+    (tmp_path / "lumina_stand_in.py").write_text("from pathlib import Path\n" + program)
+    watching = """
+import lumina.run.supervisor as s
+s.PROGRAM = "lumina_stand_in"
+s.Supervisor(lambda first: [], print).supervise()
+"""
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", watching], stdout=subprocess.PIPE, text=True, env=environment)
+    until(ready.exists, process)
     process.kill()
-    process.communicate()  # until the last of its processes has closed its output
-    last = [*read_events(run.event_log)][-1]
-    assert (last["t"], last["reason"]) == ("end", "stopped")
-    assert (run.checkpoints / "latest").exists()
+    ended(process)  # until the last of its processes has closed its output
+    assert end.read_text() == "SIGTERM"
 
 
 def test_two_processes_save_and_go_on_and_one_that_is_killed_is_started_again_with_the_other(tmp_path: Path) -> None:
