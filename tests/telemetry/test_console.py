@@ -82,6 +82,13 @@ def test_a_skipped_step_is_a_sentence() -> None:
     assert printed(event) == ["! step 7: loss nan or gradient norm inf is not finite; no weight was moved"]
 
 
+def test_a_decision_without_a_sentence_of_its_own_says_its_reason() -> None:
+    event = {"t": "decision", "step": 7, "rule": "hand", "action": "lr.scale=0.5", "evidence": {}, "reason": "too fast"}
+    assert printed(event) == ["! step 7: lr.scale=0.5 (hand) too fast"]
+    del event["reason"]
+    assert printed(event) == ["! step 7: lr.scale=0.5 (hand)"]
+
+
 def test_unknown_events_are_ignored() -> None:
     assert printed({"t": "trial", "step": 3}) == []
 

@@ -159,7 +159,7 @@ def test_twice_to_one_place_and_once_further(keys: Keys, tmp_path: Path, monkeyp
 
 
 def test_links_and_deleting_follow_what_counts(keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = keys | {"checkpoint.keep_last": 2, "checkpoint.every": 2, "train.eval_every": 2}
+    few = keys | {"checkpoint.keep_last": 3, "checkpoint.every": 2, "train.eval_every": 2}
     links: list[tuple[str, ...]] = []
 
     def look(controls: SessionControls) -> None:
@@ -167,13 +167,20 @@ def test_links_and_deleting_follow_what_counts(keys: Keys, tmp_path: Path, monke
         links.append(tuple(os.readlink(root / name) for name in ("latest", "best")))
 
     def go(controls: SessionControls) -> None:
+        assert there(controls) == [8, 6, 4]
         back(4)(controls)
         look(controls)
-        act(monkeypatch, {6: look})
+        act(monkeypatch, {5: save, 6: look})
 
-    run = trained(tmp_path, few, monkeypatch, {7: go})
-    assert links[0] == ("step-000004", "step-000004")
-    assert links[1] == ("step-000006", "step-000006")
+    def save(controls: SessionControls) -> None:
+        controls.save()
+        assert there(controls) == [5, 4]  # what counts is kept, and what does not is gone
+
+    def there(controls: SessionControls) -> list[int]:
+        return [store.step_of(path) for path in store.checkpoints(controls.session.run.checkpoints)]
+
+    run = trained(tmp_path, few, monkeypatch, {9: go})
+    assert links == [("step-000004", "step-000004"), ("step-000006", "step-000006")]
     assert lineage.abandoned(run) == []
     assert engine.load(run).step == STEPS
 
