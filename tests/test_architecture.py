@@ -30,7 +30,7 @@ ALLOWED = {
     "interop": LEAVES | {"model", "data", "checkpoint", "run"},
     "training": LEAVES | {"model", "data", "checkpoint", "parallel", "run", "lumina"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
-    "bench": LEAVES | {"data", "inference", "model", "parallel", "run", "telemetry", "training"},
+    "bench": LEAVES | {"checkpoint", "data", "inference", "model", "parallel", "run", "telemetry", "training"},
     "cli": LEAVES | {"api", "bench", "data", "inference", "interop", "model", "run", "telemetry", "training", "lumina"},
 }
 TORCHLESS = [

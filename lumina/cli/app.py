@@ -45,6 +45,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "gap": bench.gap,
         "tuning": bench.tuning,
         "data": bench.data,
+        "checkpoint": bench.checkpoint,
     },
 }
 
