@@ -14,7 +14,7 @@ from lumina.checkpoint.writer import Writer
 from lumina.errors import UserError
 from lumina.progress import Tell, whole
 from lumina.run.folder import Run
-from lumina.training import machine
+from lumina.training import machine, memory
 from lumina.training.evaluate import Evaluation
 from lumina.training.setup import Parts
 from lumina.training.state import State, state_problems
@@ -35,7 +35,8 @@ class Saver:
         }
         way, parallel = self.config.checkpoint.write, self.config.parallel
         if way == "auto":  # the run was begun by a version that did not ask
-            way, _ = machine.choose_writing(parallel.device, int(parallel.threads), self.world)
+            room = memory.room_for_copy(self.config, self.world.size, self.world.local_size)
+            way, _ = machine.choose_writing(parallel.device, int(parallel.threads), room, self.world)
         self.writer = Writer(run.checkpoints, self.world, way)
         self.saved_step: int | None = None  # published, or under way
         self.alone: deque[float] = deque(maxlen=STEPS_REMEMBERED)  # seconds of steps

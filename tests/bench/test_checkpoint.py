@@ -42,7 +42,12 @@ def test_the_states_have_the_size_that_they_are_called_by(millions: int) -> None
     assert cost.count(saves.configure(millions, 1).model).total == pytest.approx(millions * 1e6, rel=0.05)
 
 
-def test_every_arm_saves_and_the_report_keeps_the_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_arm_saves_and_the_report_keeps_the_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lumina.compat.usable_cores", lambda: 1)
+    monkeypatch.setattr("lumina.bench.harness.MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr("lumina.bench.harness.COPY_BYTES", 1 << 16)
     command = ["bench", "checkpoint", "--millions", "1", "--rounds", "1", "--steps", "2", "--json"]
     folder, out = tmp_path / "saves", tmp_path / "reports"
     assert main([*command, "--folder", str(folder), "--out", str(out)]) == 0
