@@ -80,8 +80,12 @@ def markdown(title: str, sections: Mapping[str, tuple[Measurement, str, Sequence
 
 def table(heading: str, header: Sequence[str], cells: Sequence[Sequence[str]], said: str = "") -> str:
     """A section of a page: one table under a heading, and what is `said` of it first."""
-    lines = ["", f"## {heading}", "", *([said, ""] if said else [])]
-    lines += [_row(header), _row(["---"] + ["---:"] * (len(header) - 1)), *map(_row, cells)]
+    return "\n".join(["", f"## {heading}", "", *([said, ""] if said else [])]) + "\n" + plain(header, cells)
+
+
+def plain(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """One table."""
+    lines = [_row(header), _row(["---"] + ["---:"] * (len(header) - 1)), *map(_row, cells)]
     return "\n".join(lines) + "\n"
 
 

@@ -61,6 +61,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "gap": bench.gap,
         "tuning": bench.tuning,
         "data": bench.data,
+        "checkpoint": bench.checkpoint,
     },
     "verify": {"resume": verify.resume, "corruption": verify.corruption},
 }

@@ -133,6 +133,42 @@ def data(
     _tell("prepare", page, made, out, json)
 
 
+def checkpoint(
+    millions: Annotated[
+        list[int] | None, typer.Option(help="Parameters of the state: 1, 10 or 100; 10 and 100.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps a run, with one save in their middle.")] = 24,
+    rounds: Rounds = 7,
+    folder: Annotated[Path, typer.Option(help="Where to save; it is deleted after each run.")] = Path("runs/saves"),
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """What a save costs training, beside torch.save and DCP's async_save: lost time, blocked time, time to the disk.
+
+    Once with training on all cores, once with one left free.
+    """
+    from lumina.bench import checkpoint as saves
+    from lumina.bench import report
+    from lumina.compat import usable_cores
+    from lumina.telemetry.console import Console
+
+    wanted = millions or [10, 100]
+    if unknown := [str(one) for one in wanted if one not in saves.SHAPES]:
+        known = ", ".join(map(str, saves.SHAPES))
+        raise UserError(f"--millions {unknown[0]}: there is no such state", fix=f"use one of: {known}")
+    if folder.exists():
+        raise UserError(f"{folder}: exists, and would be deleted", fix="name a folder that does not, with --folder")
+    page, made = "# What a save costs training\n", {}
+    with Console(1, quiet=json) as console:
+        for size, threads in ((size, threads) for size in wanted for threads in saves.choices(usable_cores())):
+            measured = saves.take(size, threads, steps, rounds, folder, console.progress)
+            about = f"{report.circumstances(measured.about)}. {saves.said(measured)}"
+            page += report.table(saves.heading(measured), saves.HEADER, saves.rows(measured), about)
+            page += "\n" + report.plain(("bar", "less lost time", "verdict"), saves.bars(measured))
+            made[saves.heading(measured)] = measured.as_json() | {"bars": saves.bars(measured)}
+    _tell("checkpoint", page, made, out, json)
+
+
 def tuning(
     settings: Settings = None,
     seeds: Annotated[int, typer.Option(min=1, help="How often, each time from other weights.")] = 3,

@@ -17,6 +17,7 @@ from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
+from lumina.training import memory
 from lumina.training.host import cpu_name
 from lumina.training.precision import DTYPES
 
@@ -92,7 +93,8 @@ def choose(config: Config, world: World = ALONE) -> Choices:
         choices["train.micro_batch"] = micro_batch(config, world, limit), f"at most {MICRO_TOKENS} tokens at once"
     if config.checkpoint.write == "auto":
         used = choices.get("parallel.threads", (config.parallel.threads, ""))[0]
-        choices["checkpoint.write"] = choose_writing(device, int(used), world)
+        room = memory.room_for_copy(config, world.size, world.local_size)
+        choices["checkpoint.write"] = choose_writing(device, int(used), room, world)
     if config.train.tokens is not None:
         steps = max(1, round(config.train.tokens / config.train.batch_tokens))
         choices["train.steps"] = (steps, f"train.tokens={config.train.tokens} / train.batch_tokens")
@@ -114,8 +116,13 @@ def threads(world: World) -> int:
     return max(1, usable_cores() // world.local_size)
 
 
-def choose_writing(device: str, threads: int, world: World = ALONE) -> tuple[Way, str]:
-    """How a checkpoint costs training the least, and why; `lumina bench checkpoint` measures it."""
+def choose_writing(device: str, threads: int, room: bool, world: World = ALONE) -> tuple[Way, str]:
+    """How a checkpoint costs training the least, and why; `lumina bench checkpoint` measures it.
+
+    `room`: whether memory holds a copy of the state.
+    """
+    if not room:
+        return "inline", "a copy of the state does not fit into memory"
     if device != "cpu":
         return "background", "the device trains while the host writes"
     if threads * world.local_size < usable_cores():

@@ -46,6 +46,14 @@ def fits(config: Config, processes: int = 1, local: int = 1) -> bool:
     return needed(config, processes, local).total <= usable(config.parallel.device)
 
 
+def room_for_copy(config: Config, processes: int = 1, local: int = 1) -> bool:
+    """Whether main memory holds a copy of weights and moments, beside what a training on CPUs has there."""
+    whole = state_bytes(config.model, config.train.optimizer, config.precision.mode, config.train.lora.rank)
+    copy = (whole.weights + whole.moments) * local // processes
+    beside = 0 if _is_cuda(config.parallel.device) else needed(config, processes, local).total
+    return beside + copy <= usable()
+
+
 def require(resolved: Resolved, processes: int = 1, local: int = 1) -> None:
     """Raises `UserError` if weights, gradients and moments alone are larger than the memory there is."""
     config, kind = resolved.config, resolved.config.model.kind

@@ -19,7 +19,7 @@ from lumina.errors import DiskRefused, UserError
 from lumina.progress import Tell, whole
 from lumina.run.folder import Run
 from lumina.run.lineage import Lineage, abandoned, lineage
-from lumina.training import machine, setup
+from lumina.training import machine, memory, setup
 from lumina.training.evaluate import Evaluation
 from lumina.training.precision import LossScale
 from lumina.training.setup import Parts
@@ -32,8 +32,11 @@ STEPS_REMEMBERED = 100  # that no writer stood beside: what the others are compa
 class Saver:
     """Saves and restores the `state` of a run; every process calls, the main one decides."""
 
-    def __init__(self, run: Run, parts: Parts, state: State, told: Tell, recast: bool = False) -> None:
-        """`recast`: the user asked for another precision than the run began with."""
+    def __init__(
+        self, run: Run, parts: Parts, state: State, told: Tell, emit: Callable[..., object], recast: bool = False
+    ) -> None:
+        """`emit` is handed `checkpoint` events; `recast`: the user asked for another precision than before."""
+        self.emit = emit
         self.recast, self.precision = recast, parts.precision
         self.run, self.config, self.world, self.state, self.told = run, parts.config, parts.world, state, told
         self.parts, self.lineage = parts, Lineage()
@@ -44,7 +47,8 @@ class Saver:
         }
         way, parallel = self.config.checkpoint.write, self.config.parallel
         if way == "auto":  # the run was begun by a version that did not ask
-            way, _ = machine.choose_writing(parallel.device, int(parallel.threads), self.world)
+            room = memory.room_for_copy(self.config, self.world.size, self.world.local_size)
+            way, _ = machine.choose_writing(parallel.device, int(parallel.threads), room, self.world)
         self.writer = Writer(run.checkpoints, self.world, way)
         self.saved_step: int | None = None  # published, or under way
         self.best_before: tuple[float | None, int | None] = (None, None)  # the last save
@@ -54,38 +58,37 @@ class Saver:
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
-    def save(self, evaluated: tuple[int, Evaluation] | None, **why: str) -> list[dict[str, Any]]:
+    def save(self, evaluated: tuple[int, Evaluation] | None, **why: str) -> None:
         """Begins a checkpoint of this step; if it was evaluated as the best, `best` will point at it.
 
-        Returns the event of the save before, if that was still under way: this one waited for it. `why` is told in the
-        event of this one. Raises `DiskRefused` if the disk does not take it, or did not take the one before.
+        If the save before is still under way, this one waits for it. `why` is told in its event. Raises `DiskRefused`
+        if the disk does not take it, or did not take the one before.
         """
         progress = self.state.progress
         with whole(f"saving step {progress.step}", self.told):
             self._or_unsaved(self.writer.finish)
-            before = self._told()  # prunes, which nothing may be under way for
+            self._tell()  # prunes, which nothing may be under way for
             self.world.decide(self._require_folder)
             loss = self._judge(evaluated)
             state = self.identity | {LOSS: loss} | self.state.pack()
             tensors = self.state.model_tensors(), self.state.optim_tensors()
             self._or_unsaved(lambda: self.writer.save(progress.step, *tensors, state))
         self.saved_step, self.why = progress.step, why
-        return before
 
-    def poll(self, step_seconds: float) -> list[dict[str, Any]]:
-        """The `checkpoint` events of what was published since, after a step that took so long.
+    def poll(self, step_seconds: float) -> None:
+        """Tells what was published since, after a step that took so long.
 
         Older checkpoints go once a newer one was read back. Raises the `UserError` of a save that failed.
         """
         (self.beside if self.writer.busy else self.alone).append(step_seconds)
-        return self._told()
+        self._tell()
 
-    def finish(self) -> list[dict[str, Any]]:
-        """Waits for the save that is under way; its event. Raises the `UserError` of a save that failed."""
+    def finish(self) -> None:
+        """Waits for the save that is under way. Raises the `UserError` of a save that failed."""
         if self.writer.busy:
             with whole(f"reading step {self.saved_step} back", self.told):
                 self._or_unsaved(self.writer.finish)
-        return self._told()
+        self._tell()
 
     def require_saved(self) -> None:
         """Raises `UserError` if the last save did not last: before a run is called done, or stopped and saved."""
@@ -119,14 +122,14 @@ class Saver:
         progress.best_loss, progress.best_step = self.best_before
         self.saved_step = None
 
-    def _told(self) -> list[dict[str, Any]]:
+    def _tell(self) -> None:
         receipts = self._or_unsaved(self.writer.poll)
         if any(receipt.damaged and receipt.step == self.saved_step for receipt in receipts):
             self._unsaved()
-        events = [self._event(receipt) for receipt in receipts]
+        for receipt in receipts:
+            self.emit("checkpoint", **self._event(receipt))
         if any(receipt.verified for receipt in receipts):
             self.world.decide(self._tidy)
-        return events
 
     def _event(self, receipt: store.Receipt) -> dict[str, Any]:
         usual, beside, self.beside = statistics.median(self.alone) if self.alone else None, self.beside, []
@@ -150,6 +153,7 @@ class Saver:
             raise DiskRefused(f"{self.run.path}: checkpoint not written: the folder of the run is gone", fix)
 
     def _tidy(self) -> None:
+        self._require_folder()
         self._link_best()
         keep = self.config.checkpoint
         out = {store.step_of(path) for path in abandoned(self.run, self.lineage) if path.suffix != store.OLD}

@@ -72,7 +72,8 @@ class Session:
         self.peak = rate * self.world.size  # FLOP/s of square matmuls, of all processes: what MFU is measured against
         self.course = Course(run, resolved, parts, self.peak, self._emit, self.told, self.watchdog.step)
         self.state = self.course.state
-        self.saver = Saver(run, parts, self.state, self.told, recast=resolved.origins["precision.mode"] == RESUME)
+        recast = resolved.origins["precision.mode"] == RESUME
+        self.saver = Saver(run, parts, self.state, self.told, self._emit, recast)
         self.point: Snapshot | None = None  # the restore point in memory
         self.ending = ""  # who asked to stop, if not a signal
 
@@ -109,7 +110,7 @@ class Session:
         self.course.advance()
         step, every = self.state.progress.step, int(self.config.checkpoint.every)
         with self._refusals():
-            self._tell_saves(self.saver.poll(self.state.progress.step_seconds))
+            self.saver.poll(self.state.progress.step_seconds)
         if step < self.parts.steps and every and step % every == 0:
             self._save()
 
@@ -153,7 +154,7 @@ class Session:
         if not step < self.state.progress.step:
             raise UserError(f"step {step}: the run is at step {self.state.progress.step}", "name an earlier step")
         with self._refusals():
-            self._tell_saves(self.saver.finish())
+            self.saver.finish()
         at_hand = self.point if self.point and self.point.state["progress"].step == step else None
         found = at_hand or self.saver.find(step)
         overlays = self.state.overlays if overlays is None else overlays
@@ -226,7 +227,7 @@ class Session:
             return
         start = time.perf_counter()
         with self._refusals(last):
-            self._tell_saves(self.saver.save(self.course.last_eval, **why))
+            self.saver.save(self.course.last_eval, **why)
         self.course.last += time.perf_counter() - start
 
     @contextmanager
@@ -244,15 +245,10 @@ class Session:
             if ends:
                 raise
 
-    def _tell_saves(self, saves: Sequence[dict[str, Any]]) -> None:
-        """What was published and read back since."""
-        for fields in saves:
-            self._emit("checkpoint", **fields)
-
     def _settle(self) -> None:
         """Waits until the last save has lasted."""
         with self._refusals(last=True):
-            self._tell_saves(self.saver.finish())
+            self.saver.finish()
         self.saver.require_saved()
 
     def _stop(self, signal: str) -> None:

@@ -98,7 +98,13 @@ def gradients(
 
 
 def apply(
-    model: Transformer, optimizer: Optimizer, batch: Batch, lr: float, plan: Step, found: Sums, freeze_bias: bool = False
+    model: Transformer,
+    optimizer: Optimizer,
+    batch: Batch,
+    lr: float,
+    plan: Step,
+    found: Sums,
+    freeze_bias: bool = False,
 ) -> Tensor:
     """Moves weights and routers by the gradients of `batch`, of which `found` are the sums; returns the metrics."""
     sums, routing = _everywhere(*found, plan.world)

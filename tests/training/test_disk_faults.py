@@ -41,7 +41,11 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def keys(folder: Path, **more: Any) -> dict[str, Any]:
-    return settings(folder, **more) | SMALL | {"train.steps": STEPS, "checkpoint.keep_last": 1, "checkpoint.write": "inline"}
+    return (
+        settings(folder, **more)
+        | SMALL
+        | {"train.steps": STEPS, "checkpoint.keep_last": 1, "checkpoint.write": "inline"}
+    )
 
 
 def at(step: int, act: Any) -> Any:
@@ -120,7 +124,10 @@ def test_a_run_told_to_go_on_waits_a_full_disk_out(
 
 def test_a_last_save_that_fails_is_an_error_in_either_mode(disk: Path, tmp_path: Path) -> None:
     trainer = Trainer(
-        "tiny", root=disk, listeners=[at(5, lambda: fill(disk))], **keys(tmp_path, checkpoint__on_error="continue")
+        "tiny",
+        root=disk,
+        listeners=[at(5, lambda: fill(disk))],
+        **keys(tmp_path, checkpoint__on_error="continue") | {"checkpoint.keep_last": 9},
     )
     with pytest.raises(DiskRefused, match="step-000008: checkpoint not written: No space left"):
         trainer.fit()
@@ -187,9 +194,7 @@ def test_a_read_only_disk_is_said_and_an_incident_tells_of_it(tmp_path: Path, mo
 def test_the_best_is_one_that_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation whose checkpoint the disk refused is no mark to beat."""
     script = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(
-        "lumina.training.oom.evaluate", lambda *_: Evaluation(next(script), 1.0, 0.0, 1.0, 1, [], True)
-    )
+    monkeypatch.setattr("lumina.training.oom.evaluate", lambda *_: Evaluation(next(script), 1.0, 0.0, 1.0, 1, [], True))
     make = Path.mkdir
 
     def refuse(self: Path, *rest: Any, **more: Any) -> None:
