@@ -188,7 +188,7 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
     ("no best one", nothing, [*TEXT, "checkpoint.keep_best=0"], ["checkpoint.keep_best=0", "at least 1"]),
     ("neither stop nor continue", nothing, [*TEXT, "checkpoint.on_error=ignore"],
      ["checkpoint.on_error=ignore", "stop or continue"]),
-    ("disk too small", little_disk, [*TEXT, "--fresh"], ["two of them have to fit", "0 MiB are free", "--root"]),
+    ("disk too small", little_disk, [*TEXT, "--fresh"], ["two of them have to fit", "0.0 MiB are free", "--root"]),
     ("quiet and json", nothing, [*TEXT, "--quiet", "--json"], ["--quiet and --json", "use one"]),
     ("no such preset", nothing, ["train", "debgu"], ["unknown preset 'debgu'", "did you mean debug"]),
     # -- configuration files

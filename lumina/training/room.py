@@ -62,7 +62,7 @@ def require(config: Config, checkpoints: Path) -> None:
     where = next(parent for parent in (checkpoints.absolute(), *checkpoints.absolute().parents) if parent.is_dir())
     two = "two of them have" if least == 2 else "it has"
     raise UserError(
-        f"{where}: a checkpoint of this model takes {disk['bytes'] / MIB:,.0f} MiB, and {two} to fit; "
-        f"{disk['free'] / MIB:,.0f} MiB are free here",
+        f"{where}: a checkpoint of this model takes {disk['bytes'] / MIB:,.1f} MiB, and {two} to fit; "
+        f"{disk['free'] / MIB:,.1f} MiB are free here",
         fix="free space there, choose another folder with --root, or a smaller model",
     )

@@ -20,6 +20,7 @@ from lumina.cli import main
 from lumina.errors import DiskRefused
 from lumina.events import Event, read_events
 from lumina.run.folder import Run
+from lumina.telemetry.console import Console
 from lumina.training.evaluate import Evaluation
 from lumina.training.trainer import Trainer, resume
 
@@ -102,7 +103,7 @@ def test_a_full_disk_stops_the_run_and_leaves_nothing_half(
     assert [path.name for path in run.checkpoints.iterdir() if not path.is_symlink()] == ["step-000002"]
     assert store.verify(store.folder(run.checkpoints, 2)) == []
     assert main(["resume", str(run.path), "--quiet"]) == 2  # still full
-    assert "0 MiB are free here" in capsys.readouterr().err
+    assert "two of them have to fit" in capsys.readouterr().err
     (disk / "ballast").unlink()
     assert losses(resume(run)) == undisturbed
 
@@ -113,8 +114,11 @@ def test_a_run_told_to_go_on_waits_a_full_disk_out(
     told: list[Event] = []
     acts = [at(3, lambda: fill(disk)), at(7, (disk / "ballast").unlink)]
     patient = keys(tmp_path, checkpoint__on_error="continue")
-    run = Trainer("tiny", root=disk, listeners=[told.append, *acts], **patient).fit()
+    said: list[str] = []
+    run = Trainer("tiny", root=disk, listeners=[told.append, Console(show=said.append), *acts], **patient).fit()
     assert losses(run) == undisturbed
+    assert len([line for line in said if "training goes on" in line]) == 1  # of two refusals
+    assert len([line for line in said if "wait in memory" in line]) == 1
     assert list(read_events(run.event_log)) == told  # every line, in order
     refused = [(event["step"], event["ends"]) for event in told if event.get("kind") == "save refused"]
     assert refused == [(4, False), (6, False)]

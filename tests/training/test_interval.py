@@ -148,7 +148,7 @@ def test_a_disk_too_small_is_said_before_anything_is_written(tmp_path: Path, mon
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * one, 0, amount))
 
     set_free(2 * one - 1)
-    with pytest.raises(UserError, match=r"two of them have to fit; \d+ MiB are free"):
+    with pytest.raises(UserError, match=r"two of them have to fit; [\d.]+ MiB are free"):
         Trainer("tiny", root=tmp_path / "runs", **keys).fit()
     assert not (tmp_path / "runs").exists()
     set_free(2 * one)
