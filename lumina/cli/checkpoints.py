@@ -17,6 +17,7 @@ from lumina.run.exit_codes import USER_ERROR
 
 if TYPE_CHECKING:
     from lumina.config.schema.config import CheckpointConfig
+    from lumina.run.folder import Run
 
 SHOWN = 20  # tensors of a difference that are printed
 
@@ -48,15 +49,16 @@ def checkpoints(
         _differ(found.checkpoints, *diff, json)
     elif prune:
         keep = keep.model_copy(update={"keep_last": keep_last}) if keep_last else keep
-        _prune(found.checkpoints, found.lock, keep, yes, json)
+        _prune(found, keep, yes, json)
     else:
-        _list(found.checkpoints, keep, verify, json)
+        _list(found, keep, verify, json)
 
 
-def _list(folder: Path, keep: CheckpointConfig, verify: bool, json: bool) -> None:
+def _list(run: Run, keep: CheckpointConfig, verify: bool, json: bool) -> None:
     from lumina.checkpoint.overview import rows
 
-    listed = rows(folder, keep, found=_read_all(folder) if verify else None)
+    folder = run.checkpoints
+    listed = rows(folder, keep, _abandoned(run), found=_read_all(folder) if verify else None)
     if json:
         print_json(listed)
     elif listed:
@@ -95,13 +97,22 @@ def _read_all(folder: Path) -> dict[Path, list[str]]:
     return {path: aside if path.suffix == places.DAMAGED else store.verify(path) for path in every(folder)}
 
 
-def _prune(folder: Path, lock: Path, keep: CheckpointConfig, yes: bool, json: bool) -> None:
+def _abandoned(run: Run) -> set[int]:
+    """The steps whose checkpoints a later attempt went back before."""
+    from lumina.checkpoint import places
+    from lumina.run.lineage import abandoned
+
+    return {places.step_of(path) for path in abandoned(run) if path.suffix != places.OLD}
+
+
+def _prune(run: Run, keep: CheckpointConfig, yes: bool, json: bool) -> None:
     from lumina.checkpoint import retention
     from lumina.checkpoint.overview import doomed
     from lumina.run.lock import RunLock
 
-    with RunLock(lock):  # a run that trains deletes its own
-        goes = doomed(folder, keep, (), _read_all(folder))
+    folder = run.checkpoints
+    with RunLock(run.lock):  # a run that trains deletes its own
+        goes = doomed(folder, keep, _abandoned(run), _read_all(folder))
         if yes:
             retention.delete(folder, goes)
     if json:

@@ -13,10 +13,10 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from lumina.checkpoint import store
 from lumina.checkpoint.places import disk
+from lumina.checkpoint.writer import Way, Writer
 from lumina.training.machine import Choices
 
 if TYPE_CHECKING:
@@ -66,11 +66,14 @@ def measure_stall(parts: Parts, root: Path) -> float:
     world = parts.world
     aside = world.decide(lambda: _trial_folder(root))
     try:
-        receipt = store.save(aside, 0, parts.model.tensors(), parts.optimizer.tensors(), {}, world)
+        with Writer(aside, world, cast("Way", parts.config.checkpoint.write)) as writer:
+            writer.save(0, parts.model.tensors(), parts.optimizer.tensors(), {})
+            writer.finish()
+            (receipt,) = writer.poll()
     finally:
         if world.main:
             shutil.rmtree(aside, ignore_errors=True)
-    return receipt.seconds
+    return receipt.stall
 
 
 def _trial_folder(root: Path) -> Path:
