@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support import contents, require_refusal, settings, write_text
 
-from lumina.checkpoint import store
+from lumina.checkpoint import store, tensors
 from lumina.cli import main
 from lumina.data.tokenizer import train_bpe
 from lumina.run.folder import Run
@@ -390,19 +389,17 @@ def test_a_prompt_longer_than_the_context_works_and_says_what_is_left_out(
 def test_a_full_disk_stops_the_run_with_its_checkpoints_whole(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = torch.distributed.checkpoint.state_dict_saver.save
-
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store.state_dict_saver, "save", refuse)
-    assert main(["resume", "runs/stopped"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors, "write", refuse)
+        assert main(["resume", "runs/stopped"]) == 2
     said = capsys.readouterr().err
     assert "checkpoint not written: No space left on device" in said
     assert "what was saved before is untouched" in said
     assert [path.name for path in run().checkpoints.iterdir() if not path.is_symlink()] == ["step-000002"]
     assert store.verify(newest(run())) == []
-    monkeypatch.setattr(store.state_dict_saver, "save", save)
     assert main(["resume", "runs/stopped"]) == 0  # once there is space, the run goes on
 
 
