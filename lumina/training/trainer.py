@@ -136,9 +136,9 @@ def resume(
     if world.decide(lambda: run.finished):
         return run
     before = world.each(lambda: read(run.config))
+    resolved = _changed(run, before, settings, world)
+    world.decide(lambda: memory.require(resolved, world.size, world.local_size))
     with world.holding(RunLock(run.lock)), oom.ending_alone(world), _memory_of(run):
-        resolved = _changed(run, before, settings, world)
-        world.decide(lambda: memory.require(resolved, world.size, world.local_size))
         meta = world.each(run.read_meta)
         world.each(lambda: machine.check_settled(resolved.config, str(run.path), world))
         corpus = _data_again(run, resolved, meta, world, progress)
