@@ -139,10 +139,10 @@ def resume(
     if back is None and world.decide(lambda: run.finished):
         return run
     before = world.each(lambda: read(run.config))
+    resolved = _changed(run, before, settings, world)
+    world.decide(lambda: memory.require(resolved, world.size, world.local_size))
+    world.decide(lambda: room.require(resolved.config, run.checkpoints))
     with world.holding(RunLock(run.lock)), oom.ending_alone(world), _memory_of(run):
-        resolved = _changed(run, before, settings, world)
-        world.decide(lambda: memory.require(resolved, world.size, world.local_size))
-        world.decide(lambda: room.require(resolved.config, run.checkpoints))
         meta = world.each(run.read_meta)
         world.each(lambda: machine.check_settled(resolved.config, str(run.path), world))
         corpus = _data_again(run, resolved, meta, world, progress)
