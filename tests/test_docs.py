@@ -18,7 +18,7 @@ from support import debug_made_tiny, write_chats, write_text
 from lumina.cli import main
 from lumina.cli.app import VERBS
 from lumina.config.resolve import resolve
-from lumina.training import session
+from lumina.training import course
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -138,14 +138,14 @@ def test_the_first_run_as_written(
     write_chats(tmp_path)
     (own,) = re.findall(r"```yaml\n(.*?)```", document, re.S)
     Path("my.yaml").write_text(own, encoding="utf-8")
-    real, steps = session.train_step, itertools.count(1)
+    real, steps = course.train_step, itertools.count(1)
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         if next(steps) in (5, 6):  # after the 3 of the first run: in the 2nd and the 3rd step of the second
             signal.raise_signal(signal.SIGINT)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(session, "train_step", interrupted)
+    monkeypatch.setattr(course, "train_step", interrupted)
     codes, runs = [], list[Path]()
     for line in (line for line in shell_lines(document) if line.startswith("lumina ")):
         verb, subject, *arguments = shlex.split(line, comments=True)[1:]
