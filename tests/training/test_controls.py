@@ -29,7 +29,7 @@ VALUES: list[tuple[str, Value]] = [
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return request(tmp_path_factory.mktemp("text"), train__decay=3)
+    return request(tmp_path_factory.mktemp("text"), "moe", train__decay=3)
 
 
 @pytest.fixture(scope="module")
