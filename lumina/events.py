@@ -91,7 +91,12 @@ class EventWriter:
             raise DiskRefused(self._refused, fix) from error
 
     def sync(self) -> None:
-        """Returns when the disk has what was written: for what must be known before something is done."""
+        """Returns when the disk has what was written: for what must be known before something is done.
+
+        Raises `DiskRefused` if lines wait that it does not take.
+        """
+        if self._waiting:
+            self._flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

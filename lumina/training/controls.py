@@ -53,7 +53,7 @@ class SessionControls(Controls):
 
     def _lay(self, why: Decision, overlays: tuple[Overlay, ...], **what: Any) -> None:
         """The run as it stands on the disk, then what is going to be in force, then it is."""
-        self.session._save()
+        self.session.pin(f"before {what['overlay'] if 'overlay' in what else what['arm']}")
         self._journal(why, overlays=pack(overlays), **what)
         self.state.overlays = overlays
 

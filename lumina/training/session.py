@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lumina.checkpoint import store
+from lumina.checkpoint import retention, store
 from lumina.checkpoint.snapshot import Snapshot
 from lumina.config import overlay
 from lumina.config.change import RESUME
@@ -244,6 +244,12 @@ class Session:
                     self._emit("end", step=step, reason="save refused")
             if ends:
                 raise
+
+    def pin(self, why: str) -> None:
+        """Puts the run as it stands here on the disk, where it stays until it is unpinned."""
+        self._save()
+        self._settle()
+        self.world.decide(lambda: retention.pin(self.run.checkpoints, self.state.progress.step, why))
 
     def _settle(self) -> None:
         """Waits until the last save has lasted."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from forks import WHY, act, crash, history, request, require_equal, trained
 
-from lumina.checkpoint import store
+from lumina.checkpoint import retention, store
 from lumina.config.overlay import KEYS, SKIP, Value
 from lumina.errors import UserError
 from lumina.events import EventWriter
@@ -29,7 +29,7 @@ VALUES: list[tuple[str, Value]] = [
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return request(tmp_path_factory.mktemp("text"), train__decay=3)
+    return request(tmp_path_factory.mktemp("text"), "moe", train__decay=3)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def test_an_overlay_shows_and_its_undo_is_the_run_that_never_had_it(
 
     def lay(controls: SessionControls) -> None:
         laid = controls.overlay(WHY, key, value)
+        assert retention.pins(controls.session.run.checkpoints) == {4: f"before {laid.id}"}
         act(monkeypatch, {8: lambda controls: undo(controls, laid.id)})
 
     def undo(controls: SessionControls, id: str) -> None:

@@ -25,7 +25,7 @@ Keys = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return request(tmp_path_factory.mktemp("text"))
+    return request(tmp_path_factory.mktemp("text"), "dense")
 
 
 @pytest.fixture(scope="module")
