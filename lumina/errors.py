@@ -30,6 +30,8 @@ class UserError(Exception):
 class OutOfMemory(Exception):  # noqa: N818 - its name in the field
     """The memory does not suffice, even for one sequence at a time."""
 
+    told = False
+
     def __init__(self, message: str, fix: str = "") -> None:
         self.message = message
         self.fix = fix

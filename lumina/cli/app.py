@@ -75,7 +75,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
             _say(error, bool(options.get("json")))
             raise typer.Exit(USER_ERROR) from None
         except OutOfMemory as error:
-            _say(UserError(error.message, error.fix), bool(options.get("json")))
+            _say(error, bool(options.get("json")))
             raise typer.Exit(OUT_OF_MEMORY) from None
         except KeyboardInterrupt:
             print("\nstopped at once; checkpoints saved before are complete", file=sys.stderr)
@@ -92,7 +92,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-def _say(error: UserError, as_json: bool) -> None:
+def _say(error: UserError | OutOfMemory, as_json: bool) -> None:
     """Says an error once, whichever processes met it: before they know of each other, one of each machine says it."""
     alone = os.environ.get("LOCAL_RANK", "0") == "0"
     if error.told or not (alone or _joined()):

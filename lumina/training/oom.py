@@ -35,7 +35,7 @@ from lumina.training import machine
 from lumina.training.evaluate import Evaluation, evaluate
 from lumina.training.setup import Parts
 from lumina.training.state import State
-from lumina.training.step import Sums, apply, gradients
+from lumina.training.step import Step, Sums, apply, gradients
 
 T = TypeVar("T")
 # What allocators say: of CUDA and MPS; of a CPU on Unix, and on Windows; of C++ below them.
@@ -128,18 +128,18 @@ class Fitting:
         """
         compiling = "compiling, and " if self.parts.config.train.compile == "on" else ""
         with whole(f"{compiling}rehearsing the largest batch", self.told):
-            self._gradients(batch, step, REHEARSED)
+            self._gradients(batch, self.parts.plan, step, REHEARSED)
             self.parts.optimizer.zero_grad()
 
-    def step(self, batch: Batch, lr: float, freeze_bias: bool, step: int) -> Tensor:
-        """`train_step` of the session's parts: the metrics.
+    def step(self, batch: Batch, lr: float, plan: Step, freeze_bias: bool, step: int) -> Tensor:
+        """`train_step` of the session's parts, in as many micro-batches as fit: the metrics.
 
         Raises `OutOfMemory` if one sequence is too much, or where the weights already moved.
         """
         parts = self.parts
-        found = self._gradients(batch, step)
+        found = self._gradients(batch, plan, step)
         with beyond_repair(f"the optimizer, in step {step}", f"go on from the last checkpoint: {self._again()}"):
-            return apply(parts.model, parts.optimizer, batch, lr, parts.plan, found, freeze_bias)
+            return apply(parts.model, parts.optimizer, batch, lr, plan, found, freeze_bias)
 
     def evaluate(self, kind: Kind, capacity: float | None) -> Evaluation:
         """All held-out tokens of a kind; `capacity` is the trained share of a depth router.
@@ -159,11 +159,12 @@ class Fitting:
             before, progress.eval_tokens = progress.eval_tokens, progress.eval_tokens // 2
             self._abort_or_tell({"eval_tokens": progress.eval_tokens}, found.said, progress.step, before)
 
-    def _gradients(self, batch: Batch, step: int, at_most: int | None = None) -> Sums:
+    def _gradients(self, batch: Batch, plan: Step, step: int, at_most: int | None = None) -> Sums:
         parts = self.parts
         while True:
+            split = replace(plan, micro_batches=parts.plan.micro_batches)
             found = attempt(
-                lambda: gradients(parts.model, parts.optimizer, batch, parts.plan, parts.precision, step, at_most)
+                partial(gradients, parts.model, parts.optimizer, batch, split, parts.precision, step, at_most)
             )
             if isinstance(found, Sums):
                 return found

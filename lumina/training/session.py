@@ -97,6 +97,7 @@ class Session:
         metrics = self.fitting.step(
             parts.loader.batch(step - 1),
             rate(parts.phases, train.schedule, step),
+            parts.plan,
             freeze_bias=step > self.freeze_from,
             step=step,
         )
