@@ -154,7 +154,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
 SEALS = {
     "deep": (DEEP, "RecursionError"),
     "sizes as text": ('{"format":2,"step":20,"files":{"state.json":{"size":"9","sha256":""}}}', "without a size"),
-    "a later format": ('{"format":{},"step":20,"files":{}}', "written in format {}"),
+    "a later format": ('{"format":{},"step":20,"files":{}}', "written by something else, in format {}"),
 }
 
 

@@ -172,7 +172,7 @@ def test_a_reader_that_goes_away_is_no_error(trained: str, here: Path) -> None:
     process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=60) == 0, process.stderr.read()
     assert process.stderr is not None
     assert b"Error" not in process.stderr.read()
     process.stderr.close()

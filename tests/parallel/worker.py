@@ -107,12 +107,12 @@ def stop_at(step: int) -> Callable[[dict[str, Any]], None]:
     return stop
 
 
-def noted(path: Path) -> Callable[[Loader, int], NDArray[np.int64]]:
+def noted(path: Path) -> Callable[..., NDArray[np.int64]]:
     """`Loader.ids` that also appends what it returns to a file."""
     ids = Loader.ids
 
-    def note(self: Loader, i: int) -> NDArray[np.int64]:
-        found = ids(self, i)
+    def note(self: Loader, i: int, *rest: Any) -> NDArray[np.int64]:
+        found = ids(self, i, *rest)
         with path.open("a") as file:
             file.write(f"{i} {found.tolist()}\n")
         return found

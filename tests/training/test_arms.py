@@ -151,7 +151,7 @@ def test_what_goes_wrong_in_an_arm_is_left_in_it(caught: bool, tmp_path: Path, m
     def go(controls: SessionControls) -> None:
         before = {name: tensor.clone() for name, tensor in controls.state.tensors().items()}
         state = plain_state(controls)
-        for place in ("lumina.training.course.train_step", "lumina.training.course.evaluate"):
+        for place in ("lumina.training.oom.apply", "lumina.training.oom.evaluate"):
             with controls.fork(1.0) as fork, monkeypatch.context() as patch:
                 fork.run("sound", [], 1, 0)
                 patch.setattr(place, crash)

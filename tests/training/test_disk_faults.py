@@ -151,7 +151,7 @@ def test_a_folder_that_vanishes_is_not_begun_again_without_its_configuration(mod
 
     act = at(3, vanish)
     trainer = Trainer("tiny", root=root, listeners=[told.append, act], **keys(tmp_path, checkpoint__on_error=mode))
-    with pytest.raises(DiskRefused, match="the folder of the run is gone"):
+    with pytest.raises(DiskRefused, match=r"the folder of the run is gone|events.jsonl: event not written"):
         trainer.fit()
     assert list(root.iterdir()) == []
     assert max(event["step"] for event in told if event["t"] == "step") == (3 if mode == "stop" else STEPS - 1)

@@ -17,6 +17,7 @@ from lumina.inference import engine
 from lumina.run import lineage
 from lumina.run.folder import Run
 from lumina.training.controls import SessionControls
+from lumina.training.oom import Fitting
 from lumina.training.session import Back, Session
 from lumina.training.trainer import Trainer, resume
 
@@ -52,16 +53,14 @@ def starts(run: Run) -> list[dict[str, Any]]:
 
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The sample ids of every batch read for a step from now on."""
-    from lumina.training import course
-
     seen: list[tuple[int, ...]] = []
-    step = course.train_step
+    step = Fitting.step
 
-    def watching(model: Any, optimizer: Any, batch: Any, *rest: Any, **named: Any) -> Any:
+    def watching(self: Fitting, batch: Any, *rest: Any) -> Any:
         seen.append(tuple(batch.sample_ids_B.tolist()))
-        return step(model, optimizer, batch, *rest, **named)
+        return step(self, batch, *rest)
 
-    monkeypatch.setattr(course, "train_step", watching)
+    monkeypatch.setattr(Fitting, "step", watching)
     return seen
 
 
@@ -163,10 +162,12 @@ def test_links_and_deleting_follow_what_counts(keys: Keys, tmp_path: Path, monke
     links: list[tuple[str, ...]] = []
 
     def look(controls: SessionControls) -> None:
+        controls.session.saver.finish()
         root = controls.session.run.checkpoints
         links.append(tuple(os.readlink(root / name) for name in ("latest", "best")))
 
     def go(controls: SessionControls) -> None:
+        controls.session.saver.finish()
         assert there(controls) == [8, 6, 4]
         back(4)(controls)
         look(controls)
@@ -174,6 +175,7 @@ def test_links_and_deleting_follow_what_counts(keys: Keys, tmp_path: Path, monke
 
     def save(controls: SessionControls) -> None:
         controls.save()
+        controls.session.saver.finish()
         assert there(controls) == [5, 4]  # what counts is kept, and what does not is gone
 
     def there(controls: SessionControls) -> list[int]:

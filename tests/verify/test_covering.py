@@ -60,7 +60,7 @@ def test_every_configuration_is_one_that_can_be_trained(tmp_path_factory: pytest
         assert row["micro-batches"] == f"x{sequences // int(config.train.micro_batch)}"
 
 
-@pytest.mark.parametrize("name", ["hybrid", "hybrid-muon-fp32-x3-base", "hybrid-muon-fp32-x2-base-more"])
+@pytest.mark.parametrize("name", ["hybrid", "hybrid-muon-fp32-x3-inline-base", "hybrid-muon-fp32-x2-inline-base-more"])
 def test_an_unknown_configuration_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="no such configuration") as caught:
         configurations.named("tiny", name)
@@ -68,7 +68,7 @@ def test_an_unknown_configuration_is_refused(name: str) -> None:
 
 
 def test_what_a_preset_cannot_be_split_into_is_named() -> None:
-    row = dict(zip(configurations.FACTORS, ("dense", "muon", "fp32", "x3", "base"), strict=True))
+    row = dict(zip(configurations.FACTORS, ("dense", "muon", "fp32", "x3", "inline", "base"), strict=True))
     assert broken(row, configurations.constraints("tiny")) == [
         "micro-batches have to divide the 8 sequences of a batch"
     ]

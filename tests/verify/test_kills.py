@@ -17,14 +17,14 @@ SABOTAGES = {
     "loses the optimizer's steps": ["tensor ", "state.json: ", "event step of step "],
     "begins with the last checkpoint but one": ["an attempt began at step "],
 }
-BROKEN = "dense-adamw-fp32-x1-base"  # not in the array: its first kill is at an exact instant
+BROKEN = "dense-adamw-fp32-x1-inline-base"  # not in the array: its first kill is at an exact instant
 
 
 def test_killed_runs_go_on_to_the_bit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    command = ["verify", "resume", "tiny", "--kills", "5", "--configuration", "hybrid-muon-fp32-x2-hybrid_interleaved"]
+    command = ["verify", "resume", "tiny", "--kills", "5", "--configuration", "hybrid-muon-fp32-x2-inline-hybrid_interleaved"]
     assert main([*command, "--out", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["complete"]
@@ -71,7 +71,7 @@ def test_a_mismatch_ends_with_the_code_of_a_bug(
     assert main(["verify", "resume", "--kills", "1"]) == BUG
     said = capsys.readouterr().out
     assert "1 mismatch" in said
-    assert "! dense-muon-fp32-x1-base, seed 0: tensor model/x: 1 of 2 values differ" in said
+    assert "! dense-muon-fp32-x1-inline-base, seed 0: tensor model/x: 1 of 2 values differ" in said
 
 
 def test_an_interruption_leaves_a_report_of_what_was_found(
