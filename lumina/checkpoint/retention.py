@@ -73,13 +73,13 @@ def kept(
     return reasons
 
 
-def delete(root: Path, paths: Iterable[Path]) -> None:
+def delete(root: Path, paths: Iterable[Path], abandoned: Collection[int] = ()) -> None:
     """Deletes these checkpoints, damaged or not; a link to one of them is pointed at the newest left, or goes (`best`).
 
     Raises `UserError`, and deletes nothing, if no other checkpoint would be left; `DiskRefused` if the disk refuses.
     """
     doomed = set(paths)
-    left = [path for path in counting(root) if path not in doomed]
+    left = [path for path in counting(root) if path not in doomed and step_of(path) not in abandoned]
     if doomed and not left:
         fix = "keep more, or delete the folder of the run yourself"
         raise UserError(f"{root}: nothing would be left to go on from", fix)

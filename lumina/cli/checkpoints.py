@@ -114,7 +114,7 @@ def _prune(run: Run, keep: CheckpointConfig, yes: bool, json: bool) -> None:
     with RunLock(run.lock):  # a run that trains deletes its own
         goes = doomed(folder, keep, _abandoned(run), _read_all(folder))
         if yes:
-            retention.delete(folder, goes)
+            retention.delete(folder, goes, _abandoned(run))
     if json:
         print_json({"deleted": yes, "checkpoints": [{"name": path.name, "why": why} for path, why in goes.items()]})
         return

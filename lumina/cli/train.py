@@ -95,9 +95,14 @@ def resume(
 
     voice, found = Voice(quiet, json), index.find(root, run)
     if watched(supervise, restarts, processes):
-        again = ["resume", *voice.options, "--", str(found.path.resolve()), *(settings or [])]
-        back_first = _going_back(back_to, steps)
-        start_again(lambda first: [again[0], *(back_first if first else []), *again[1:]], restarts, processes, found)
+        again = [
+            "resume",
+            *voice.options,
+            "--",
+            str(found.path.resolve()),
+        ]  # whose configuration holds the settings then
+        begin = ["resume", *_going_back(back_to, steps), *again[1:], *(settings or [])]
+        start_again(lambda first: begin if first else again, restarts, processes, found)
     if found.finished and back_to is None:
         voice.tell_again(found)
         voice.say(f"note   {found.path} is finished: there is nothing to go on with")

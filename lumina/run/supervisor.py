@@ -48,7 +48,7 @@ MEANING = {
 
 
 class Supervisor:
-    """Runs `command`, the arguments of `lumina` as a function of whether it is to begin another run.
+    """Runs `command`, the arguments of `lumina` as a function of whether it has not begun yet.
 
     `run` is the run that it trains, if that is known before it says so. With several `processes` they are torchrun's.
     `say` is given a line for a person. `restarts` without a new checkpoint are too many.
@@ -66,7 +66,8 @@ class Supervisor:
         self.child: subprocess.Popen[bytes] | None = None
         self.asked = 0  # the first signal that asked for an end
         self.restarts = self.vain = 0  # all, and those since the newest checkpoint
-        self.saved = self._newest()
+        self.attempt = run.next_attempt() if run else None  # that the command is to begin
+        self.saved = self._saved_at()
         self.died: list[int | None] = []  # at which steps, since the newest checkpoint
 
     def supervise(self) -> int:
@@ -106,7 +107,7 @@ class Supervisor:
         for path in self.folder.glob("exit-*"):
             path.unlink()
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
-        arguments = [*(launcher if self.processes > 1 else []), "-m", PROGRAM, *self.command(self.run is None)]
+        arguments = [*(launcher if self.processes > 1 else []), "-m", PROGRAM, *self.command(self._first())]
         signal.signal(SAVE, signal.SIG_IGN)  # which the command inherits: before it listens, there is nothing to save
         self.child = subprocess.Popen(
             [sys.executable, *arguments],
@@ -121,6 +122,12 @@ class Supervisor:
         self._learn_run()
         code = self.child.returncode
         return code if self.processes == 1 or code <= 0 else self._code_of_processes()
+
+    def _first(self) -> bool:
+        """Whether the command has not begun yet what it is to begin: a run, or an attempt of one that was known."""
+        if self.attempt is None or self.run is None:
+            return self.run is None
+        return self.run.next_attempt() == self.attempt
 
     def _code_of_processes(self) -> int:
         """What the processes themselves said: torchrun ends with 1 whatever they did, and ends all when one did."""
@@ -162,19 +169,15 @@ class Supervisor:
         found = self.run.checkpoints.glob("step-*/COMPLETE") if self.run else ()
         return [path for path in found if re.fullmatch(r"step-\d+", path.parent.name)]
 
-    def _newest(self) -> int:
-        """The step of the newest checkpoint, 0 without one."""
-        return max((int(path.parent.name.removeprefix("step-")) for path in self._complete()), default=0)
-
     def _saved_at(self) -> float:
         """When the last checkpoint was published."""
         return max((path.stat().st_mtime for path in self._complete()), default=0.0)
 
     def _look_how_far(self) -> None:
-        """Whether there is a newer checkpoint than ever before, and where the command died."""
-        newest = self._newest()
-        if newest > self.saved:
-            self.saved, self.vain, self.died = newest, 0, []
+        """Whether a checkpoint was published since, and where the command died."""
+        saved = self._saved_at()
+        if saved > self.saved:
+            self.saved, self.vain, self.died = saved, 0, []
         last = last_event(self.run.event_log) if self.run else None
         self.died.append(last.get("step") if last else None)
 

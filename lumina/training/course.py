@@ -52,7 +52,7 @@ class Course:
         self.state = State(parts.model, parts.optimizer, self.probe)
         self.observer = Observer(parts, peak, self._tell, lambda step: self.values(step)["lr"])
         self.freeze_from = parts.steps - parts.phases[-1].decay
-        self.fitting = Fitting(run, resolved, parts, self.state, told, self._tell)
+        self.fitting = Fitting(run, resolved, parts, self.state, told, emit)
         self.last_eval: tuple[int, Evaluation] | None = None
         self.last = 0.0  # when the last step ended, less what since was not training
 
@@ -122,8 +122,10 @@ class Course:
 
     def return_to(self, point: Snapshot) -> None:
         """Stands where `take` was called, to the bit."""
+        fits = self.state.progress.eval_tokens  # what memory does not hold, it does not hold after the way back either
         state = snapshot.restore(point, self.state.tensors())
         self.state.progress, self.state.pending = state["progress"], state["pending"]
+        self.state.progress.eval_tokens = min(fits, self.state.progress.eval_tokens)
         self.last_eval = state["last_eval"]
         self._set_capacity(max(1, self.state.progress.step))
 

@@ -29,6 +29,7 @@ from lumina.data.records import Kind
 from lumina.errors import OutOfMemory, UserError
 from lumina.parallel.world import World
 from lumina.progress import Tell, whole
+from lumina.run import supervised
 from lumina.run.exit_codes import OUT_OF_MEMORY
 from lumina.run.folder import Run, write_json
 from lumina.training import machine
@@ -92,6 +93,7 @@ def ending_alone(world: World) -> Iterator[None]:
             raise
         print(f"error: process {world.rank}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        supervised.tell_exit(OUT_OF_MEMORY)
         os._exit(OUT_OF_MEMORY)
 
 

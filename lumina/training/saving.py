@@ -51,6 +51,7 @@ class Saver:
             way, _ = machine.choose_writing(parallel.device, int(parallel.threads), room, self.world)
         self.writer = Writer(run.checkpoints, self.world, way)
         self.saved_step: int | None = None  # published, or under way
+        self.judged = False  # whether that one holds an evaluation of its step
         self.best_before: tuple[float | None, int | None] = (None, None)  # the last save
         self.why: dict[str, str] = {}  # what else the event of the last save tells
         self.alone: deque[float] = deque(maxlen=STEPS_REMEMBERED)  # seconds of steps
@@ -73,7 +74,7 @@ class Saver:
             state = self.identity | {LOSS: loss} | self.state.pack()
             tensors = self.state.model_tensors(), self.state.optim_tensors()
             self._or_unsaved(lambda: self.writer.save(progress.step, *tensors, state))
-        self.saved_step, self.why = progress.step, why
+        self.saved_step, self.why, self.judged = progress.step, why, loss is not None
 
     def poll(self, step_seconds: float) -> None:
         """Tells what was published since, after a step that took so long.
@@ -94,8 +95,8 @@ class Saver:
         """Raises `UserError` if the last save did not last: before a run is called done, or stopped and saved."""
         if self.saved_step is None:
             raise UserError(
-                f"{self.run.checkpoints}: the last checkpoint, read back from the disk, was not what had been written; "
-                "earlier ones are untouched",
+                f"{self.run.checkpoints}: the last checkpoint did not last: the disk refused it, or gave back other "
+                "bytes than were written; earlier ones are untouched",
                 fix=f"check the disk, then: lumina resume {self.run.path}",
             )
 
@@ -128,8 +129,11 @@ class Saver:
             self._unsaved()
         for receipt in receipts:
             self.emit("checkpoint", **self._event(receipt))
+        if any(receipt.damaged for receipt in receipts):
+            self.world.decide(lambda: self.went_back(self.lineage))
         if any(receipt.verified for receipt in receipts):
-            self.world.decide(self._tidy)
+            with whole(f"saving step {receipts[-1].step}: older ones go", self.told):
+                self.world.decide(self._tidy)
 
     def _event(self, receipt: store.Receipt) -> dict[str, Any]:
         usual, beside, self.beside = statistics.median(self.alone) if self.alone else None, self.beside, []
@@ -208,7 +212,8 @@ class Saver:
                 fix=f"there are those of {steps}; and 0 is the start" if there else "0 is the start; there is no other",
             )
 
-        return self.world.decide(look)
+        with whole(f"reading step {step} back", self.told):
+            return self.world.decide(look)
 
     def load(self, found: store.Checkpoint) -> None:
         """Writes a verified checkpoint into the state. Raises `UserError` if it is none of this run, or not sound."""
@@ -243,7 +248,7 @@ class Saver:
             return error.message.partition(": ")[2]
         self.state.unpack(found.state)
         self.world.decide(self._link_best)
-        self.saved_step = found.step
+        self.saved_step, self.judged = found.step, found.state[LOSS] is not None
         return ""
 
     def _require_own(self, found: store.Checkpoint) -> None:

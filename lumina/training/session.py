@@ -109,7 +109,7 @@ class Session:
         """The next step, and a checkpoint where one is due."""
         self.course.advance()
         step, every = self.state.progress.step, int(self.config.checkpoint.every)
-        with self._refusals():
+        with self._pausing(), self._refusals():
             self.saver.poll(self.state.progress.step_seconds)
         if step < self.parts.steps and every and step % every == 0:
             self._save()
@@ -225,9 +225,17 @@ class Session:
         """Begins to save this step, if that is not done; its time is not training time. After the `last` comes none."""
         if self.saver.saved_step == self.state.progress.step:
             return
+        with self._pausing():
+            with self._refusals():  # that of the save before is no reason not to try this one
+                self.saver.finish()
+            with self._refusals(last):
+                self.saver.save(self.course.last_eval, **why)
+
+    @contextmanager
+    def _pausing(self) -> Iterator[None]:
+        """The time of the block is not training time."""
         start = time.perf_counter()
-        with self._refusals(last):
-            self.saver.save(self.course.last_eval, **why)
+        yield
         self.course.last += time.perf_counter() - start
 
     @contextmanager
@@ -248,7 +256,9 @@ class Session:
     def pin(self, why: str) -> None:
         """Puts the run as it stands here on the disk, where it stays until it is unpinned."""
         self._save()
-        self._settle()
+        with self._pausing():
+            self.saver.finish()
+        self.saver.require_saved()
         self.world.decide(lambda: retention.pin(self.run.checkpoints, self.state.progress.step, why))
 
     def _settle(self) -> None:
@@ -268,6 +278,8 @@ class Session:
     def _finish(self) -> None:
         """The last observation, evaluation and checkpoint."""
         self.course.evaluate()
+        if not self.saver.judged:  # a signal or an action saved this step before it was evaluated
+            self.saver.saved_step = None
         self._save(last=True)
         self._settle()
         self.course.observe()

@@ -243,3 +243,16 @@ def test_two_processes_save_and_go_on_and_one_that_is_killed_is_started_again_wi
     (restart,) = (event for event in events if event["t"] == "incident")
     assert (restart["kind"], restart["code"], restart["attempt"]) == ("restart", 1, 1)
     assert [event["processes"] for event in events if event["t"] == "run"] == [2, 2]
+
+
+def test_what_a_command_is_to_begin_it_is_told_until_it_has(tmp_path: Path) -> None:
+    """Going back, or other settings, once; a run that was known before has attempts already."""
+    run = Run(tmp_path)
+    with EventWriter(run.event_log, 0) as events:
+        events.emit("run", step=0)
+    supervisor = Supervisor(lambda first: [], lambda line: None, run)
+    assert supervisor._first()
+    with EventWriter(run.event_log, 1) as events:
+        events.emit("run", step=0)
+    assert not supervisor._first()
+    assert Supervisor(lambda first: [], lambda line: None)._first()

@@ -24,7 +24,15 @@ def test_killed_runs_go_on_to_the_bit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    command = ["verify", "resume", "tiny", "--kills", "5", "--configuration", "hybrid-muon-fp32-x2-inline-hybrid_interleaved"]
+    command = [
+        "verify",
+        "resume",
+        "tiny",
+        "--kills",
+        "5",
+        "--configuration",
+        "hybrid-muon-fp32-x2-inline-hybrid_interleaved",
+    ]
     assert main([*command, "--out", str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["complete"]
