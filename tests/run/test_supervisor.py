@@ -100,7 +100,7 @@ def test_a_new_checkpoint_counts_from_the_start(tmp_path: Path, monkeypatch: pyt
 def test_a_loop_ends_and_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(tmp_path, monkeypatch, ["sys.exit(4)"] * 9, restarts=2, run=True)
     assert case.supervisor.supervise() == 4
-    assert [command for command, _ in case.starts()] == [["again"]] * 3
+    assert [command for command, _ in case.starts()] == [["first"]] * 3  # it never begins an attempt
     said = "\n".join(case.said[-3:])
     assert "ended 3 times without a new checkpoint, at last by exit code 4" in said
     assert "each time there" in said

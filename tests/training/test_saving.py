@@ -107,7 +107,7 @@ def test_a_run_whose_last_save_did_not_last_is_not_called_done(tmp_path: Path, m
     keys = settings(tmp_path)
     with monkeypatch.context() as patch:
         harm(patch, 6)
-        with pytest.raises(UserError, match="the last checkpoint, read back from the disk, was not what"):
+        with pytest.raises(UserError, match="the last checkpoint did not last"):
             Trainer("tiny", root=tmp_path / "runs", **keys).fit()
     (run,) = (Run(path) for path in (tmp_path / "runs").iterdir())
     assert not run.finished
