@@ -14,7 +14,7 @@ from lumina.verify import moments, report, resume
 
 SABOTAGED = str(Path(__file__).with_name("sabotaged.py"))
 SABOTAGES = {
-    "loses the optimizer's steps": ["tensor ", "state.json: ", "event step of step "],
+    "loses the optimizer's steps": ["tensor ", "state.json: ", "event "],
     "begins with the last checkpoint but one": ["an attempt began at step "],
 }
 BROKEN = "dense-adamw-fp32-x1-inline-base"  # not in the array: its first kill is at an exact instant
