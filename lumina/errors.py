@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class UserError(Exception):
-    """A mistake in the input. The command line prints it without a traceback and exits with code 2.
+class Told(Exception):  # noqa: N818 - it says something
+    """The command line prints it without a traceback.
 
     `message` says what is wrong and where; `fix` says what to do about it. `told`: another process prints it.
     """
@@ -21,6 +21,10 @@ class UserError(Exception):
     def __str__(self) -> str:
         return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
 
+
+class UserError(Told):
+    """A mistake in the input. The command line exits with code 2."""
+
     @classmethod
     def collect(cls, problems: Sequence[str], title: str, fix: str = "") -> UserError:
         """All problems in one error, so that nobody mends them one run at a time."""
@@ -31,15 +35,5 @@ class DiskRefused(UserError):  # noqa: N818 - what happened, as the user reads i
     """The disk did not take something: it is full, read-only, or gone. Another try may succeed."""
 
 
-class OutOfMemory(Exception):  # noqa: N818 - its name in the field
-    """The memory does not suffice, even for one sequence at a time."""
-
-    told = False
-
-    def __init__(self, message: str, fix: str = "") -> None:
-        self.message = message
-        self.fix = fix
-        super().__init__(message, fix)
-
-    def __str__(self) -> str:
-        return f"{self.message}\n  fix: {self.fix}" if self.fix else self.message
+class OutOfMemory(Told):
+    """The memory does not suffice, even for one sequence at a time. The command line exits with code 5."""

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lumina.cli import main
 from lumina.config.resolve import resolve
@@ -152,14 +154,24 @@ def history(run: Run) -> list[tuple[Any, ...]]:
     return [tuple(event.get(key) for key in keys) for event in run.events() if event["t"] in ("step", "eval")]
 
 
-def tensors_of(run: Run) -> dict[str, str]:
-    """The bytes of every tensor in the run's newest checkpoint, by a hash."""
+def tensors(run: Run) -> dict[str, Tensor]:
+    """Every tensor in the run's newest checkpoint."""
     newest = (run.checkpoints / "latest").resolve()
+    files = sorted(newest.glob("*/*.safetensors"))
+    return {f"{path.parent.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def tensors_of(run: Run) -> dict[str, str]:
+    """The bytes of each, by a hash."""
     return {
-        f"{path.parent.name}/{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-        for path in newest.glob("*/*.safetensors")
-        for name, tensor in load_file(path).items()
+        name: hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in tensors(run).items()
     }
+
+
+def same_tensors(one: Run, other: Run) -> bool:
+    """Whether the newest checkpoints of two runs hold the same tensors, to the bit."""
+    return tensors_of(one) == tensors_of(other)
 
 
 def until(found: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:

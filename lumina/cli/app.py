@@ -27,7 +27,7 @@ from lumina.cli import (
     train,
     verify,
 )  # fmt: skip
-from lumina.errors import OutOfMemory, UserError
+from lumina.errors import OutOfMemory, Told, UserError
 from lumina.run import supervised, watchdog
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, OUT_OF_MEMORY, USER_ERROR
 
@@ -111,7 +111,7 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-def _say(error: UserError | OutOfMemory, as_json: bool) -> None:
+def _say(error: Told, as_json: bool) -> None:
     """Says an error once, whichever processes met it: before they know of each other, one of each machine says it."""
     alone = os.environ.get("LOCAL_RANK", "0") == "0"
     if error.told or not (alone or _joined()):

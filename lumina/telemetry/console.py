@@ -35,8 +35,6 @@ SENTENCES = {
     ): "fp16 gradients overflowed; no weight was moved, the loss scale is halved to {halved_to:g}",
 }
 
-# What is smaller since there was not enough memory.
-
 
 def step_line(event: Event, remaining: float | None) -> str:
     """The line of one training step."""

@@ -86,7 +86,7 @@ def test_in_another_thread_it_does_nothing() -> None:
 
 
 def test_a_run_saves_and_goes_on_then_saves_and_stops_and_is_resumed_to_the_bit(tmp_path: Path) -> None:
-    keys = settings(tmp_path, "dense") | {"train.steps": 40, "checkpoint.every": 0, "checkpoint.keep_last": 9}
+    keys = settings(tmp_path, "dense") | {"train.steps": 500, "checkpoint.every": 0, "checkpoint.keep_last": 9}
     whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
     command = [sys.executable, "-m", "lumina", "train", "tiny", *(f"{key}={value}" for key, value in keys.items())]
     process = subprocess.Popen(

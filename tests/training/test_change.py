@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from support import settings
+from support import history, same_tensors, settings, tensors
 
 from lumina.checkpoint import store
 from lumina.cli import main
@@ -42,23 +41,6 @@ def stopped(folder: Path, keys: dict[str, Any], step: int = 2) -> Run:
     return stop.value.run
 
 
-def history(run: Run) -> list[tuple[Any, ...]]:
-    keys = ("t", "step", "tokens", "loss", "acc", "lr", "grad_norm", "bal", "agree", "bpb")
-    return [tuple(event.get(key) for key in keys) for event in run.events() if event["t"] in ("step", "eval")]
-
-
-def tensors(run: Run) -> dict[str, torch.Tensor]:
-    newest, _ = store.newest(run.checkpoints)
-    assert newest is not None
-    files = sorted(newest.path.glob("*/*.safetensors"))
-    return {f"{path.parent.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
-
-
-def equal(one: Run, other: Run) -> bool:
-    mine, theirs = tensors(one), tensors(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
-
-
 def begun(run: Run) -> dict[str, Any]:
     return [event for event in run.events() if event["t"] == "run"][-1]
 
@@ -71,7 +53,7 @@ def test_recomputation_changes_no_bit(change: dict[str, Any], tmp_path: Path) ->
     assert resume(run, settings=change).finished
     assert begun(run)["changed"] == {"train.recompute": ["none", change["train.recompute"]]}
     assert history(run) == history(whole)
-    assert equal(run, whole)
+    assert same_tensors(run, whole)
 
 
 def test_a_smaller_micro_batch_and_another_kernel_keep_the_numbers(tmp_path: Path) -> None:
@@ -115,7 +97,7 @@ def test_another_precision_is_kept_to_the_bit(before: str, after: str, exact: li
     assert resume(run).finished  # from one in the new format
     assert resume(twin, settings=asked).finished
     assert history(run) == history(twin)
-    assert equal(run, twin)
+    assert same_tensors(run, twin)
     changed = begun(twin)["changed"]
     assert changed["precision.mode"] == [before, after]
     same = before.removesuffix("_pure") == after.removesuffix("_pure")

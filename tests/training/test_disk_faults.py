@@ -36,7 +36,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system takes root's rights (CI's container has them)")
+        pytest.skip("runs on Linux as root, as CI's container is: only there a small file system can be mounted")
     yield path
     subprocess.run(["umount", str(path)], check=True)
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from support import settings, write_text
+from support import same_tensors, settings, write_text
 
 from lumina.checkpoint import store
 from lumina.cli import main
@@ -39,18 +38,6 @@ def history(run: Run) -> list[tuple[Any, ...]]:
 
 def losses(run: Run) -> list[float]:
     return [event["loss"] for event in run.events() if event["t"] in ("step", "eval")]
-
-
-def tensors(run: Run) -> dict[str, torch.Tensor]:
-    newest, _ = store.newest(run.checkpoints)
-    assert newest is not None
-    files = sorted(newest.path.glob("*/*.safetensors"))
-    return {f"{path.parent.name}/{name}": tensor for path in files for name, tensor in load_file(path).items()}
-
-
-def equal(one: Run, other: Run) -> bool:
-    mine, theirs = tensors(one), tensors(other)
-    return mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
 def incidents(run: Run) -> list[dict[str, Any]]:
@@ -125,7 +112,7 @@ def test_a_rehearsal_leaves_no_trace(kind: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Fitting, "rehearse", lambda *_: None)
     plain = Trainer("tiny", root=tmp_path / "plain", **keys).fit()
     assert history(rehearsed) == history(plain)
-    assert equal(rehearsed, plain)
+    assert same_tensors(rehearsed, plain)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -149,7 +136,7 @@ def test_what_does_not_fit_is_settled_before_the_first_step(
     assert settled.origins["train.micro_batch"] == "resolved: out of memory with 4 in step 1"
     monkeypatch.undo()
     with_two = Trainer("tiny", root=tmp_path / "two", **keys | {"train.micro_batch": 2}).fit()
-    assert equal(run, with_two)
+    assert same_tensors(run, with_two)
 
 
 @pytest.mark.parametrize("kind", ["dense", "hybrid"])
@@ -177,7 +164,7 @@ def test_a_step_that_fails_is_taken_again_in_halves_and_a_resume_goes_on_so(
     monkeypatch.undo()
     again = Trainer("tiny", root=tmp_path / "parts", **keys).fit()
     assert history(again) == history(split)
-    assert equal(again, split)
+    assert same_tensors(again, split)
 
 
 def test_gradients_of_halves_are_those_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +217,7 @@ def test_memory_that_runs_out_while_weights_move_ends_the_run(tmp_path: Path, mo
     monkeypatch.undo()
     again = Trainer("tiny", root=tmp_path / "runs", **keys).fit()
     assert history(again) == history(whole)
-    assert equal(again, whole)
+    assert same_tensors(again, whole)
 
 
 def test_an_evaluation_that_fails_is_done_again_in_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +244,7 @@ def test_an_evaluation_that_fails_is_done_again_in_halves(tmp_path: Path, monkey
     (told,) = incidents(again)
     assert (told["step"], told["eval_tokens"], told["said"]) == (2, [16384, 8192], "MemoryError")
     assert sizes == [256, 128, 128]
-    assert equal(again, whole)
+    assert same_tensors(again, whole)
     assert losses(again) == pytest.approx(losses(whole), rel=1e-5)
     newest, _ = store.newest(again.checkpoints)
     assert newest is not None
@@ -328,7 +315,10 @@ for name, listeners in (("whole", []), ("limited", [limit])):
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux limits a process's memory")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"),
+    reason="runs on Linux (CI's machine)",
+)
 def test_memory_that_really_runs_out(tmp_path: Path) -> None:
     """An allocator that fails in the middle of a backward pass, and pieces that fit."""
     command = [sys.executable, "-c", LIMITED, str(write_text(tmp_path)), str(tmp_path)]
