@@ -156,8 +156,14 @@ class Saver:
             fix = "bring the folder back to where it was"
             raise DiskRefused(f"{self.run.path}: checkpoint not written: the folder of the run is gone", fix)
 
+    def tidy(self) -> None:
+        """What earlier attempts left goes, where nothing keeps it. Raises `DiskRefused` if the disk refuses."""
+        self.world.decide(self._tidy)
+
     def _tidy(self) -> None:
         self._require_folder()
+        if not self.run.checkpoints.is_dir():
+            return
         self._link_best()
         keep = self.config.checkpoint
         out = {store.step_of(path) for path in abandoned(self.run, self.lineage) if path.suffix != store.OLD}

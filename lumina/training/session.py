@@ -96,6 +96,9 @@ class Session:
             if back:
                 self._went_back(back.step)
             self._tell_restart()
+            if self.state.attempt:
+                with self._refusals():  # where no save comes, at the end of a run, none would tidy either
+                    self.saver.tidy()
             self.course.begin()
             while self.state.progress.step < self.parts.steps:
                 with suppress(Interrupted):

@@ -189,3 +189,14 @@ def test_a_copy_needs_room_for_weights_and_moments_beside_what_a_cpu_trains(monk
     for have, fits in ((need.total + need.weights + need.moments, True), (need.total + need.weights, False)):
         monkeypatch.setattr(memory, "usable", lambda have=have: have)
         assert memory.room_for_copy(config) is fits
+
+
+def test_a_run_killed_after_its_last_save_leaves_nothing_of_the_kills_before(tmp_path: Path) -> None:
+    run = Trainer("tiny", root=tmp_path / "runs", **settings(tmp_path, train__eval_every=2)).fit()
+    lines = run.event_log.read_text().splitlines(keepends=True)
+    run.event_log.write_text("".join(line for line in lines if json.loads(line)["t"] != "end"))
+    leftover = run.checkpoints / f"step-000006.tmp-{os.getpid()}"
+    leftover.mkdir()
+    resume(run)
+    assert run.finished
+    assert not leftover.exists()
