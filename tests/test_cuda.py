@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="runs where there is a CUDA device: docs/hardware.md says where and when"
 )
 FP32 = {"precision__mode": "fp32", "parallel__device": "cuda"}
+PLAIN, WIDER = ("dense", "mod"), ("fp32", "fp16")  # kinds without experts, formats beside bf16
 EXACT = {"train__deterministic": True, "parallel__device": "cuda"}
 
 
@@ -62,6 +65,13 @@ def stopped(folder: Path, keys: dict[str, Any], at: int) -> Run:
     return stopping.value.run
 
 
+def emptied() -> int:
+    """Bytes that this process holds on the device after all that nobody needs was given back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
 def parts(kind: str, mode: str, seed: int = 0, **options: Any) -> tuple[Transformer, Optimizer, Precision]:
     precision = Precision(mode, mode.removesuffix("_pure"), "cuda")
     with torch.device("meta"):
@@ -92,16 +102,22 @@ def test_every_kind_learns_in_every_format(kind: str, mode: str, tmp_path: Path)
     assert sum(seen[-5:]) / 5 < seen[0] - 1.0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [*((kind, "bf16") for kind in KINDS), *((kind, mode) for kind in PLAIN for mode in WIDER)]
+)
 def test_a_step_waits_for_nothing(kind: str, mode: str) -> None:
-    """Torch raises at each call that would make the host wait; the first step may, for what it makes once."""
+    """Torch raises at each call that would make the host wait; the first step may, for what it makes once.
+
+    Its grouped product is a kernel in bf16 only; in other formats it loops, and waits to learn where the rows lie.
+    """
     model, optimizer, precision = parts(kind, mode)
     plan = Step(2, clip=1.0, z_loss=1e-4, bias_rate=0.001)
     take = lambda i: train_step(model, optimizer, batch(seed=i), 1e-3, plan, precision, False, i)  # noqa: E731
     take(1)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
         metrics = [take(i) for i in (2, 3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -127,6 +143,7 @@ def test_grouped_and_loop_kernels_agree(tmp_path: Path) -> None:
     assert grouped == pytest.approx(loop, abs=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, of its compiler
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_run_is_near_one_that_is_not(kind: str, tmp_path: Path) -> None:
     eager, compiled = (
@@ -184,13 +201,11 @@ def test_memory_that_runs_out_splits_the_batch_and_changes_nothing_else(tmp_path
         "train.steps": 4, "checkpoint.every": 0, "parallel.device": "cuda", "precision.mode": "fp32",
     }  # fmt: skip
     plain = settings(tmp_path, "dense") | keys
-    torch.cuda.empty_cache()
+    held = emptied()
     torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
     whole = Trainer("tiny", root=tmp_path / "whole", **plain).fit()
     peak, total = torch.cuda.max_memory_allocated() - held, torch.cuda.mem_get_info()[1]
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.7 * peak) / total)
+    torch.cuda.set_per_process_memory_fraction((emptied() + 0.7 * peak) / total)
     run = Trainer("tiny", root=tmp_path / "scarce", **plain).fit()
     incidents = [event for event in run.events() if event["t"] == "incident"]
     assert incidents[0]["micro_batch"] == [32, 16]
