@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_hexdigest
 
 from lumina.checkpoint import places, tensors
 from lumina.checkpoint.migrations import FORMAT
@@ -109,7 +110,7 @@ def write(root: Path, aside: Path, staged: Staged, rank: int, stopped: Callable[
     with disk(refused(root, staged.step)), ThreadPoolExecutor(len(staged.shards)) as pool:
         if staged.state is not None:
             (aside / STATE).write_bytes(staged.state)
-            made[STATE] = Entry(len(staged.state), hashlib.sha256(staged.state).hexdigest())
+            made[STATE] = Entry(len(staged.state), xxh3_128_hexdigest(staged.state))
         under_way = {}
         for kind, shards in staged.shards.items():
             if shards:

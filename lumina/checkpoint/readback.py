@@ -1,10 +1,10 @@
 """Reads a new checkpoint back from the disk, in a process of its own that yields to everything else.
 
-    python -I -S readback.py <folder> <SHA-256 of its COMPLETE> <process that asks>
+    python -I -S readback.py <folder> <SHA-256 of its COMPLETE> <process that asks> <where xxhash is>
 
-It imports the standard library only: it starts in milliseconds, holds no lock and no GPU, writes nothing, and ends
-when the process that asked is gone. It prints a JSON list of what is wrong. It is the disk that is read, not what the
-writer left in memory.
+It imports the standard library and xxhash only: it starts in milliseconds, holds no lock and no GPU, writes nothing,
+and ends when the process that asked is gone. It prints a JSON list of what is wrong. It is the disk that is read, not
+what the writer left in memory.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
-Look = Callable[["str | os.PathLike[str]"], "tuple[int, str]"]
+if __name__ == "__main__":
+    sys.path.append(sys.argv[4])
+import xxhash
+
+Look = Callable[["str | os.PathLike[str]", str], "tuple[int, str]"]
+HASHES: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 CHUNK = 1 << 22
 NICEST = 19
 
 
-def fingerprint(path: str | os.PathLike[str]) -> tuple[int, str]:
-    """Size in bytes and SHA-256. `OSError` if the file cannot be read."""
+def fingerprint(path: str | os.PathLike[str], hash: str = "xxh3_128") -> tuple[int, str]:
+    """Size in bytes and one of `HASHES`. `OSError` if the file cannot be read."""
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, HASHES[hash]).hexdigest()
         return file.tell(), digest
 
 
-def fingerprint_on_disk(path: str | os.PathLike[str]) -> tuple[int, str]:
+def fingerprint_on_disk(path: str | os.PathLike[str], hash: str = "xxh3_128") -> tuple[int, str]:
     """The same past the memory that the writer left, and without filling it again, where the file system can."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
@@ -40,7 +46,7 @@ def fingerprint_on_disk(path: str | os.PathLike[str]) -> tuple[int, str]:
     try:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        digest, size, end = hashlib.sha256(), 0, os.fstat(descriptor).st_size
+        digest, size, end = HASHES[hash](), 0, os.fstat(descriptor).st_size
         with mmap.mmap(-1, CHUNK) as page, memoryview(page) as buffer:  # begins where a disk can write to
             while size < end and (count := os.readv(descriptor, [buffer])):
                 digest.update(buffer[:count])
@@ -50,23 +56,25 @@ def fingerprint_on_disk(path: str | os.PathLike[str]) -> tuple[int, str]:
         os.close(descriptor)
 
 
-def damage(path: str | os.PathLike[str], name: str, size: int, sha256: str, look: Look | None = None) -> Iterator[str]:
+def damage(
+    path: str | os.PathLike[str], name: str, size: int, digest: str, hash: str = "xxh3_128", look: Look | None = None
+) -> Iterator[str]:
     """How a file differs from what was saved as `name`: no item, or one."""
     try:
-        found, digest = (look or fingerprint)(path)
+        found, now = (look or fingerprint)(path, hash)
     except OSError as error:
         yield f"{name} cannot be read: {error.strerror}"
         return
     if found != size:
         yield f"{name} has {found} bytes, {size} were saved"
-    elif digest != sha256:
+    elif now != digest:
         yield f"{name} has other bytes than were saved"
 
 
 def problems(folder: str, seal: str, asked_by: int) -> Iterator[str]:
     """What is not on the disk as it was written."""
     complete = os.path.join(folder, "COMPLETE")
-    if fingerprint_on_disk(complete)[1] != seal:
+    if fingerprint_on_disk(complete, "sha256")[1] != seal:
         yield "COMPLETE has other bytes than were saved"
         return
     with open(complete, "rb") as file:
@@ -74,7 +82,7 @@ def problems(folder: str, seal: str, asked_by: int) -> Iterator[str]:
     for name, entry in files.items():
         if os.getppid() != asked_by:
             sys.exit(1)
-        yield from damage(os.path.join(folder, name), name, entry["size"], entry["sha256"], fingerprint_on_disk)
+        yield from damage(os.path.join(folder, name), name, entry["size"], entry["xxh3_128"], look=fingerprint_on_disk)
 
 
 if __name__ == "__main__":

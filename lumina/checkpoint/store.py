@@ -3,8 +3,8 @@
     <root>/step-000500/model/*.safetensors  optim/*.safetensors  state.json  COMPLETE
     <root>/latest -> step-000500
 
-`COMPLETE` lists every other file with its size and SHA-256. A folder is written under another name, flushed
-to the disk and renamed last: a crash at any instant leaves a checkpoint, or a leftover that no reader takes
+`COMPLETE` lists every other file with its size and hash (XXH3, 128 bits). A folder is written under another name,
+flushed to the disk and renamed last: a crash at any instant leaves a checkpoint, or a leftover that no reader takes
 for one. Tensors are safetensors files, which torch's distributed checkpoint reads for any number of processes;
 nothing is ever unpickled. A folder may come from anybody: whoever wrote it can also have written its COMPLETE, so
 every name, header and value is checked before a tensor is copied.
@@ -148,7 +148,8 @@ def verify(path: Path, progress: Tell = silent) -> list[str]:
     try:
         content = _read_json(path / COMPLETE)
         version, step = content["format"], content["step"]
-        files = {name: (entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
+        hash = "sha256" if version == 1 else "xxh3_128"
+        files = {name: (entry["size"], entry[hash]) for name, entry in content["files"].items()}
         if wrong := [
             name for name, (size, digest) in files.items() if type(size) is not int or type(digest) is not str
         ]:
@@ -169,7 +170,7 @@ def verify(path: Path, progress: Tell = silent) -> list[str]:
         return problems
     what, total = f"verifying {path.name}", sum(files[name][0] for name in files)
     checking = tracked(sorted(files), what, total, progress, lambda name: files[name][0])
-    problems = [p for name in checking for p in damage(path / name, name, *files[name])]
+    problems = [p for name in checking for p in damage(path / name, name, *files[name], hash)]
     return problems or _lies(path)
 
 

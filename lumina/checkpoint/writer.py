@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import xxhash
+
 from lumina.checkpoint import phases, places, readback, tensors
 from lumina.checkpoint.phases import Buffers, Files, Staged, Tensors
 from lumina.checkpoint.store import Receipt
@@ -197,7 +199,8 @@ class Save:
 
     def _read_back(self, path: Path, seal: str) -> tuple[list[str], bool]:
         """What is wrong on the disk, and whether that is damage: else it could not be looked at."""
-        command = [sys.executable, "-I", "-S", readback.__file__, str(path), seal, str(os.getpid())]
+        library = str(Path(xxhash.__file__).parents[1])
+        command = [sys.executable, "-I", "-S", readback.__file__, str(path), seal, str(os.getpid()), library]
         try:
             self._reader = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -38,7 +38,7 @@ def seal(path: Path, **more: dict[str, Any]) -> None:
     """Recomputes COMPLETE for whatever is there; `more` are entries that it lists besides."""
     files = [file for file in path.rglob("*") if file.is_file() and file.name != "COMPLETE"]
     entries = {
-        file.relative_to(path).as_posix(): dict(zip(("size", "sha256"), fingerprint(file), strict=True))
+        file.relative_to(path).as_posix(): dict(zip(("size", "xxh3_128"), fingerprint(file), strict=True))
         for file in files
     }
     (path / "COMPLETE").write_text(json.dumps({"format": 2, "step": 20, "files": entries | more}))
@@ -76,7 +76,7 @@ def lists(name: str) -> Harm:
         outside = path.parent / "outside.safetensors"
         shutil.copy(path / FIRST, outside)
         size, digest = fingerprint(outside)
-        seal(path, **{name.replace("ROOT", str(path.parent)): {"size": size, "sha256": digest}})
+        seal(path, **{name.replace("ROOT", str(path.parent)): {"size": size, "xxh3_128": digest}})
 
     return harm
 
@@ -153,7 +153,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
 }  # fmt: skip
 SEALS = {
     "deep": (DEEP, "RecursionError"),
-    "sizes as text": ('{"format":2,"step":20,"files":{"state.json":{"size":"9","sha256":""}}}', "without a size"),
+    "sizes as text": ('{"format":2,"step":20,"files":{"state.json":{"size":"9","xxh3_128":""}}}', "without a size"),
     "a later format": ('{"format":{},"step":20,"files":{}}', "written by something else, in format {}"),
 }
 

@@ -277,7 +277,7 @@ def test_all_damage_is_told_at_once_and_nothing_is_left_to_load(tmp_path: Path) 
 
 
 def test_an_unreadable_file_is_a_reason_and_not_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: object) -> None:
+    def refuse(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     path = save(tmp_path, 20).path

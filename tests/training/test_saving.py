@@ -30,7 +30,7 @@ def saves(run: Run) -> list[dict[str, Any]]:
 def reseal(path: Path) -> None:
     """COMPLETE as somebody writes it who changed the files."""
     entries = {
-        file.relative_to(path).as_posix(): dict(zip(("size", "sha256"), fingerprint(file), strict=True))
+        file.relative_to(path).as_posix(): dict(zip(("size", "xxh3_128"), fingerprint(file), strict=True))
         for file in path.rglob("*")
         if file.is_file() and file.name != "COMPLETE"
     }
