@@ -138,6 +138,9 @@ def checkpoint(
         list[int] | None, typer.Option(help="Parameters of the state: 1, 10 or 100; 10 and 100.")
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps a run, with one save in their middle.")] = 24,
+    threads: Annotated[
+        list[int] | None, typer.Option(min=1, help="That training uses; all cores, and one less.", show_default=False)
+    ] = None,
     rounds: Rounds = 7,
     folder: Annotated[Path, typer.Option(help="Where to save; it is deleted after each run.")] = Path("runs/saves"),
     out: Out = None,
@@ -145,7 +148,7 @@ def checkpoint(
 ) -> None:
     """What a save costs training, beside torch.save and DCP's async_save: lost time, blocked time, time to the disk.
 
-    Once with training on all cores, once with one left free.
+    By default once with training on all cores, once with one left free.
     """
     from lumina.bench import checkpoint as saves
     from lumina.bench import report
@@ -160,8 +163,8 @@ def checkpoint(
         raise UserError(f"{folder}: exists, and would be deleted", fix="name a folder that does not, with --folder")
     page, made = "# What a save costs training\n", {}
     with Console(1, quiet=json) as console:
-        for size, threads in ((size, threads) for size in wanted for threads in saves.choices(usable_cores())):
-            measured = saves.take(size, threads, steps, rounds, folder, console.progress)
+        for size, used in ((size, used) for size in wanted for used in threads or saves.choices(usable_cores())):
+            measured = saves.take(size, used, steps, rounds, folder, console.progress)
             about = f"{report.circumstances(measured.about)}. {saves.said(measured)}"
             page += report.table(saves.heading(measured), saves.HEADER, saves.rows(measured), about)
             page += "\n" + report.plain(("bar", "less lost time", "verdict"), saves.bars(measured))
