@@ -198,7 +198,8 @@ def test_memory_that_runs_out_splits_the_batch_and_changes_nothing_else(tmp_path
     """The allocator's own error: the process may use less than the largest micro-batch takes."""
     keys = {
         "model.seq_len": 512, "model.layers": 8, "model.width": 256, "model.ffn": 768,
-        "train.batch_tokens": 512 * 64, "train.micro_batch": 64, "train.steps": 4, "checkpoint.every": 0, "parallel.device": "cuda", "precision.mode": "fp32",
+        "train.batch_tokens": 512 * 64, "train.micro_batch": 64, "train.steps": 4,
+        "checkpoint.every": 0, "parallel.device": "cuda", "precision.mode": "fp32",
     }  # fmt: skip
     plain = settings(tmp_path, "dense") | keys
     held = emptied()
