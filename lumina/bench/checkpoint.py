@@ -1,8 +1,8 @@
-"""What a save costs training: steps with a save in their middle against as many without, in the same turn.
+"""What a save costs training: the steps after it against those before it, in the same run.
 
-*Lost* is the time of the steps with the save minus that of the steps without: what the save blocked, and what it took
-from the steps beside it. What is still under way after the last step is waited for, and counted. Before each run the
-disk has nothing left to write. The state is a dense model in fp32 with the two moments of AdamW.
+*Lost* is what the save blocked, what the steps beside it took longer than the median of the steps before it, and what
+had to be waited for after the last step. A run without a save says how much of that is noise. Before each run the disk
+has nothing left to write. The state is a dense model in fp32 with the two moments of AdamW.
 
 torch.save leaves its file to the system unless the arm says that it waits for the disk; torch's asynchronous
 distributed checkpoint (DCP) and ours always wait, and ours hashes what it writes and reads it back, too.
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +40,7 @@ from lumina.training.optim import Optimizer
 from lumina.training.precision import Precision
 from lumina.training.step import Step, train_step
 
-BLOCKED, ON_DISK, REST = "blocked", "on disk", "after the last step"
+LOST, BLOCKED, ON_DISK, REST = "lost", "blocked", "on disk", "after the last step"
 NONE, SAVE, SYNCED, ASYNC = "no save", "torch.save", "torch.save + fsync", "dcp.async_save"
 OURS: Mapping[str, str] = {"inline": "ours, inline", "background": "ours, background"}
 HEADER = ("arm", "lost, s", "blocked, s", "waited after the steps, s", "on disk after, s", "bandwidth")
@@ -79,22 +81,27 @@ class Training:
             folder.mkdir(parents=True)
             os.sync()
             start = time.perf_counter()
-            self._steps(steps // 2)
+            usual = statistics.median(self._steps(steps // 2))
             begun = time.perf_counter()
             wait = save(self.model.tensors(), self.optimizer.tensors(), 1) if save else lambda: None
             blocked = time.perf_counter() - begun
-            self._steps(steps - steps // 2)
+            beside = self._steps(steps - steps // 2)
             stepped = time.perf_counter()
             seconds = wait()
             end = time.perf_counter()
+            rest, slowed = end - stepped, sum(beside) - len(beside) * usual
             known = {} if seconds is None else {ON_DISK: seconds}
-            return {TOTAL: end - start, BLOCKED: blocked, REST: end - stepped, **known}
+            return {TOTAL: end - start, LOST: blocked + slowed + rest, BLOCKED: blocked, REST: rest, **known}
 
         return Arm(name, lambda: run, self.bytes, "B")
 
-    def _steps(self, count: int) -> None:
+    def _steps(self, count: int) -> list[float]:
+        """Takes so many steps; the seconds of each."""
+        ends = [time.perf_counter()]
         for _ in range(count):
             train_step(self.model, self.optimizer, self.batch, LR, self.plan, self.precision, freeze_bias=False)
+            ends.append(time.perf_counter())
+        return [end - begin for begin, end in pairwise(ends)]
 
 
 def configure(millions: int, threads: int) -> Config:
@@ -184,14 +191,13 @@ def _ours(folder: Path, way: str) -> Save:
 
 def lost(measured: Measurement, arm: str) -> Ratio:
     """Seconds that a save costs: the median over the rounds, with its interval."""
-    without = measured.seconds[NONE][TOTAL]
-    return interval([total - other for total, other in zip(measured.seconds[arm][TOTAL], without, strict=True)])
+    return interval(measured.seconds[arm][LOST])
 
 
 def rows(measured: Measurement) -> list[list[str]]:
-    """A row for each way to save."""
+    """A row for each way to save, and one for none."""
     made = []
-    for arm in (SAVE, SYNCED, ASYNC, *OURS.values()):
+    for arm in (NONE, SAVE, SYNCED, ASYNC, *OURS.values()):
         seconds, cost = measured.seconds[arm], lost(measured, arm)
         name = f"{arm} (auto)" if arm == measured.about["auto"] else arm
         disk = measured.median(arm, ON_DISK) if ON_DISK in seconds else None
@@ -212,7 +218,7 @@ def bars(measured: Measurement) -> list[list[str]]:
     """Whether the way that `auto` picks costs less than each peer and than the other way, in the same rounds."""
     auto, table = measured.about["auto"], []
     for other in (SAVE, ASYNC, *(name for name in OURS.values() if name != auto)):
-        pairs = zip(measured.seconds[auto][TOTAL], measured.seconds[other][TOTAL], strict=True)
+        pairs = zip(measured.seconds[auto][LOST], measured.seconds[other][LOST], strict=True)
         less = interval([theirs - ours for ours, theirs in pairs])
         verdict = "met" if less.low > 0 else "NOT met" if less.median <= 0 else "met, not beyond noise"
         table.append(
@@ -229,7 +235,7 @@ def heading(measured: Measurement) -> str:
 
 def said(measured: Measurement) -> str:
     """What the table means."""
-    step = measured.median(NONE) / measured.about["steps"]
+    step = measured.median(NONE) / measured.about["steps"]  # none is slowed there
     return (
         f"One save in {measured.about['steps']} steps of {step:.3f} s; medians over {measured.about['rounds']} rounds."
     )

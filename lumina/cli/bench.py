@@ -137,7 +137,7 @@ def checkpoint(
     millions: Annotated[
         list[int] | None, typer.Option(help="Parameters of the state: 1, 10 or 100; 10 and 100.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Steps a run, with one save in their middle.")] = 24,
+    steps: Annotated[int, typer.Option(min=2, help="Steps a run, with one save in their middle.")] = 16,
     threads: Annotated[
         list[int] | None, typer.Option(min=1, help="That training uses; all cores, and one less.", show_default=False)
     ] = None,

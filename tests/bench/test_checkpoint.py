@@ -1,4 +1,4 @@
-"""What a save costs training: differences inside a round, and every arm really saves."""
+"""What a save costs training: told inside a run, compared inside a round, and every arm really saves."""
 
 from __future__ import annotations
 
@@ -19,17 +19,35 @@ def measured(ours: float) -> Measurement:
     costs |= dict(zip(saves.OURS.values(), (ours, ours + 0.1), strict=True))
     rounds = (10.0, 70.0, 20.0, 40.0, 30.0, 90.0)
     seconds = {
-        name: {TOTAL: [r + cost for r in rounds], saves.BLOCKED: [cost] * 6, saves.REST: [0.0] * 6}
+        name: {
+            TOTAL: [*rounds],
+            saves.LOST: [cost + r / 100 for r in rounds],
+            saves.BLOCKED: [cost] * 6,
+            saves.REST: [0.0] * 6,
+        }
         | ({} if name in (saves.NONE, saves.SAVE) else {saves.ON_DISK: [2.0] * 6})
         for name, cost in costs.items()
     }
     return Measurement([], seconds, {}, {"auto": saves.OURS["inline"], "bytes": 2 << 20})
 
 
-def test_lost_time_is_the_difference_inside_a_round() -> None:
+def test_lost_time_is_told_beside_that_of_no_save() -> None:
     table = {name: cells for name, *cells in saves.rows(measured(0.5))}
-    assert table["torch.save"] == ["1.000 [1.000, 1.000]", "1.000", "0.000", "-", "-"]
-    assert table["ours, inline (auto)"] == ["0.500 [0.500, 0.500]", "0.500", "0.000", "2.000", "1 MiB/s"]
+    assert table["no save"] == ["0.350 [0.100, 0.900]", "0.000", "0.000", "-", "-"]
+    assert table["torch.save"] == ["1.350 [1.100, 1.900]", "1.000", "0.000", "-", "-"]
+    assert table["ours, inline (auto)"] == ["0.850 [0.600, 1.400]", "0.500", "0.000", "2.000", "1 MiB/s"]
+
+
+def test_lost_are_what_blocks_what_slows_and_what_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = saves.Training(1, 1)
+    steps = iter(([1.0, 9.0, 1.0, 1.0], [3.0, 1.0, 1.5, 1.0]))  # before, and after
+    monkeypatch.setattr(training, "_steps", lambda count: next(steps))
+    clock = iter((0.0, 20.0, 20.5, 40.0, 42.0))  # start, save, its end, the last step's, all of it
+    monkeypatch.setattr("lumina.bench.checkpoint.time.perf_counter", lambda: next(clock))
+    parts = training.arm("any", lambda *_: lambda: 7.0, 8, tmp_path / "saves").build()()
+    assert parts == {TOTAL: 42.0, saves.LOST: 5.0, saves.BLOCKED: 0.5, saves.REST: 2.0, saves.ON_DISK: 7.0}
 
 
 @pytest.mark.parametrize(("ours", "verdicts"), [(0.5, ["met"] * 3), (1.2, ["NOT met", "met", "met"])])
