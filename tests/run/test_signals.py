@@ -17,8 +17,14 @@ from lumina.run.signals import AT_ONCE, SAVE, STOP, NothingToSave, Requests, rea
 from lumina.training.trainer import Trainer, resume
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes second came later than the first."""
+    monkeypatch.setattr("lumina.run.signals.TOGETHER", 0.0)
+
+
 @pytest.mark.parametrize("number", AT_ONCE, ids=lambda n: n.name)
-def test_the_first_signal_asks_and_the_second_interrupts(number: signal.Signals) -> None:
+def test_the_first_signal_asks_and_a_later_one_interrupts(number: signal.Signals, at_once: None) -> None:
     with Requests() as requests:
         assert read(requests.take()) == ("", "")
         signal.raise_signal(number)
@@ -28,8 +34,15 @@ def test_the_first_signal_asks_and_the_second_interrupts(number: signal.Signals)
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_stop_that_comes_from_several_is_one_request() -> None:
+    with Requests() as requests:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert read(requests.take()) == ("SIGTERM", "")
+
+
 @pytest.mark.parametrize("number", sorted(set(STOP) - set(AT_ONCE)), ids=lambda n: n.name)
-def test_a_notice_may_repeat_and_does_not_make_what_follows_a_second(number: signal.Signals) -> None:
+def test_a_notice_may_repeat_and_does_not_make_what_follows_a_second(number: signal.Signals, at_once: None) -> None:
     with Requests() as requests:
         signal.raise_signal(number)
         signal.raise_signal(number)
