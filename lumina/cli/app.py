@@ -27,9 +27,9 @@ from lumina.cli import (
     train,
     verify,
 )  # fmt: skip
-from lumina.errors import OutOfMemory, Told, UserError
+from lumina.errors import MachineFailed, OutOfMemory, Told, UserError
 from lumina.run import supervised, watchdog
-from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, OUT_OF_MEMORY, USER_ERROR
+from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, MACHINE_FAILED, OUT_OF_MEMORY, USER_ERROR
 
 Verb = Callable[..., None]
 VERBS: dict[str, Verb | dict[str, Verb]] = {
@@ -96,6 +96,9 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except OutOfMemory as error:
             _say(error, bool(options.get("json")))
             raise typer.Exit(OUT_OF_MEMORY) from None
+        except MachineFailed as error:
+            _say(error, bool(options.get("json")))
+            raise typer.Exit(MACHINE_FAILED) from None
         except KeyboardInterrupt:
             print("\nstopped at once; checkpoints saved before are complete", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None

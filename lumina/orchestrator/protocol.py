@@ -54,6 +54,7 @@ class Outcome:
     heldout: float  # causal loss after the probe, in nats a token
     comparable: bool  # as in `eval` events
     seconds: float  # counted, not measured: all its steps times the step time that the fork was given
+    void: str = ""  # why there is nothing to compare: memory ran out. `heldout` is NaN then, and it is not held
 
 
 class Fork(Protocol):
@@ -64,7 +65,8 @@ class Fork(Protocol):
 
         An overlay without an end holds in the probe too, whose decay begins at the rate that it leaves. Its events go
         to `trials/<name>.jsonl`. `hold` keeps the state before the probe in memory, for `Controls.commit`.
-        Raises `UserError` for overlays out of bounds, or an arm longer than the rest of the run.
+        Raises `UserError` for overlays out of bounds, or an arm longer than the rest of the run; `OutOfMemory` where
+        one of several processes has too little memory, for the others wait for it: the attempt ends.
         """
         ...
 

@@ -6,6 +6,7 @@ cut of the learning rate would win (short-horizon bias: Wu et al. 2018, 1803.020
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,9 +16,10 @@ from typing import Any, Self
 
 from lumina.checkpoint.snapshot import Snapshot
 from lumina.config.overlay import Overlay, added, check
-from lumina.errors import UserError
+from lumina.errors import OutOfMemory, UserError
 from lumina.events import EventWriter
 from lumina.orchestrator.protocol import Outcome
+from lumina.training import oom
 from lumina.training.course import Course
 
 
@@ -49,6 +51,18 @@ class Arms:
 
     def run(self, name: str, overlays: Sequence[Overlay], steps: int, probe: int, hold: bool = False) -> Outcome:
         """See `orchestrator.protocol.Fork`. Whatever goes wrong inside, the run is where it was left."""
+        try:
+            with self.course.fitting.on_trial():
+                return self._run(name, overlays, steps, probe, hold)
+        except OutOfMemory as error:
+            if self.course.parts.world.size > 1:
+                raise
+            void = error.message
+        self.held.pop(name, None)
+        oom.free()
+        return Outcome(name, steps, probe, [], math.nan, False, (steps + probe) * self.step_seconds, void)
+
+    def _run(self, name: str, overlays: Sequence[Overlay], steps: int, probe: int, hold: bool) -> Outcome:
         here, rest = self.course.state.progress.step, self.course.parts.steps - self.course.state.progress.step
         if steps < 1 or probe < 0 or steps + probe > rest:
             wrong = f"arm {name}: {steps} steps and {probe} of the probe, but the run has {rest} left"

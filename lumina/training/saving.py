@@ -35,7 +35,8 @@ class Saver:
     def __init__(
         self, run: Run, parts: Parts, state: State, told: Tell, emit: Callable[..., object], recast: bool = False
     ) -> None:
-        """`emit` is handed `checkpoint` events; `recast`: the user asked for another precision than before."""
+        """`emit` is handed `checkpoint` events; `recast`: the user asked for this precision while the run went on,
+        so that a checkpoint may be of another."""
         self.emit = emit
         self.recast, self.precision = recast, parts.precision
         self.run, self.config, self.world, self.state, self.told = run, parts.config, parts.world, state, told
@@ -71,7 +72,7 @@ class Saver:
             self._tell()  # prunes, which nothing may be under way for
             self.world.decide(self._require_folder)
             loss = self._judge(evaluated)
-            state = self.identity | {LOSS: loss} | self.state.pack()
+            state = self.identity | {LOSS: loss, "precision": self.config.precision.mode} | self.state.pack()
             tensors = self.state.model_tensors(), self.state.optim_tensors()
             self._or_unsaved(lambda: self.writer.save(progress.step, *tensors, state))
         self.saved_step, self.why, self.judged = progress.step, why, loss is not None
@@ -246,10 +247,11 @@ class Saver:
             return "; ".join(problems)
         self._require_own(found)
         optim = self.state.optim_tensors()
-        if self.recast:
+        recast = self.recast and found.state.get("precision") != self.config.precision.mode
+        if recast:
             optim = _with_the_loss_scale_of(found, optim, self.precision.device)
         try:
-            store.load(found, self.state.model_tensors(), optim, self.world, cast=self.recast)
+            store.load(found, self.state.model_tensors(), optim, self.world, cast=recast)
         except store.Unsound as error:
             return error.message.partition(": ")[2]
         self.state.unpack(found.state)

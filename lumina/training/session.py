@@ -26,7 +26,7 @@ from lumina.progress import Tell, silent
 from lumina.run import lineage, signals, supervised
 from lumina.run.folder import Run
 from lumina.run.watchdog import Watchdog
-from lumina.training import machine, room, setup
+from lumina.training import machine, oom, room, setup
 from lumina.training.course import Course
 from lumina.training.saving import Saver
 
@@ -80,13 +80,16 @@ class Session:
     def train(self, back: Back | None = None) -> None:
         """Trains to the end, from where the run stands or goes `back` to.
 
-        A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`.
+        A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`. Raises `UserError` if the run
+        cannot go on from there, `DiskRefused` if the disk does not take what it has to, and `OutOfMemory`.
         """
         self.state.attempt = self.world.decide(self.run.next_attempt)
         hold = self.config.checkpoint.on_error == "continue"
         with ExitStack() as stack:
             stack.enter_context(self.watchdog)
             skipped = self._begin(back)
+            if self.changed:  # by now it is certain that the attempt begins
+                self.world.decide(lambda: oom.rewrite(self.run, self.course.fitting.resolved))
             self.requests = stack.enter_context(signals.Requests())
             if self.world.main:
                 writer = EventWriter(self.run.event_log, self.state.attempt, self.listeners, hold)

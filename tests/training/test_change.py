@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import history, same_tensors, settings, tensors
+from test_saving import reseal
 
 from lumina.checkpoint import store
 from lumina.cli import main
@@ -18,7 +20,7 @@ from lumina.config.change import RESUME
 from lumina.config.resolve import read
 from lumina.errors import UserError
 from lumina.run.folder import Run
-from lumina.training.session import Stopped
+from lumina.training.session import Back, Stopped
 from lumina.training.trainer import Trainer, resume
 
 STEPS = 6
@@ -157,4 +159,19 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
     dense = stopped(tmp_path / "dense", settings(tmp_path, "dense"))
     with pytest.raises(UserError, match="has no use for it"):
         resume(dense, settings=["model.moe.kernel=loop"])
+    with pytest.raises(UserError, match=r"stands at step \d, not behind 999"):
+        resume(run, settings=["precision.mode=bf16"], back=Back(999))
     assert (run.config.read_bytes(), run.event_log.read_bytes()) == (before, log)
+
+
+def test_a_checkpoint_of_the_run_s_own_precision_is_not_cast(tmp_path: Path) -> None:
+    """Only one of another precision is, and only where that was asked: tensors of other dtypes are no sound ones."""
+    run = stopped(tmp_path, settings(tmp_path, "dense") | {"precision.mode": "fp32", "checkpoint.every": 0})
+    with pytest.raises(Stopped):
+        resume(run, [StopAt(4)], settings=["precision.mode=bf16"])
+    newest = (run.checkpoints / "latest").resolve()
+    (file,) = (newest / "model").glob("*.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    reseal(newest)
+    with pytest.raises(UserError, match=r"was saved as torch\.bfloat16, wanted is torch\.float32"):
+        resume(run)
