@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from support import ended, history, settings, tensors_of, until
 
@@ -41,7 +44,13 @@ class Case:
     """A supervisor over programs that stand in for `lumina`."""
 
     def __init__(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, programs: list[str], restarts: int = 5, run: bool = False
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        programs: list[str],
+        restarts: int = 5,
+        run: bool = False,
+        processes: int = 1,
     ) -> None:
         self.run, self.told, self.pauses = Run(folder / "a run"), folder / "told", list[float]()
         self.run.path.mkdir(parents=True)
@@ -60,7 +69,8 @@ class Case:
             module.write_text(begin + next(left))
             return ["first"] if first else ["again"]
 
-        self.supervisor = Supervisor(command, self.said.append, self.run if run else None, restarts=restarts)
+        known = self.run if run else None
+        self.supervisor = Supervisor(command, self.said.append, known, processes, restarts)
 
     def starts(self) -> list[tuple[list[str], dict[str, Any] | None]]:
         return [tuple(json.loads(line)) for line in self.told.read_text().splitlines()]
@@ -75,16 +85,16 @@ def test_what_a_restart_cannot_mend_is_passed_on(code: int, tmp_path: Path, monk
 
 
 def test_each_death_is_told_to_the_next_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(tmp_path, monkeypatch, [KILLED, "sys.exit(4)", "sys.exit(5)", "sys.exit(1)", "sys.exit(0)"])
+    case = Case(tmp_path, monkeypatch, [KILLED, *(f"sys.exit({code})" for code in (4, 5, 6, 1, 0))])
     assert case.supervisor.supervise() == 0
     commands, why = zip(*case.starts(), strict=True)
-    assert commands == (["first"], *[["again"]] * 4)
+    assert commands == (["first"], *[["again"]] * 5)
     assert why[0] is None
     assert [(each["code"], each["signal"], each["restarts"]) for each in why[1:]] == [
-        (None, "SIGKILL", 1), (4, None, 2), (5, None, 3), (1, None, 4),
+        (None, "SIGKILL", 1), (4, None, 2), (5, None, 3), (6, None, 4), (1, None, 5),
     ]  # fmt: skip
     assert all(each["seconds_lost"] > 0 for each in why[1:])
-    assert case.pauses == [1, 2, 4, 8]
+    assert case.pauses == [1, 2, 4, 8, 16]
     assert "SIGKILL (as the system does when memory runs out) after step 7; restart 1 of 5 in 1 s" in case.said[0]
 
 
@@ -130,6 +140,63 @@ def test_who_asks_for_an_end_in_a_pause_gets_it(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(Supervisor, "_wait", asked_in_a_pause)
         assert case.supervisor.supervise() == code
         assert len(case.starts()) == 1
+
+
+def test_what_is_asked_while_a_command_starts_is_passed_on_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tmp_path, monkeypatch, ["time.sleep(60)"])
+    command = case.supervisor.command
+
+    def asked(first: bool) -> list[str]:
+        signal.raise_signal(signal.SIGTERM)
+        return [*command(first)]
+
+    case.supervisor.command = asked
+    assert case.supervisor.supervise() == 128 + signal.SIGTERM
+
+
+def test_a_process_of_several_that_was_killed_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_dies = f"{KILLED} if os.environ['RANK'] == '1' else time.sleep(60)"
+    case = Case(tmp_path, monkeypatch, [one_dies, "sys.exit(1)", "sys.exit(0)"], processes=2)
+    assert case.supervisor.supervise() == 0
+    assert "ended by SIGKILL (as the system does when memory runs out)" in case.said[0]
+    assert "ended by exit code 1" in case.said[1]
+
+
+SAVES = """
+from lumina.run.signals import Requests
+with Requests() as requests:
+    Path(f"{ready}-{{os.environ.get('RANK', '0')}}").touch()
+    while not requests.stop:
+        time.sleep(0.02)
+    time.sleep(1)
+supervised.tell_exit(3)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2], ids=lambda n: n.name)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_that_is_sent_to_every_process_saves(
+    processes: int, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As systemd, scancel and srun do; those that do the work may hear of it before who passes it on to them."""
+    case = Case(tmp_path, monkeypatch, [SAVES.format(ready=tmp_path / "ready")], processes=processes)
+    supervisor = case.supervisor
+
+    def stop() -> None:
+        while len([*tmp_path.glob("ready-*")]) < processes:
+            time.sleep(0.02)
+        assert supervisor.child
+        below = psutil.Process(supervisor.child.pid)
+        for process in (*below.children(), below, psutil.Process()):
+            process.send_signal(number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert supervisor.supervise() == 3
+    thread.join()
 
 
 def test_without_a_supervisor_nothing_is_told_and_with_a_dead_one_it_is_known(
@@ -241,7 +308,7 @@ def test_two_processes_save_and_go_on_and_one_that_is_killed_is_started_again_wi
         "SIGUSR1", "SIGTERM", "SIGTERM",
     ]  # fmt: skip
     (restart,) = (event for event in events if event["t"] == "incident")
-    assert (restart["kind"], restart["code"], restart["attempt"]) == ("restart", 1, 1)
+    assert (restart["kind"], restart["signal"], restart["attempt"]) == ("restart", "SIGKILL", 1)
     assert [event["processes"] for event in events if event["t"] == "run"] == [2, 2]
 
 
