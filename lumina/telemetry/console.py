@@ -251,8 +251,10 @@ class Console:
     def _on_checkpoint(self, event: Event) -> None:
         self.unsaved = False
         asked = f", asked by {event['signal']}" if event.get("signal") else ""
+        steps = event.get("stall_steps")
+        worth = "" if steps is None else f" ({steps:.1f} steps)"
         self.write(
-            f"[Save {event['step']}] {size(event['bytes'])} | steps waited {event['stall']:.2f}s | "
+            f"[Save {event['step']}] {size(event['bytes'])} | steps waited {event['stall']:.2f}s{worth} | "
             f"on disk after {event['seconds']:.2f}s ({size(event['bandwidth'])}/s, {event['way']}){asked}"
         )
         for problem in event.get("problems", []):

@@ -143,6 +143,7 @@ class Saver:
             "step": receipt.step,
             "bytes": receipt.bytes,
             **figures,
+            "stall_steps": None if usual is None else round(receipt.stall / usual, 2),
             "bandwidth": round(receipt.bandwidth),
             "way": receipt.way,
             "verified": receipt.verified,

@@ -46,6 +46,7 @@ def test_every_save_has_one_event_in_order_with_its_cost(way: str, tmp_path: Pat
     for event in events:
         assert (event["way"], event["verified"]) == (way, True)
         assert 0 <= event["waited"] <= event["stall"] <= event["seconds"] + event["waited"]
+        assert event["stall_steps"] is not None
         assert event["bandwidth"] == pytest.approx(event["bytes"] / event["seconds"], rel=0.01)
     files = json.loads((run.checkpoints / "latest" / "COMPLETE").read_text())["files"]
     assert events[-1]["bytes"] == sum(file["size"] for file in files.values())
