@@ -159,14 +159,14 @@ def merged(events: Iterable[Event]) -> list[Event]:
     """The one history that led to the present state, in the order written.
 
     An attempt that went on from `parent_step` undoes what earlier attempts did after that step; where two
-    attempts tell the same thing (type and step), the later one counts.
+    attempts tell the same thing (type and step), the later one counts. No incident is undone: it happened.
     """
     events = list(events)
     resumed = [(e["attempt"], e["parent_step"]) for e in events if e.get("parent_step") is not None]
     teller = {(e["t"], e["step"]): e["attempt"] for e in events if "step" in e}
 
     def holds(event: Event) -> bool:
-        if "step" not in event:
+        if "step" not in event or event["t"] == "incident":
             return True
         undone = any(event["attempt"] < attempt and event["step"] > parent for attempt, parent in resumed)
         return not undone and event["attempt"] == teller[event["t"], event["step"]]

@@ -246,6 +246,16 @@ def test_merged_follows_a_resume_that_went_back_before_an_earlier_one() -> None:
     assert merged(events) == [events[0], events[5], events[6]]
 
 
+def test_merged_hides_no_incident() -> None:
+    """A hang comes after the last checkpoint, so that the next attempt begins before it."""
+
+    def hang(attempt: int, n: int) -> Event:
+        return {"t": "incident", "v": 1, "attempt": attempt, "step": n, "kind": "hang"}
+
+    events = [step(0, 1), step(0, 2), hang(0, 2), resume(1, 1), step(1, 2), hang(1, 2), resume(2, 1), step(2, 2)]
+    assert merged(events) == [events[0], events[2], *events[5:]]
+
+
 def test_merged_keeps_equal_types_of_one_attempt_and_events_without_a_step() -> None:
     note = {"t": "system", "v": 1, "attempt": 0}
     events = [note, step(0, 1, expert=1), step(0, 1, expert=2), resume(1, 1)]
