@@ -88,8 +88,8 @@ def delete(root: Path, paths: Iterable[Path], abandoned: Collection[int] = ()) -
     for link in (root / name for name in LINKS):
         if link.is_symlink() and not link.exists():
             places.remove(link)
-            if link.name == "latest":
-                places.point(root, "latest", step_of(left[0]))
+            if link.name == "latest" and (plain := [path for path in left if path.suffix != places.OLD]):
+                places.point(root, "latest", step_of(plain[0]))
 
 
 def counting(root: Path) -> list[Path]:

@@ -122,17 +122,17 @@ class Session:
             if back:
                 raise UserError(f"{self.run.path}: has not begun, so there is nothing to go back to", "train it first")
             return []
+        self.saver.recall()
         overlays = self._overlays()
         if back is None:
             skipped = self.saver.restore()
             self.state.overlays = self.state.overlays if overlays is None else overlays
             return skipped
-        self.saver.lineage = self.world.decide(lambda: lineage.lineage(self.run))
         stood = self.world.decide(self._stood)
         if not back.step < stood:
             raise UserError(f"{self.run.path}: stands at step {stood}, not behind {back.step}", "name an earlier step")
         found = self.saver.find(back.step) if back.step else None
-        self.state.overlays = overlays or ()
+        self.state.overlays = self.saver.overlays() if overlays is None else overlays
         skip = (back.step + 1, stood) if back.skip == "all" else back.skip
         overlays = self._without(skip, back.step) if skip else self.state.overlays
         self._go_to(found)
@@ -183,9 +183,9 @@ class Session:
     def _went_back(self, step: int) -> None:
         if self.point and self.point.state["progress"].step > step:
             self.point = None
-        known = self.saver.lineage.after(self.state.attempt, step)
-        self.saver.lineage = known
-        self.world.decide(lambda: self.saver.went_back(known))
+        self.saver.lineage = self.saver.lineage.after(self.state.attempt, step)
+        with self._refusals():
+            self.world.decide(self.saver.link)
 
     def _without(self, skip: tuple[int, int], step: int) -> tuple[Overlay, ...]:
         """What lies over the plan, and a quarantine of what steps `skip` read or would have read, all after `step`."""
