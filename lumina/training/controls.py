@@ -101,6 +101,4 @@ class SessionControls(Controls):
 
     def _journal(self, why: Decision, **what: Any) -> None:
         """Returns when the disk knows it."""
-        self.session._emit("decision", step=self.step, **why.fields(), **what)
-        if self.session.world.main:
-            self.session.events.sync()
+        self.session.record("decision", step=self.step, **why.fields(), **what)

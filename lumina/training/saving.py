@@ -129,13 +129,17 @@ class Saver:
         receipts = self._or_unsaved(self.writer.poll)
         if any(receipt.damaged and receipt.step == self.saved_step for receipt in receipts):
             self._unsaved()
-        for receipt in receipts:
-            self.emit("checkpoint", **self._event(receipt))
+        if events := [self._event(receipt) for receipt in receipts]:
+            self.world.decide(lambda: self._emit_all(events))
         if any(receipt.damaged for receipt in receipts):
             self.world.decide(self.link)
         if any(receipt.verified for receipt in receipts):
             with whole(f"saving step {receipts[-1].step}: older ones go", self.told):
                 self.world.decide(self._tidy)
+
+    def _emit_all(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            self.emit("checkpoint", **event)
 
     def _event(self, receipt: store.Receipt) -> dict[str, Any]:
         usual, beside, self.beside = statistics.median(self.alone) if self.alone else None, self.beside, []

@@ -83,14 +83,11 @@ class Session:
         A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`.
         """
         self.state.attempt = self.world.decide(self.run.next_attempt)
-        hold = self.config.checkpoint.on_error == "continue"
         with ExitStack() as stack:
             stack.enter_context(self.watchdog)
             skipped = self._begin(back)
             self.requests = stack.enter_context(signals.Requests())
-            if self.world.main:
-                writer = EventWriter(self.run.event_log, self.state.attempt, self.listeners, hold)
-                self.events = stack.enter_context(writer)
+            self.world.decide(lambda: self._open_log(stack))
             stack.enter_context(self.saver.writer)
             self._announce("rollback" if back else "resume" if self.state.attempt else "start", skipped)
             if back:
@@ -104,6 +101,11 @@ class Session:
                 if self.ending:
                     self._stop(self.ending)
             self._finish()
+
+    def _open_log(self, stack: ExitStack) -> None:
+        hold = self.config.checkpoint.on_error == "continue"
+        writer = EventWriter(self.run.event_log, self.state.attempt, self.listeners, hold)
+        self.events = stack.enter_context(writer)
 
     def _step(self) -> None:
         """The next step, and a checkpoint where one is due."""
@@ -149,7 +151,7 @@ class Session:
         """Goes back to the restore point of `step`, in memory or on disk, and begins another attempt there.
 
         The batches of steps `skip`, first and last, are quarantined; other `overlays` than those in force may be given.
-        Raises `UserError`, with nothing done, if there is no such restore point.
+        Raises `UserError`, with nothing done, if there is no such restore point, or the disk does not take the news.
         """
         if not step < self.state.progress.step:
             raise UserError(f"step {step}: the run is at step {self.state.progress.step}", "name an earlier step")
@@ -159,16 +161,24 @@ class Session:
         found = at_hand or self.saver.find(step)
         overlays = self.state.overlays if overlays is None else overlays
         overlays = self._without(skip, step) if skip else overlays
-        self.course.observe()
-        self.state.attempt += 1
-        if self.world.main:
-            self.events.attempt = self.state.attempt
-        self.state.overlays = overlays
-        self._announce("rollback", [], step, why)  # known on the disk before anything changes
+        self.world.each(self.course.observe)
+        before = self.state.attempt, self.state.overlays
+        self._number(self.state.attempt + 1, overlays)
+        try:
+            self._announce("rollback", [], step, why)  # known on the disk before anything changes
+        except UserError:
+            self._number(*before)
+            raise
         self._go_to(found)
         self.state.overlays = overlays
         self._went_back(step)
         self.course.last = time.perf_counter()
+
+    def _number(self, attempt: int, overlays: tuple[Overlay, ...]) -> None:
+        """What is told from here on is of this attempt, over whose plan these overlays lie."""
+        self.state.attempt, self.state.overlays = attempt, overlays
+        if self.world.main:
+            self.events.attempt = attempt
 
     def _go_to(self, point: Snapshot | store.Checkpoint | None) -> None:
         """Stands at a restore point; without one, at the start, where a session begins anyway."""
@@ -290,6 +300,13 @@ class Session:
         if self.world.main:
             self.events.emit(type, **fields)
 
+    def record(self, type: str, /, **fields: Any) -> None:
+        """Tells what must be known before it is done; returns when the disk knows it.
+
+        Raises `DiskRefused` in all processes if the main one's does not take it; the log is without it then.
+        """
+        self.world.decide(lambda: self.events.record(type, **fields))
+
     def _tell_hang(self, facts: dict[str, Any]) -> None:
         """Called in another thread: what hangs may hold the writer of the events, or be a listener."""
         with EventWriter(self.run.event_log, self.state.attempt) as events:
@@ -307,28 +324,33 @@ class Session:
     def _announce(
         self, reason: str, skipped: Sequence[tuple[Path, str]], step: int | None = None, why: Decision | None = None
     ) -> None:
-        """Tells that an attempt begins at `step`, by default where the state is; returns when the disk knows it."""
+        """Tells that an attempt begins at `step`, by default where the state is; returns when the disk knows it.
+
+        Raises `DiskRefused` in all processes if the main one's does not take it; the log is without it then.
+        """
         step = self.state.progress.step if step is None else step
-        self._emit(
-            "run",
-            step=step,
-            reason=reason,
-            why=why.fields() if why else None,
-            overlays=overlay.pack(self.state.overlays),
-            path=str(self.run.path),
-            preset=self.source,
-            parent_step=step if self.state.attempt else None,
-            skipped_checkpoints=[[path.name, reason] for path, reason in skipped],
-            loader_tok_s=round(self.parts.loader.throughput()),
-            machine=machine.facts(self.config.parallel.device),
-            matmul_flops=self.peak,
-            choices=self.choices,
-            changed=self.changed,
-            disk=room.facts(self.config, self.run.checkpoints),
-            **setup.description(self.parts),
-        )
-        if self.world.main:
-            self.events.sync()
+
+        def tell() -> None:
+            self.events.record(
+                "run",
+                step=step,
+                reason=reason,
+                why=why.fields() if why else None,
+                overlays=overlay.pack(self.state.overlays),
+                path=str(self.run.path),
+                preset=self.source,
+                parent_step=step if self.state.attempt else None,
+                skipped_checkpoints=[[path.name, reason] for path, reason in skipped],
+                loader_tok_s=round(self.parts.loader.throughput()),
+                machine=machine.facts(self.config.parallel.device),
+                matmul_flops=self.peak,
+                choices=self.choices,
+                changed=self.changed,
+                disk=room.facts(self.config, self.run.checkpoints),
+                **setup.description(self.parts),
+            )
+
+        self.world.decide(tell)
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: an arm was left because the run is asked to stop

@@ -122,7 +122,7 @@ def test_what_is_done_was_journalled_on_the_disk_before(
 
     def refused(controls: SessionControls) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(EventWriter, "sync", crash)
+            patch.setattr(EventWriter, "record", crash)
             for attempt in (
                 lambda: controls.overlay(WHY, "lr.scale", 0.5),
                 lambda: controls.stop(WHY),
