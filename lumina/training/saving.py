@@ -239,6 +239,19 @@ class Saver:
         there = [path for path in retention.counting(self.run.checkpoints) if path not in out]
         return [store.step_of(path) for path in there if path.suffix != store.OLD]
 
+    def keep_ways_back(self, ahead: int) -> None:
+        """Pins the newest checkpoint before each overlay that begins `ahead` steps from here at the latest.
+
+        For the main process. A save under way counts.
+        """
+        saved = {*self.saved(), *([] if self.saved_step is None else [self.saved_step])}
+        before: dict[int, list[str]] = {}
+        for one in self.state.overlays:
+            points = [step for step in saved if step < one.begin]
+            if points and one.begin <= self.state.progress.step + ahead:
+                before.setdefault(max(points), []).append(one.id)
+        retention.pin(self.run.checkpoints, {step: f"before {', '.join(ids)}" for step, ids in before.items()})
+
     def find(self, step: int) -> store.Checkpoint:
         """The checkpoint of `step`. Raises `UserError` if there is none that counts, or if it is damaged."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lumina.checkpoint import retention, store
+from lumina.checkpoint import store
 from lumina.checkpoint.snapshot import Snapshot
 from lumina.config import overlay
 from lumina.config.change import RESUME
@@ -92,6 +92,7 @@ class Session:
             self._announce("rollback" if back else "resume" if self.state.attempt else "start", skipped)
             if back:
                 self._went_back(back.step)
+            self.keep_ways_back()
             self._tell_restart()
             self.course.begin()
             while self.state.progress.step < self.parts.steps:
@@ -109,6 +110,8 @@ class Session:
 
     def _step(self) -> None:
         """The next step, and a checkpoint where one is due."""
+        if any(one.begin == self.state.progress.step + 1 for one in self.state.overlays):
+            self.keep_ways_back()
         self.course.advance()
         step, every = self.state.progress.step, int(self.config.checkpoint.every)
         with self._pausing(), self._refusals():
@@ -172,6 +175,7 @@ class Session:
         self._go_to(found)
         self.state.overlays = overlays
         self._went_back(step)
+        self.keep_ways_back()
         self.course.last = time.perf_counter()
 
     def _number(self, attempt: int, overlays: tuple[Overlay, ...]) -> None:
@@ -179,6 +183,12 @@ class Session:
         self.state.attempt, self.state.overlays = attempt, overlays
         if self.world.main:
             self.events.attempt = attempt
+
+    def way_back(self, begin: int) -> int:
+        """The newest restore point before step `begin`, on disk or in memory."""
+        points = self.world.decide(self.saver.saved)
+        points += [self.point.state["progress"].step] if self.point else []
+        return max((step for step in points if step < begin), default=begin - 1)
 
     def _go_to(self, point: Snapshot | store.Checkpoint | None) -> None:
         """Stands at a restore point; without one, at the start, where a session begins anyway."""
@@ -263,13 +273,23 @@ class Session:
             if ends:
                 raise
 
-    def pin(self, why: str) -> None:
-        """Puts the run as it stands here on the disk, where it stays until it is unpinned."""
+    def secure(self) -> None:
+        """Puts the run as it stands here on the disk. Raises `UserError` if that did not last."""
         self._save()
         with self._pausing():
             self.saver.finish()
         self.saver.require_saved()
-        self.world.decide(lambda: retention.pin(self.run.checkpoints, self.state.progress.step, why))
+
+    def keep_ways_back(self, ahead: int = 1) -> None:
+        """Keeps on the disk what an undo of each overlay goes back to, and for their sake nothing else.
+
+        Those that begin later than in the next `ahead` steps need nothing yet: they are undone by leaving them out.
+        """
+        step = self.state.progress.step
+        if any(step < one.begin <= step + ahead for one in self.state.overlays):
+            self._save()
+        with self._pausing(), self._refusals():
+            self.world.decide(lambda: self.saver.keep_ways_back(ahead))
 
     def _settle(self) -> None:
         """Waits until the last save has lasted."""
@@ -346,7 +366,7 @@ class Session:
                 matmul_flops=self.peak,
                 choices=self.choices,
                 changed=self.changed,
-                disk=room.facts(self.config, self.run.checkpoints),
+                disk=room.facts(self.config, self.run.checkpoints, len({one.begin for one in self.state.overlays})),
                 **setup.description(self.parts),
             )
 
