@@ -175,12 +175,35 @@ def settle_all(
     if seconds is not None:
         resolved = settle(resolved, world.decide(lambda: _deadline_choice(config, seconds, step_time)))
     if saves.every == "auto":
-        resolved = _settle_saves(resolved, parts, step_time, root)
+        resolved = _settle_interval(resolved, parts, step_time, root)
     return _settle_compile(resolved, rate, world), rate
 
 
-def _settle_saves(resolved: Resolved, parts: Parts, step_time: float, root: Path) -> Resolved:
-    """How often is measured; so is which way, where neither the user nor the machine leaves only one."""
+def settle_again(changed: Resolved, world: World) -> Resolved:
+    """The same for what is open again in the configuration of a run that was changed."""
+    device = changed.config.parallel.device
+    world.each(lambda: machine.choose_device(device))
+    resolved = settle(changed, world.decide(lambda: machine.choose(changed.config, world)))
+    rate = matmul_rate(resolved.config, world) if resolved.config.train.compile == "auto" else 0.0
+    return _settle_compile(resolved, rate, world)
+
+
+def settle_interval(
+    resolved: Resolved, began_with: int, corpus: Corpus, world: World, progress: Tell, root: Path
+) -> Resolved:
+    """The same for the interval between saves of a run that goes on, where that is open again.
+
+    Weights of their own are trained and saved below `root`, and thrown away.
+    """
+    if resolved.config.checkpoint.every != "auto":
+        return resolved
+    trial = settle(resolved, {"train.compile": ("off", "trial")})
+    parts = build(adapt(trial, began_with, world), corpus, world)
+    return _settle_interval(resolved, parts, _measure_step_time(parts, progress), root)
+
+
+def _settle_interval(resolved: Resolved, parts: Parts, step_time: float, root: Path) -> Resolved:
+    """Measures what a save costs, in both ways where neither the user nor the machine leaves only one."""
     config, world = resolved.config, parts.world
     ways: tuple[Way, ...] = (cast("Way", config.checkpoint.write),)
     own = not resolved.origins["checkpoint.write"].startswith("resolved: ")
@@ -195,15 +218,6 @@ def _settle_saves(resolved: Resolved, parts: Parts, step_time: float, root: Path
         return way | interval.choose(cost, step_time, config.checkpoint.mtbf, steps, evals)
 
     return settle(resolved, world.decide(choose))
-
-
-def settle_again(changed: Resolved, world: World) -> Resolved:
-    """The same for what is open again in the configuration of a run that was changed."""
-    device = changed.config.parallel.device
-    world.each(lambda: machine.choose_device(device))
-    resolved = settle(changed, world.decide(lambda: machine.choose(changed.config, world)))
-    rate = matmul_rate(resolved.config, world) if resolved.config.train.compile == "auto" else 0.0
-    return _settle_compile(resolved, rate, world)
 
 
 def _settle_compile(resolved: Resolved, rate: float, world: World) -> Resolved:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lumina.config.change import RESUME
 from lumina.config.resolve import read
 from lumina.errors import UserError
 from lumina.run.folder import Run
+from lumina.training import interval
 from lumina.training.session import Back, Stopped
 from lumina.training.trainer import Trainer, resume
 
@@ -136,6 +138,24 @@ def test_what_the_machine_decides_can_be_left_to_it_again(tmp_path: Path) -> Non
     resume(run, settings={"train.micro_batch": "auto", "parallel.device": "auto", "train.compile": "auto"})
     assert begun(run)["changed"] == {"train.micro_batch": [2, 8]}
     assert read(run.config).config.parallel == config.parallel
+
+
+def test_the_interval_between_saves_is_measured_again_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = interval.measure
+    at_once = lambda *how: {way: replace(cost, lasts=0.0) for way, cost in measure(*how).items()}  # noqa: E731
+    monkeypatch.setattr(interval, "measure", at_once)
+    run = stopped(tmp_path / "runs", settings(tmp_path, "dense"))
+    often = ["checkpoint.every=auto", "checkpoint.mtbf=0.000001s"]
+    with pytest.raises(Stopped):
+        resume(run, [StopAt(3)], settings=often)
+    assert begun(run)["changed"]["checkpoint.every"] == [2, 1]
+    assert read(run.config).origins["checkpoint.every"].startswith("resolved: sqrt(")
+    assert begun(run)["disk"]["every"] == 1
+    assert resume(run, settings=["checkpoint.mtbf=1000d"]).finished  # what it was reckoned from is another
+    assert begun(run)["changed"]["checkpoint.every"] == [1, STEPS]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.path.name]
 
 
 def test_how_a_run_is_kept_and_shown_may_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
