@@ -19,6 +19,8 @@ import threading
 from types import FrameType
 from typing import Self
 
+from lumina.standard import complain
+
 AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # the second of these interrupts
 STOP = (*AT_ONCE, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
 SAVE = signal.SIGUSR1
@@ -59,13 +61,15 @@ class Requests:
             if self.pressed:
                 raise KeyboardInterrupt
             self.pressed = number
+        if self.stop and number not in AT_ONCE:
+            return
         self.stop = self.stop or number
-        # `os.write`: a handler may run inside a print. On a terminal it takes the place of the status line.
-        begin = b"\r\x1b[K" if os.isatty(2) else b"\n"
+        # A handler may run inside a print. On a terminal it takes the place of the status line.
+        begin = "\r\x1b[K" if os.isatty(2) else "\n"
         if number in AT_ONCE:
-            os.write(2, begin + b"stopping after this step; once more stops at once, without saving\n")
+            complain(f"{begin}stopping after this step; once more stops at once, without saving\n")
         else:
-            os.write(2, begin + f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
+            complain(f"{begin}{signal.Signals(number).name}: saving after this step, then stopping\n")
 
 
 def read(asked: int) -> tuple[str, str]:

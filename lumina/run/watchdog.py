@@ -33,6 +33,7 @@ from typing import IO, Any, Self
 from lumina.progress import Tell
 from lumina.run import supervised
 from lumina.run.exit_codes import HANG
+from lumina.standard import complain
 
 FLOOR = 60.0  # seconds
 FIRST = 1800.0
@@ -152,10 +153,11 @@ class Watchdog:
 
     def _bite(self, silence: float) -> None:
         where = _place(sys._current_frames().get(self.watched))
-        said = f"! no sign of life for {silence:.0f} s in {self.doing}: {where}; the stacks of all threads:\n".encode()
+        said = f"! no sign of life for {silence:.0f} s in {self.doing}: {where}; the stacks of all threads:\n"
         try:
+            complain(said)
+            os.write(self._log.fileno(), said.encode())
             for file in (2, self._log.fileno()):
-                os.write(file, said)
                 faulthandler.dump_traceback(file=file)
             self.report({"kind": "hang", "seconds": round(silence, 1), "doing": self.doing, "where": where})
             supervised.tell_exit(HANG)
