@@ -7,7 +7,7 @@ checkpoint saved or read back. How long the next may take is learned for each ki
 |---|---|---|
 | one of which fewer than three were measured | `FIRST` | compiling takes minutes, and a cold disk or cluster too |
 | steps | 10 x their median, at least `FLOOR` | one slow step must not make all later hangs last longer |
-| saving, reading back | 10 x the longest, at least `FIRST` | a save may wait for a slow disk that the last did not |
+| saving, reading, verifying | 10 x the longest, at least `FIRST` | a slow disk may let it wait that did not before |
 | anything else | 10 x the longest, at least `FLOOR` | the words of one kind are not equally far apart |
 
 Time in which the process itself was stopped (ctrl-Z, a debugger, a suspended machine) is not counted. A thread of
@@ -42,7 +42,7 @@ FACTOR = 10
 MEASURED = 3  # of a kind, before its limit is learned
 REMEMBERED = 100  # of a kind
 STEP, NEW = "a step", "a step of a new shape"
-PATIENT = ("saving", "reading")  # as what is told begins
+PATIENT = ("saving", "reading", "verifying")  # as what is told begins
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -112,7 +112,7 @@ class Watchdog:
         if len(seconds) < MEASURED:
             return self.first
         usual = statistics.median(seconds) if self.doing == STEP else max(seconds)
-        return max(FACTOR * usual, self.first if self.doing in PATIENT else self.floor)
+        return max(FACTOR * usual, self.first if self.doing.startswith(PATIENT) else self.floor)
 
     def __enter__(self) -> Self:
         self.watched, self.since = threading.get_ident(), time.monotonic()
