@@ -156,6 +156,8 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def run(arguments: list[str] | None) -> int:
     """Runs a command line; returns the exit code. Of several processes under torchrun the first one speaks."""
+    if arguments is None:  # the process is ours
+        supervised.end_with_parent()
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
@@ -167,6 +169,6 @@ def run(arguments: list[str] | None) -> int:
         _tell_torchrun(error)
         raise
     supervised.tell_exit(code)
-    if arguments is None and "lumina.training.session" in sys.modules:  # the process is ours, and it trained
+    if arguments is None and "lumina.training.session" in sys.modules:  # it trained
         watchdog.expect_exit()
     return code

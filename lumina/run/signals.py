@@ -5,6 +5,7 @@
 | SIGINT, SIGTERM | ctrl-C, `kill`, SLURM, Kubernetes, preemptible machines | save and stop; twice: stop at once |
 | SIGHUP | a terminal that closes | save and stop, unless it is ignored (`nohup`) |
 | SIGUSR2, SIGXCPU | SLURM with `--signal`, LSF; grid engines, a limit of processor time | save and stop |
+| SIGUSR2 | this process, when the one that started it is gone (`lumina.run.supervised`) | save and stop |
 | SIGUSR1 | whoever wants a checkpoint now | save and go on |
 
 Only SIGINT and SIGTERM count for "twice": a cluster announces the end with one signal and means it with another, and a

@@ -69,7 +69,7 @@ class Watchdog:
         self.doing, self.since, self.beats = "starting", time.monotonic(), 0
         self.step_seconds = 0.0
         self.seconds: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self.watched = threading.get_ident()
+        self.watched, self.parent = threading.get_ident(), os.getppid()
         self.over = threading.Event()
         self.over.set()
 
@@ -144,9 +144,10 @@ class Watchdog:
             if self.beats != seen and now - self.armed > self.limit() / 4:
                 self._arm()
             seen = self.beats
-            if not asked and supervised.abandoned():
+            if not asked and supervised.abandoned(self.parent):
                 asked = True
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), supervised.LEFT_ALONE)
+                complain("! whoever started this process is gone\n")
             if silence > self.limit():
                 self._bite(silence)
                 return
