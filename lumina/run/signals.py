@@ -5,6 +5,7 @@
 | SIGINT, SIGTERM | ctrl-C, `kill`, SLURM, Kubernetes, preemptible machines | save and stop; twice: stop at once |
 | SIGHUP | a terminal that closes | save and stop, unless it is ignored (`nohup`) |
 | SIGUSR2, SIGXCPU | SLURM with `--signal`, LSF; grid engines, a limit of processor time | save and stop |
+| SIGUSR2 | this process, when the one that started it is gone (`lumina.run.supervised`) | save and stop |
 | SIGUSR1 | whoever wants a checkpoint now | save and go on |
 
 Only SIGINT and SIGTERM count for "twice": a cluster announces the end with one signal and means it with another, and a
@@ -21,6 +22,8 @@ import threading
 import time
 from types import FrameType
 from typing import Self
+
+from lumina.standard import complain
 
 AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # the second of these interrupts
 STOP = (*AT_ONCE, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
@@ -67,14 +70,16 @@ class Requests:
             if self.pressed is not None:
                 return
             self.pressed = now
+        elif self.stop:
+            return
         self.stop = self.stop or number
-        # `os.write`: a handler may run inside a print. On a terminal it takes the place of the status line.
-        begin = b"\r\x1b[K" if os.isatty(2) else b"\n"
+        # A handler may run inside a print. On a terminal it takes the place of the status line.
+        begin = "\r\x1b[K" if os.isatty(2) else "\n"
         if number in AT_ONCE:
             once_more = f"once more in {TOGETHER:g} s or later stops at once, without saving"
-            os.write(2, begin + f"stopping after this step; {once_more}\n".encode())
+            complain(f"{begin}stopping after this step; {once_more}\n")
         else:
-            os.write(2, begin + f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
+            complain(f"{begin}{signal.Signals(number).name}: saving after this step, then stopping\n")
 
 
 def read(asked: int) -> tuple[str, str]:

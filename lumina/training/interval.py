@@ -13,19 +13,22 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumina.checkpoint.places import disk
 from lumina.checkpoint.writer import Way, Writer
+from lumina.errors import UserError
+from lumina.run.lock import RunLock
 from lumina.training.machine import Choices
 
 if TYPE_CHECKING:
     from lumina.training.setup import Parts
 
-NAME = ".trial-save-"  # of the folder beside the runs that is written once and deleted
+NAME, LOCK = ".trial-save-", "lock"  # of the folder beside the runs that is written once and deleted
 
 
 def best_interval(lost: float, mtbf: float) -> float:
@@ -94,18 +97,15 @@ def measure(
 
     `step` takes a step beside it, of `step_time` seconds alone. Raises `DiskRefused` if a save cannot be tried.
     """
-    world = parts.world
-    aside = world.decide(lambda: _trial_folder(root))
-    try:
-        return {way: _measure(parts, aside / way, way, step, step_time) for way in ways}
-    finally:
-        if world.main:
-            shutil.rmtree(aside, ignore_errors=True)
+    return {way: _measure(parts, root, way, step, step_time) for way in ways}
 
 
-def _measure(parts: Parts, aside: Path, way: Way, step: Callable[[], object], step_time: float) -> Cost:
+def _measure(parts: Parts, root: Path, way: Way, step: Callable[[], object], step_time: float) -> Cost:
     """Of the second save: the first one takes the memory that all others use again."""
-    with Writer(aside, parts.world, way) as writer:
+    world = parts.world
+    with ExitStack() as stack:
+        aside = world.decide(lambda: stack.enter_context(_trial_folder(root)))
+        writer = stack.enter_context(Writer(aside, world, way))
         for number in (0, 1):
             steps, start = 0, time.perf_counter()
             writer.save(number, parts.model.tensors(), parts.optimizer.tensors(), {})
@@ -116,8 +116,29 @@ def _measure(parts: Parts, aside: Path, way: Way, step: Callable[[], object], st
     return Cost(max(receipts[0].stall, lasts - steps * step_time), lasts)
 
 
-def _trial_folder(root: Path) -> Path:
-    """A folder on the disk of `root`, which need not be there yet. Raises `DiskRefused` if it cannot be made."""
+@contextmanager
+def _trial_folder(root: Path) -> Iterator[Path]:
+    """A folder on the disk of `root`, which need not be there yet: locked inside the block, gone after it.
+
+    What killed processes left goes first, also beside a `root` that was made since. Raises `DiskRefused`.
+    """
     parent = next(path for path in (root.absolute(), *root.absolute().parents) if path.is_dir())
-    with disk(f"{parent}: a save cannot be tried here"):
-        return Path(tempfile.mkdtemp(prefix=NAME, dir=parent))
+    for left in (*parent.glob(f"{NAME}*"), *parent.parent.glob(f"{NAME}*")):
+        with suppress(UserError, OSError), RunLock(left / LOCK):  # who is alive holds it
+            shutil.rmtree(left)
+    with ExitStack() as held:
+        with disk(f"{parent}: a save cannot be tried here"):
+            while (path := _own_folder(parent, held)) is None:
+                pass
+        held.callback(shutil.rmtree, path, ignore_errors=True)
+        yield path
+
+
+def _own_folder(parent: Path, held: ExitStack) -> Path | None:
+    """A new folder and its lock, unless another start took it for a leftover before it was locked."""
+    path = Path(tempfile.mkdtemp(prefix=NAME, dir=parent))
+    with suppress(UserError, FileNotFoundError):
+        held.enter_context(RunLock(path / LOCK))
+        if (path / LOCK).exists():
+            return path
+    return None
