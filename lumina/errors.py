@@ -37,3 +37,7 @@ class DiskRefused(UserError):  # noqa: N818 - what happened, as the user reads i
 
 class OutOfMemory(Told):
     """The memory does not suffice, even for one sequence at a time. The command line exits with code 5."""
+
+
+class MachineFailed(Told):
+    """Something that training needs failed, as a disk or a network does; it may pass. The command line exits with 6."""

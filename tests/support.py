@@ -8,6 +8,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lumina.config.schema.model import ModelConfig
 from lumina.data.files import find_files
 from lumina.data.formats import read_files
 from lumina.data.records import Problems, Record
+from lumina.events import EventWriter
 from lumina.run.folder import Run
 
 KINDS = ("dense", "moe", "mod", "hybrid")
@@ -123,6 +125,19 @@ def require_refusal(
     assert contents(folder) == before
 
 
+@contextmanager
+def full(events: EventWriter) -> Iterator[None]:
+    """Inside the block the writer writes to a device that is always full."""
+    path, file = events.path, events._file
+    events.path = Path("/dev/full")
+    events._file = events.path.open("ab", buffering=0)
+    try:
+        yield
+    finally:
+        events._file.close()
+        events.path, events._file = path, file
+
+
 def debug_made_tiny(**changes: str | None) -> list[str]:
     """Settings that make the debug preset, or a file that extends it, a matter of a second.
 
@@ -174,6 +189,23 @@ def same_tensors(one: Run, other: Run) -> bool:
     return tensors_of(one) == tensors_of(other)
 
 
+# `python -m lumina`, each batch of which takes its time: whoever watches it and sends signals is never too late.
+SLOWLY = """
+import sys, time
+from lumina.cli import main
+from lumina.data.loader import Loader
+
+batch = Loader.batch
+
+def slowly(*which):
+    time.sleep(0.05)
+    return batch(*which)
+
+Loader.batch = slowly
+sys.exit(main())
+"""
+
+
 def until(found: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:
     """What `found` returns once it is true. If the process ends before, or that takes too long, the test fails."""
     end = time.monotonic() + seconds
@@ -191,3 +223,4 @@ def ended(process: subprocess.Popen[str], seconds: float = 120) -> tuple[str, st
         return process.communicate(timeout=seconds)
     finally:
         process.kill()
+        process.wait()

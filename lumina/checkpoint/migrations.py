@@ -16,9 +16,9 @@ State = dict[str, Any]
 
 
 def _to_2(state: State) -> None:
-    """A checkpoint had no held-out loss, attempt or overlays; its files were torch's distributed checkpoint's, and
-    known by their SHA-256."""
-    state |= {LOSS: None, "attempt": 0, "overlays": []}
+    """A checkpoint had no held-out loss, precision, attempt or overlays; its files were torch's distributed
+    checkpoint's, and known by their SHA-256."""
+    state |= {LOSS: None, "precision": None, "attempt": 0, "overlays": []}
     state["progress"]["eval_tokens"] = 16384
 
 

@@ -67,6 +67,18 @@ def discard(path: Path) -> None:
         remove(aside)
 
 
+def put_back(root: Path) -> None:
+    """Where a killed save had moved away what it was replacing, and its own never came, the old one has its name again.
+
+    Raises `UserError` if the disk refuses.
+    """
+    for old in (path for path in checkpoints(root) if path.suffix == OLD):
+        if not os.path.lexists(final := old.with_suffix("")):
+            with disk(f"{old}: not renamed"):
+                old.rename(final)
+                sync(root)
+
+
 def set_aside(path: Path) -> None:
     """Renames a damaged checkpoint so that nobody takes it for one, and points `latest` at the newest that is left.
 

@@ -212,9 +212,10 @@ def newest(
 ) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the newer ones passed over, each with the reason.
 
-    The main process of `world` reads and decides; it does not look at those in `without`.
+    The main process of `world` reads, telling all of them how far it is, and decides; it does not look at those in
+    `without`.
     """
-    return world.decide(lambda: _newest(root, progress, without))
+    return world.follow(lambda tell: _newest(root, tell, without), progress)
 
 
 def _newest(root: Path, progress: Tell, without: Collection[Path]) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
@@ -227,12 +228,12 @@ def _newest(root: Path, progress: Tell, without: Collection[Path]) -> tuple[Chec
     return None, skipped
 
 
-def read(path: Path) -> Checkpoint:
+def read(path: Path, progress: Tell = silent) -> Checkpoint:
     """The checkpoint in a folder, or behind a link to one. Raises `UserError` with all that is wrong."""
     path = path.resolve()
     if not STEP.fullmatch(path.name) or not path.is_dir():
         raise UserError(f"{path}: no such checkpoint", fix="name a step-… folder below a run's checkpoints/")
-    if problems := verify(path):
+    if problems := verify(path, progress):
         raise UserError.collect(problems, f"{path}: damaged checkpoint", "restore it, or name another one")
     return _open(path)
 

@@ -28,8 +28,10 @@ from lumina.checkpoint.phases import Buffers, Files, Staged, Tensors
 from lumina.checkpoint.store import Receipt
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
+from lumina.progress import Tell, silent
 
 Way = Literal["inline", "background"]
+LOOK = 1.0  # seconds between two looks at a save that is waited for
 
 
 class Writer:
@@ -44,6 +46,7 @@ class Writer:
         self._under_way: Save | None = None
         self._receipts: list[Receipt] = []
         self._waited = 0.0
+        self._far = (0, 1)  # bytes that were read back of the save under way, of how many
 
     @property
     def busy(self) -> bool:
@@ -80,19 +83,26 @@ class Writer:
         receipts, self._receipts = self._receipts, []
         return receipts
 
-    def finish(self) -> None:
-        """Waits for the save that is under way; the next one's receipt says how long. Raises its error."""
-        start = time.perf_counter()
-        while self._under_way:
-            self._under_way.join()
+    def finish(self, tell: Tell = silent) -> None:
+        """Waits for the save that is under way; the next one's receipt says how long. Raises its error.
+
+        All processes hear how far the main one has read it back: whoever waits for that is alive.
+        """
+        start, heard = time.perf_counter(), 0
+        while save := self._under_way:
+            save.join(LOOK)
             self._advance()
+            if self._far[0] > heard:
+                heard = self._far[0]
+                tell(f"reading step {save.staged.step} back", *self._far)
         self._waited += time.perf_counter() - start
 
     def _advance(self) -> None:
         """Learns where the save stands in every process, and takes the next part if all are ready for it."""
         if (save := self._under_way) is None:
             return
-        stands = self.world.collect(save.stands())
+        stands, far = zip(*self.world.collect((save.stands(), save.far)), strict=True)
+        self._far = far[0]
         errors = [error for error in stands if isinstance(error, UserError)]
         if errors:
             self._under_way = None
@@ -129,6 +139,7 @@ class Save:
         self.root, self.aside, self.staged, self.world, self.start = root, aside, staged, world, start
         self.files: Files | None = None
         self.receipt = Receipt(places.folder(root, staged.step), staged.step, 0.0, 0, 0.0)
+        self.far = (0, 1)  # bytes read back, of how many
         self._cancelled = threading.Event()
         self._reader: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
@@ -157,9 +168,10 @@ class Save:
             raise outcome
         return outcome
 
-    def join(self) -> None:
+    def join(self, seconds: float | None = None) -> None:
+        """Waits for the part that is under way, at most so many seconds."""
         if self._thread:
-            self._thread.join()
+            self._thread.join(seconds)
 
     def cancel(self) -> None:
         """Ends what is under way soon; nobody asks for it any more."""
@@ -192,24 +204,28 @@ class Save:
             raise tensors.Abandoned
         path = phases.publish(self.root, self.aside, step)
         seconds, size = time.perf_counter() - self.start, sum(entry.size for entry in files.values())
-        problems, damaged = self._read_back(path, seal)
+        problems, damaged = self._read_back(path, seal, size)
         if damaged:
             places.set_aside(path)
         return replace(self.receipt, path=path, seconds=seconds, bytes=size, problems=tuple(problems), damaged=damaged)
 
-    def _read_back(self, path: Path, seal: str) -> tuple[list[str], bool]:
+    def _read_back(self, path: Path, seal: str, size: int) -> tuple[list[str], bool]:
         """What is wrong on the disk, and whether that is damage: else it could not be looked at."""
         library = str(Path(xxhash.__file__).parents[1])
         command = [sys.executable, "-I", "-S", readback.__file__, str(path), seal, str(os.getpid()), library]
         try:
             self._reader = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         except OSError as error:
             return [f"not read back: {error.strerror}"], False
-        out, err = self._reader.communicate()
-        if self._reader.returncode:
-            last = (err.strip().splitlines() or ["nothing"])[-1]
-            return [f"not read back: its process ended with {self._reader.returncode} and said: {last}"], False
-        found: list[str] = json.loads(out)
+        last = "nothing"
+        with self._reader as reader:
+            for line in map(str.strip, reader.stdout or ()):
+                last = line or last
+                if line.isdecimal():
+                    self.far = min(int(line), size), size
+        if code := reader.returncode:
+            return [f"not read back: its process ended with {code} and said: {last}"], False
+        found: list[str] = json.loads(last)
         return found, bool(found)

@@ -54,6 +54,7 @@ class Outcome:
     heldout: float  # causal loss after the probe, in nats a token
     comparable: bool  # as in `eval` events
     seconds: float  # counted, not measured: all its steps times the step time that the fork was given
+    void: str = ""  # why there is nothing to compare: memory ran out. `heldout` is NaN then, and it is not held
 
 
 class Fork(Protocol):
@@ -64,7 +65,8 @@ class Fork(Protocol):
 
         An overlay without an end holds in the probe too, whose decay begins at the rate that it leaves. Its events go
         to `trials/<name>.jsonl`. `hold` keeps the state before the probe in memory, for `Controls.commit`.
-        Raises `UserError` for overlays out of bounds, or an arm longer than the rest of the run.
+        Raises `UserError` for overlays out of bounds, or an arm longer than the rest of the run; `OutOfMemory` where
+        one of several processes has too little memory, for the others wait for it: the attempt ends.
         """
         ...
 
@@ -73,7 +75,7 @@ class Controls(Protocol):
     """The only door: whatever is done to a run, by decision or by hand, goes through here, between two steps.
 
     Each action is journalled, on the disk, before it is done; each raises `UserError`, with nothing done, if it cannot
-    be. One that changes the run first saves where it stands, so that it can be undone.
+    be. One that lays something over the plan first saves where the run stands, and keeps that until it is undone.
     """
 
     @property

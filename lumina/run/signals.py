@@ -5,10 +5,13 @@
 | SIGINT, SIGTERM | ctrl-C, `kill`, SLURM, Kubernetes, preemptible machines | save and stop; twice: stop at once |
 | SIGHUP | a terminal that closes | save and stop, unless it is ignored (`nohup`) |
 | SIGUSR2, SIGXCPU | SLURM with `--signal`, LSF; grid engines, a limit of processor time | save and stop |
+| SIGUSR2 | this process, when the one that started it is gone (`lumina.run.supervised`) | save and stop |
 | SIGUSR1 | whoever wants a checkpoint now | save and go on |
 
 Only SIGINT and SIGTERM count for "twice": a cluster announces the end with one signal and means it with another, and a
-limit of processor time says so every second; neither may break off the save that it asked for.
+limit of processor time says so every second; neither may break off the save that it asked for. Nor may one stop that
+comes twice: systemd and scancel send it to every process, and a supervisor or torchrun passes it on to this one. So
+"twice" is `TOGETHER` seconds later.
 """
 
 from __future__ import annotations
@@ -16,25 +19,30 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Self
+
+from lumina.standard import complain
 
 AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # the second of these interrupts
 STOP = (*AT_ONCE, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
 SAVE = signal.SIGUSR1
+TOGETHER = 2.0  # seconds in which signals are one request: a person who means it presses ctrl-C again after that
 
 BASE = 256  # more than there are signals
 
 
 class Requests:
-    """Inside the block, signals are kept until `take` asks for them between two steps; the second SIGINT or SIGTERM
-    raises `KeyboardInterrupt`.
+    """Inside the block, signals are kept until `take` asks for them between two steps; a SIGINT or SIGTERM `TOGETHER`
+    seconds or more after the first raises `KeyboardInterrupt`.
 
     Python allows handlers in the main thread only: in another one this does nothing.
     """
 
     def __init__(self) -> None:
-        self.stop = self.save = self.pressed = 0
+        self.stop = self.save = 0
+        self.pressed: float | None = None  # when the first of `AT_ONCE` came
 
     def __enter__(self) -> Self:
         numbers = heard() if _main_thread() else []
@@ -56,16 +64,22 @@ class Requests:
             self.save = number
             return
         if number in AT_ONCE:
-            if self.pressed:
+            now = time.monotonic()
+            if self.pressed is not None and now - self.pressed >= TOGETHER:
                 raise KeyboardInterrupt
-            self.pressed = number
+            if self.pressed is not None:
+                return
+            self.pressed = now
+        elif self.stop:
+            return
         self.stop = self.stop or number
-        # `os.write`: a handler may run inside a print. On a terminal it takes the place of the status line.
-        begin = b"\r\x1b[K" if os.isatty(2) else b"\n"
+        # A handler may run inside a print. On a terminal it takes the place of the status line.
+        begin = "\r\x1b[K" if os.isatty(2) else "\n"
         if number in AT_ONCE:
-            os.write(2, begin + b"stopping after this step; once more stops at once, without saving\n")
+            once_more = f"once more in {TOGETHER:g} s or later stops at once, without saving"
+            complain(f"{begin}stopping after this step; {once_more}\n")
         else:
-            os.write(2, begin + f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
+            complain(f"{begin}{signal.Signals(number).name}: saving after this step, then stopping\n")
 
 
 def read(asked: int) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 | the command ended with | what follows |
 |---|---|
 | 0 done, 2 user error, 3 stopped, 130 stopped at once, or by SIGTERM, SIGINT or SIGHUP | the same code |
-| 1 a bug, 4 a hang, 5 out of memory, or by any other signal (the OOM killer, a bad address) | another start |
+| 1 a bug, 4 a hang, 5 out of memory, 6 the machine failed, or by any other signal (the OOM killer) | another start |
 
 The same command again goes on with the run from its last good state. Starts are 1 s apart, then 2 s, 4 s … up to a
 minute; after so many without a new checkpoint in between it gives up. Signals are passed on. A supervisor that is
@@ -30,11 +30,22 @@ import psutil
 
 from lumina.events import last_event
 from lumina.run import supervised
-from lumina.run.exit_codes import BUG, DONE, HANG, INTERRUPTED, OUT_OF_MEMORY, STOPPED, USER_ERROR
+from lumina.run.exit_codes import (
+    BUG,
+    DONE,
+    HANG,
+    INTERRUPTED,
+    KILLED,
+    MACHINE_FAILED,
+    OUT_OF_MEMORY,
+    STOPPED,
+    USER_ERROR,
+)
 from lumina.run.folder import Run, write_json
+from lumina.run.lock import is_held
 from lumina.run.signals import SAVE, heard
 
-PROGRAM = "lumina"
+PROGRAM, LAUNCHER = "lumina", "lumina.run.launcher"
 RESTARTS = 5
 LOOK = 0.2  # seconds between two looks at the command
 PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second start, and before any
@@ -43,6 +54,7 @@ MEANING = {
     BUG: "an error: its traceback is above",
     HANG: "a hang: its stacks are in the log",
     OUT_OF_MEMORY: "out of memory",
+    MACHINE_FAILED: "an error of the machine: it is above",
     -signal.SIGKILL: "as the system does when memory runs out",
 }
 
@@ -96,9 +108,9 @@ class Supervisor:
             pause = min(LONGEST_PAUSE, PAUSE * 2**self.vain)
             self.restarts, self.vain = self.restarts + 1, self.vain + 1
             self.say(f"! the run ended by {how}; restart {self.vain} of {self.limit} in {pause:g} s")
-            if self._wait(pause):
+            if self._wait(pause) or self._wait_for_others():
                 return STOPPED if self.saved else INTERRUPTED
-            self._tell_why(code, died - max(began, self._saved_at()) + pause)
+            self._tell_why(code, max(0.0, died - max(began, self._saved_at())) + pause)
 
     # -- one start ------------------------------------------------------------------------------------------------
 
@@ -106,7 +118,7 @@ class Supervisor:
         """The exit code of the command, negative if a signal ended it."""
         for path in self.folder.glob("exit-*"):
             path.unlink()
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
+        launcher = ["-m", LAUNCHER, "--standalone", "--nproc-per-node", str(self.processes)]
         arguments = [*(launcher if self.processes > 1 else []), "-m", PROGRAM, *self.command(self._first())]
         signal.signal(SAVE, signal.SIG_IGN)  # which the command inherits: before it listens, there is nothing to save
         self.child = subprocess.Popen(
@@ -115,13 +127,15 @@ class Supervisor:
             process_group=0,  # ctrl-C at a terminal is ours to pass on, once
         )
         signal.signal(SAVE, self._pass_on)
+        if self.asked:  # before there was somebody to pass it on to
+            self._pass_on(self.asked, None)
         while self.child.poll() is None:
             time.sleep(LOOK)
             self._learn_run()
             os.utime(self.folder)  # or whoever tidies temporary files would take a long run's folder away
         self._learn_run()
         code = self.child.returncode
-        return code if self.processes == 1 or code <= 0 else self._code_of_processes()
+        return code if self.processes == 1 or code <= 0 else self._code_of_processes(code)
 
     def _first(self) -> bool:
         """Whether the command has not begun yet what it is to begin: a run, or an attempt of one that was known."""
@@ -129,15 +143,16 @@ class Supervisor:
             return self.run is None
         return self.run.next_attempt() == self.attempt
 
-    def _code_of_processes(self) -> int:
-        """What the processes themselves said: torchrun ends with 1 whatever they did, and ends all when one did."""
+    def _code_of_processes(self, launchers: int) -> int:
+        """What the processes themselves said, or what killed one of them: torchrun ends all of them when one ends."""
         said = {int(path.read_text()) for path in self.folder.glob("exit-*")}
         if self.asked and not said:
             return -self.asked
-        return next((code for code in (USER_ERROR, STOPPED, INTERRUPTED, OUT_OF_MEMORY, HANG) if code in said), BUG)
+        of_processes = (USER_ERROR, STOPPED, INTERRUPTED, OUT_OF_MEMORY, HANG, MACHINE_FAILED)
+        return next((code for code in of_processes if code in said), KILLED - launchers if launchers > KILLED else BUG)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Hands a signal to the command: to torchrun's processes themselves, for it would kill them after 30 s."""
+        """Hands a signal to the command: to torchrun's processes themselves, for it leaves that to us."""
         if number != SAVE:
             self.asked = self.asked or number
         if self.child is None or self.child.poll() is not None:
@@ -149,14 +164,22 @@ class Supervisor:
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)
-        if not workers and number != SAVE:
-            self.child.send_signal(signal.SIGTERM)
+        if not workers:
+            self.child.send_signal(number)
 
     def _wait(self, seconds: float) -> bool:
         """Waits, unless someone asks for an end: whether that happened."""
         end = time.monotonic() + seconds
         while not self.asked and time.monotonic() < end:
             time.sleep(min(LOOK, seconds))
+        return bool(self.asked)
+
+    def _wait_for_others(self) -> bool:
+        """Waits until processes that outlived a launcher have let go of the run, for they save and stop; as `_wait`."""
+        if self.run and is_held(self.run.lock):
+            self.say("  the run is still in use: waiting for processes that outlived the one that started them")
+            while not self.asked and is_held(self.run.lock):
+                time.sleep(LOOK)
         return bool(self.asked)
 
     # -- how far it came ------------------------------------------------------------------------------------------
@@ -220,4 +243,4 @@ def _signal(code: int) -> str:
 
 
 def _as_shells_count(code: int) -> int:
-    return code if code >= 0 else 128 - code
+    return code if code >= 0 else KILLED - code

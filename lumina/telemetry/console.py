@@ -6,6 +6,7 @@ a file, TERM=dumb) there are only whole lines, without carriage returns and colo
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
 
+from lumina.standard import lasting
 from lumina.telemetry import incidents
 from lumina.telemetry.figures import count, duration, perplexity, size
 
@@ -99,6 +101,7 @@ def disk_lines(disk: dict[str, Any], why: str) -> list[str]:
     """How often a run saves (`why`, if that was chosen), and what its checkpoints take beside the room there is."""
     total = disk["most"] * disk["bytes"]
     several = f"{disk['most']} x {size(disk['bytes'])} = {size(total)}" if disk["most"] > 1 else size(total)
+    several += f" ({disk['pinned']} to undo overlays)" if disk["pinned"] else ""
     every = f"a checkpoint every {disk['every']} steps" if disk["every"] else "one checkpoint, at the end"
     lines = [f"disk   {every}, at most {several} at a time; {size(disk['free'])} are free"]
     lines += [f"       checkpoint.every {disk['every']}: {why}"] if why else []
@@ -251,8 +254,10 @@ class Console:
     def _on_checkpoint(self, event: Event) -> None:
         self.unsaved = False
         asked = f", asked by {event['signal']}" if event.get("signal") else ""
+        steps = event.get("stall_steps")
+        worth = "" if steps is None else f" ({steps:.1f} steps)"
         self.write(
-            f"[Save {event['step']}] {size(event['bytes'])} | steps waited {event['stall']:.2f}s | "
+            f"[Save {event['step']}] {size(event['bytes'])} | steps waited {event['stall']:.2f}s{worth} | "
             f"on disk after {event['seconds']:.2f}s ({size(event['bandwidth'])}/s, {event['way']}){asked}"
         )
         for problem in event.get("problems", []):
@@ -320,12 +325,17 @@ class Screen:
         self._drawn = 0.0
 
     def print(self, line: str) -> None:
-        self.terminal.print(Text(line, style=_style(line)), soft_wrap=True)
+        with lasting(sys.stdout):
+            self.terminal.print(Text(line, style=_style(line)), soft_wrap=True)
 
     def status(self, line: str) -> None:
         """Draws the status line, a few times a second at most and never wider than the terminal."""
         if not self.live or (line and self._line and time.monotonic() - self._drawn < REFRESH):
             return
+        with lasting(sys.stdout):
+            self._draw(line)
+
+    def _draw(self, line: str) -> None:
         if not line:
             if self._line:
                 self._line.stop()
@@ -347,5 +357,5 @@ def _style(line: str) -> str:
 
 class _Terminal(Terminal):
     def on_broken_pipe(self) -> None:
-        """Falls silent where rich would exit: a reader that goes away (`| head`) must not take the run along."""
-        self.quiet = True
+        """Leaves it to whoever prints."""
+        raise

@@ -117,7 +117,7 @@ def threads(world: World) -> int:
 
 
 def choose_writing(device: str, threads: int, room: bool, world: World = ALONE) -> tuple[Way, str]:
-    """How a checkpoint costs training the least, and why; `lumina bench checkpoint` measures it.
+    """How a checkpoint costs training the least, by rule of thumb, and why; `checkpoint.every=auto` measures it.
 
     `room`: whether memory holds a copy of the state.
     """
@@ -128,6 +128,11 @@ def choose_writing(device: str, threads: int, room: bool, world: World = ALONE) 
     if threads * world.local_size < usable_cores():
         return "background", "training leaves cores free that can write"
     return "inline", "training uses all cores: writing with all of them is over soonest"
+
+
+def either_way(config: Config, world: World) -> bool:
+    """Whether neither way to save is out of the question: a GPU need not wait, a copy may not fit into memory."""
+    return config.parallel.device == "cpu" and memory.room_for_copy(config, world.size, world.local_size)
 
 
 def micro_batch(config: Config, world: World, limit: int) -> int:
@@ -187,7 +192,6 @@ def check_settled(config: Config, run: str, world: World) -> None:
         "parallel.threads": config.parallel.threads,
         "train.micro_batch": config.train.micro_batch,
         "train.steps": config.train.steps,
-        "checkpoint.every": config.checkpoint.every,
     }
     if open_keys := [key for key, value in settled.items() if value in ("auto", None)]:
         fix = "restore the file; a run keeps what was chosen when it began"

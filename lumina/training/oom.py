@@ -5,7 +5,8 @@ One process repeats the gradients of a step with half the micro-batch (the batch
 half its batch. Of several processes none can do that alone, for the others wait for it in the middle of a step: it
 leaves word in `retry.json` and ends, and the next start begins with the smaller size.
 
-What a run goes on with is in its `config.yaml` (`train.micro_batch`) and its state (`Progress.eval_tokens`).
+What a run goes on with is in its `config.yaml` (`train.micro_batch`) and its state (`Progress.eval_tokens`). A trial
+changes neither: it is given up.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -26,12 +27,13 @@ from torch import Tensor
 from lumina.config.resolve import Resolved, settle, write
 from lumina.data.loader import Batch
 from lumina.data.records import Kind
-from lumina.errors import OutOfMemory, UserError
+from lumina.errors import MachineFailed, OutOfMemory, UserError
 from lumina.parallel.world import World
 from lumina.progress import Tell, whole
 from lumina.run import supervised
-from lumina.run.exit_codes import OUT_OF_MEMORY
+from lumina.run.exit_codes import MACHINE_FAILED, OUT_OF_MEMORY
 from lumina.run.folder import Run, write_json
+from lumina.standard import lasting
 from lumina.training import machine
 from lumina.training.evaluate import Evaluation, evaluate
 from lumina.training.setup import Parts
@@ -44,6 +46,7 @@ PHRASES = ("out of memory", "can't allocate memory", "not enough memory", "std::
 REHEARSED = 2  # micro-batches: while the second is computed there are gradients, too
 SMALLER = ("micro_batch", "eval_tokens")  # what can be made so
 KIND = "out of memory"  # of the incident
+COMPILING = "compiling for smaller micro-batches"
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,19 @@ def beyond_repair(what: str, fix: str) -> Iterator[None]:
 
 @contextmanager
 def ending_alone(world: World) -> Iterator[None]:
-    """Of several processes, one that raises `OutOfMemory` ends at once: the others wait for it, it for none of them."""
+    """Of several processes, one that raises what it alone has met ends at once: the others wait for it, it for none."""
     try:
         yield
-    except OutOfMemory as error:
+    except (OutOfMemory, MachineFailed) as error:
         if world.size == 1:
             raise
-        print(f"error: process {world.rank}: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        supervised.tell_exit(OUT_OF_MEMORY)
-        os._exit(OUT_OF_MEMORY)
+        with lasting(sys.stderr):
+            print(f"error: process {world.rank}: {error}", file=sys.stderr, flush=True)
+        with lasting(sys.stdout):
+            sys.stdout.flush()
+        code = OUT_OF_MEMORY if isinstance(error, OutOfMemory) else MACHINE_FAILED
+        supervised.tell_exit(code)
+        os._exit(code)
 
 
 class Fitting:
@@ -104,6 +110,17 @@ class Fitting:
         self, run: Run, resolved: Resolved, parts: Parts, state: State, told: Tell, emit: Callable[..., Any]
     ) -> None:
         self.run, self.resolved, self.parts, self.state, self.told, self.emit = run, resolved, parts, state, told, emit
+        self.trying = False
+
+    @contextmanager
+    def on_trial(self) -> Iterator[None]:
+        """Inside the block memory that runs out raises `OutOfMemory`: what a run only tries must not change it."""
+        self.trying = True
+        try:
+            with beyond_repair("an arm", self._again()):
+                yield
+        finally:
+            self.trying = False
 
     @property
     def micro_batch(self) -> int:
@@ -155,24 +172,31 @@ class Fitting:
             found = attempt(partial(evaluate, parts.model, *how))
             if isinstance(found, Evaluation):
                 return found
-            _free()
+            self._give_up_trial(found)
+            free()
             if batches.sequences == 1:
                 raise OutOfMemory(f"evaluating one sequence at a time: {found.said}", self._advice())
             before, progress.eval_tokens = progress.eval_tokens, progress.eval_tokens // 2
             self._abort_or_tell({"eval_tokens": progress.eval_tokens}, found.said, progress.step, before)
 
     def _gradients(self, batch: Batch, step: int, plan: Step, at_most: int | None = None) -> Sums:
-        parts = self.parts
+        parts, compiling = self.parts, False
         while True:
             fitting = replace(plan, micro_batches=parts.plan.micro_batches)
-            found = attempt(
-                partial(gradients, parts.model, parts.optimizer, batch, fitting, parts.precision, step, at_most)
-            )
+            work = partial(gradients, parts.model, parts.optimizer, batch, fitting, parts.precision, step, at_most)
+            with whole(COMPILING, self.told) if compiling else nullcontext():  # which takes longer than a step may
+                found = attempt(work)
             if isinstance(found, Sums):
                 return found
             parts.optimizer.zero_grad()
-            _free()
+            self._give_up_trial(found)
+            free()
             self._split(step, found.said)
+            compiling = parts.config.train.compile == "on"
+
+    def _give_up_trial(self, shortage: Shortage) -> None:
+        if self.trying:
+            raise OutOfMemory(f"out of memory in an arm: {shortage.said}", self._again())
 
     def _split(self, step: int, said: str) -> None:
         """Goes on with half the micro-batch, here or in the next start."""
@@ -235,7 +259,7 @@ def _said(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _free() -> None:
+def free() -> None:
     """Gives back what a failed attempt left behind: cycles, and blocks that the allocator keeps."""
     gc.collect()
     if torch.cuda.is_available():

@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 from safetensors import safe_open
 from torch import Tensor
 
-from lumina.checkpoint import retention, store
+from lumina.checkpoint import places, retention, store
 from lumina.checkpoint.catalogue import LOSS
 from lumina.checkpoint.writer import Writer
+from lumina.config import overlay
+from lumina.config.overlay import Overlay
 from lumina.errors import DiskRefused, UserError
 from lumina.progress import Tell, whole
 from lumina.run.folder import Run
@@ -35,7 +37,8 @@ class Saver:
     def __init__(
         self, run: Run, parts: Parts, state: State, told: Tell, emit: Callable[..., object], recast: bool = False
     ) -> None:
-        """`emit` is handed `checkpoint` events; `recast`: the user asked for another precision than before."""
+        """`emit` is handed `checkpoint` events; `recast`: the user asked for this precision while the run went on,
+        so that a checkpoint may be of another."""
         self.emit = emit
         self.recast, self.precision = recast, parts.precision
         self.run, self.config, self.world, self.state, self.told = run, parts.config, parts.world, state, told
@@ -66,12 +69,11 @@ class Saver:
         if the disk does not take it, or did not take the one before.
         """
         progress = self.state.progress
+        self.finish()  # prunes, which nothing may be under way for
         with whole(f"saving step {progress.step}", self.told):
-            self._or_unsaved(self.writer.finish)
-            self._tell()  # prunes, which nothing may be under way for
             self.world.decide(self._require_folder)
             loss = self._judge(evaluated)
-            state = self.identity | {LOSS: loss} | self.state.pack()
+            state = self.identity | {LOSS: loss, "precision": self.config.precision.mode} | self.state.pack()
             tensors = self.state.model_tensors(), self.state.optim_tensors()
             self._or_unsaved(lambda: self.writer.save(progress.step, *tensors, state))
         self.saved_step, self.why, self.judged = progress.step, why, loss is not None
@@ -88,7 +90,7 @@ class Saver:
         """Waits for the save that is under way. Raises the `UserError` of a save that failed."""
         if self.writer.busy:
             with whole(f"reading step {self.saved_step} back", self.told):
-                self._or_unsaved(self.writer.finish)
+                self._or_unsaved(lambda: self.writer.finish(self.told))
         self._tell()
 
     def require_saved(self) -> None:
@@ -127,13 +129,17 @@ class Saver:
         receipts = self._or_unsaved(self.writer.poll)
         if any(receipt.damaged and receipt.step == self.saved_step for receipt in receipts):
             self._unsaved()
-        for receipt in receipts:
-            self.emit("checkpoint", **self._event(receipt))
+        if events := [self._event(receipt) for receipt in receipts]:
+            self.world.decide(lambda: self._emit_all(events))
         if any(receipt.damaged for receipt in receipts):
-            self.world.decide(lambda: self.went_back(self.lineage))
+            self.world.decide(self.link)
         if any(receipt.verified for receipt in receipts):
             with whole(f"saving step {receipts[-1].step}: older ones go", self.told):
                 self.world.decide(self._tidy)
+
+    def _emit_all(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            self.emit("checkpoint", **event)
 
     def _event(self, receipt: store.Receipt) -> dict[str, Any]:
         usual, beside, self.beside = statistics.median(self.alone) if self.alone else None, self.beside, []
@@ -142,6 +148,7 @@ class Saver:
             "step": receipt.step,
             "bytes": receipt.bytes,
             **figures,
+            "stall_steps": None if usual is None else round(receipt.stall / usual, 2),
             "bandwidth": round(receipt.bandwidth),
             "way": receipt.way,
             "verified": receipt.verified,
@@ -177,12 +184,17 @@ class Saver:
 
     # -- restoring ----------------------------------------------------------------------------------------------------
 
+    def recall(self) -> None:
+        """Learns which attempts count, before the run goes on; what a killed save was replacing has its name again."""
+        self.lineage = self.world.decide(lambda: lineage(self.run))
+        self.world.decide(lambda: places.put_back(self.run.checkpoints))
+
     def restore(self) -> list[tuple[Path, str]]:
         """Loads the newest complete checkpoint that counts; returns those it had to pass over, with the reason.
 
+        The run begins again where none is left; what was saved then is among those passed over.
         Raises `UserError` if there are some and all are damaged: to begin again is for the user to say.
         """
-        self.lineage = self.world.decide(lambda: lineage(self.run))
         out = self.world.decide(lambda: abandoned(self.run, self.lineage))
         skipped: list[tuple[Path, str]] = []
         while True:
@@ -198,46 +210,86 @@ class Saver:
                 "\n  - ".join([f"{self.run.checkpoints}: every checkpoint is damaged", *reasons]),
                 fix="restore one, or start another: lumina train … --fresh",
             )
+        self.world.decide(lambda: self._leave_in_order(found, [path for path, _ in skipped]))
         if found is None:
             setup.load_origin(self.parts)
-        self.world.decide(lambda: retention.note_damaged(self.run.checkpoints, [path for path, _ in skipped]))
+            return self.world.decide(lambda: self._lost(out))
         return skipped
+
+    def _leave_in_order(self, found: store.Checkpoint | None, damaged: list[Path]) -> None:
+        """Names, notes and links as they would be if nobody had been killed."""
+        root = self.run.checkpoints
+        if found and found.path.suffix == store.OLD:
+            places.set_aside(final := found.path.with_suffix(""))
+            places.put_back(root)
+            damaged = [path for path in damaged if path != final]
+        retention.note_damaged(root, damaged)
+        self.link()
+
+    def _lost(self, undone: list[Path]) -> list[tuple[Path, str]]:
+        """What was there to go on from, by the log, of a run that has to begin again."""
+        saved = [e["step"] for e in self.run.events() if e["t"] == "checkpoint" and not e.get("problems")]
+        if not saved:
+            return []
+        gone = store.folder(self.run.checkpoints, saved[-1])
+        return [(gone, "gone: it was saved"), *((path, "the run went back before it") for path in undone)]
+
+    def overlays(self) -> tuple[Overlay, ...]:
+        """What lay over the plan in the newest checkpoint that counts: for a run whose log does not say."""
+        out = self.world.decide(lambda: abandoned(self.run, self.lineage))
+        found, _ = store.newest(self.run.checkpoints, self.world, self.told, out)
+        return overlay.unpack(found.state.get("overlays", ()), str(found.path)) if found else ()
+
+    def saved(self) -> list[int]:
+        """The steps of the checkpoints that count, newest first; for the main process."""
+        out = abandoned(self.run, self.lineage)
+        there = [path for path in retention.counting(self.run.checkpoints) if path not in out]
+        return [store.step_of(path) for path in there if path.suffix != store.OLD]
+
+    def keep_ways_back(self, ahead: int) -> None:
+        """Pins the newest checkpoint before each overlay that begins `ahead` steps from here at the latest.
+
+        For the main process. A save under way counts.
+        """
+        saved = {*self.saved(), *([] if self.saved_step is None else [self.saved_step])}
+        before: dict[int, list[str]] = {}
+        for one in self.state.overlays:
+            points = [step for step in saved if step < one.begin]
+            if points and one.begin <= self.state.progress.step + ahead:
+                before.setdefault(max(points), []).append(one.id)
+        retention.pin(self.run.checkpoints, {step: f"before {', '.join(ids)}" for step, ids in before.items()})
 
     def find(self, step: int) -> store.Checkpoint:
         """The checkpoint of `step`. Raises `UserError` if there is none that counts, or if it is damaged."""
 
-        def look() -> store.Checkpoint:
+        def look(tell: Tell) -> store.Checkpoint:
             out = abandoned(self.run, self.lineage)
             there = [path for path in store.checkpoints(self.run.checkpoints) if path not in out]
             for path in there:
                 if store.step_of(path) == step:
-                    return store.read(path)
+                    return store.read(path, tell)
             steps = ", ".join(str(store.step_of(path)) for path in reversed(there))
             raise UserError(
                 f"{self.run.path}: no checkpoint of step {step} to go back to",
                 fix=f"there are those of {steps}; and 0 is the start" if there else "0 is the start; there is no other",
             )
 
-        with whole(f"reading step {step} back", self.told):
-            return self.world.decide(look)
+        return self.world.follow(look, self.told)
 
     def load(self, found: store.Checkpoint) -> None:
         """Writes a verified checkpoint into the state. Raises `UserError` if it is none of this run, or not sound."""
         if problem := self._load(found):
             raise UserError(f"{found.path}: {problem}", fix="go back to another step")
 
-    def went_back(self, lineage: Lineage) -> None:
-        """Points `latest` and `best` at what counts after the run went back, or at nothing; for the main process."""
-        self.lineage = lineage
-        out = abandoned(self.run, lineage)
-        there = [path for path in store.checkpoints(self.run.checkpoints) if path not in out]
-        progress = self.state.progress
-        steps = [store.step_of(path) for path in there]
-        for name, wanted in (("latest", steps[:1]), ("best", [step for step in steps if step == progress.best_step])):
+    def link(self) -> None:
+        """Points `latest` and `best` at what counts, or at nothing; for the main process."""
+        root, saved, best = self.run.checkpoints, self.saved(), self.state.progress.best_step
+        retention.check_links(root)
+        for name, wanted in (("latest", saved[:1]), ("best", [step for step in saved if step == best])):
             if wanted:
-                store.point(self.run.checkpoints, name, wanted[0])
+                store.point(root, name, wanted[0])
             else:
-                store.remove(self.run.checkpoints / name)
+                store.remove(root / name)
 
     def _load(self, found: store.Checkpoint) -> str:
         """Writes a checkpoint into the state; or says why nobody can go on from it."""
@@ -246,14 +298,15 @@ class Saver:
             return "; ".join(problems)
         self._require_own(found)
         optim = self.state.optim_tensors()
-        if self.recast:
+        recast = self.recast and found.state.get("precision") != self.config.precision.mode
+        if recast:
             optim = _with_the_loss_scale_of(found, optim, self.precision.device)
         try:
-            store.load(found, self.state.model_tensors(), optim, self.world, cast=self.recast)
+            with whole(f"reading step {found.step}", self.told):
+                store.load(found, self.state.model_tensors(), optim, self.world, cast=recast)
         except store.Unsound as error:
             return error.message.partition(": ")[2]
         self.state.unpack(found.state)
-        self.world.decide(self._link_best)
         self.saved_step, self.judged = found.step, found.state[LOSS] is not None
         return ""
 

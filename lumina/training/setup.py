@@ -11,11 +11,12 @@ import time
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from lumina.checkpoint import store
+from lumina.checkpoint.writer import Way
 from lumina.config.resolve import Resolved, adopt, read, settle
 from lumina.config.schema.config import Config
 from lumina.data.corpus import Corpus
@@ -174,10 +175,7 @@ def settle_all(
     if seconds is not None:
         resolved = settle(resolved, world.decide(lambda: _deadline_choice(config, seconds, step_time)))
     if saves.every == "auto":
-        steps, evals = resolved.config.train.steps or 0, config.train.eval_every
-        stall = interval.measure_stall(parts, root)
-        choice = world.decide(lambda: interval.choose(stall, step_time, saves.mtbf, steps, evals))
-        resolved = settle(resolved, choice)
+        resolved = _settle_interval(resolved, parts, step_time, root)
     return _settle_compile(resolved, rate, world), rate
 
 
@@ -188,6 +186,38 @@ def settle_again(changed: Resolved, world: World) -> Resolved:
     resolved = settle(changed, world.decide(lambda: machine.choose(changed.config, world)))
     rate = matmul_rate(resolved.config, world) if resolved.config.train.compile == "auto" else 0.0
     return _settle_compile(resolved, rate, world)
+
+
+def settle_interval(
+    resolved: Resolved, began_with: int, corpus: Corpus, world: World, progress: Tell, root: Path
+) -> Resolved:
+    """The same for the interval between saves of a run that goes on, where that is open again.
+
+    Weights of their own are trained and saved below `root`, and thrown away.
+    """
+    if resolved.config.checkpoint.every != "auto":
+        return resolved
+    trial = settle(resolved, {"train.compile": ("off", "trial")})
+    parts = build(adapt(trial, began_with, world), corpus, world)
+    return _settle_interval(resolved, parts, _measure_step_time(parts, progress), root)
+
+
+def _settle_interval(resolved: Resolved, parts: Parts, step_time: float, root: Path) -> Resolved:
+    """Measures what a save costs, in both ways where neither the user nor the machine leaves only one."""
+    config, world = resolved.config, parts.world
+    ways: tuple[Way, ...] = (cast("Way", config.checkpoint.write),)
+    own = not resolved.origins["checkpoint.write"].startswith("resolved: ")
+    if not own and world.decide(lambda: machine.either_way(config, world)):
+        ways = "inline", "background"
+    costs = interval.measure(parts, root, ways, partial(_trial_step, parts, 0), step_time)
+
+    def choose() -> machine.Choices:
+        way = interval.cheaper(costs) if len(ways) > 1 else {}
+        cost = min(costs.values(), key=lambda cost: cost.lost)
+        steps, evals = config.train.steps or 0, config.train.eval_every
+        return way | interval.choose(cost, step_time, config.checkpoint.mtbf, steps, evals)
+
+    return settle(resolved, world.decide(choose))
 
 
 def _settle_compile(resolved: Resolved, rate: float, world: World) -> Resolved:
@@ -343,11 +373,16 @@ def _measure_step_time(parts: Parts, progress: Tell) -> float:
     """Median seconds of a training step, on throw-away weights."""
     times = []
     for i in tracked(range(DEADLINE_STEPS + 1), "timing a step", DEADLINE_STEPS + 1, progress):
-        batch = parts.loader.batch(i)
         start = time.perf_counter()
-        train_step(parts.model, parts.optimizer, batch, 0.0, parts.plan, parts.precision, freeze_bias=True).tolist()
+        _trial_step(parts, i)
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
+
+
+def _trial_step(parts: Parts, i: int) -> None:
+    """The batch of step `i`, and the step to its end."""
+    batch = parts.loader.batch(i)
+    train_step(parts.model, parts.optimizer, batch, 0.0, parts.plan, parts.precision, freeze_bias=True).tolist()
 
 
 def description(parts: Parts) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lumina.config.resolve import Resolved, read, request_hash, resolve, settle,
 from lumina.data.corpus import Corpus
 from lumina.data.shards import data_fingerprint
 from lumina.data.tokenizer import Tokenizer
-from lumina.errors import UserError
+from lumina.errors import MachineFailed, UserError
 from lumina.parallel.world import World, join
 from lumina.progress import Tell, silent, whole
 from lumina.run import index
@@ -63,7 +64,8 @@ class Trainer:
     def fit(self) -> Run:
         """Trains to the end, going on with an unfinished run of the same request unless `fresh`.
 
-        Started by torchrun, all its processes call this; listeners hear of it in the main process only.
+        Started by torchrun, all its processes call this; listeners hear of it in the main process only. Raises
+        `UserError`, `OutOfMemory`, and, once there is a run, `MachineFailed` for an error of the system that may pass.
         """
         world = join()
         start = world.each(lambda: setup.origin(self.resolved.config))
@@ -89,7 +91,7 @@ class Trainer:
             "processes": world.size,
         }
         run = world.decide(lambda: Run.create(self.root, settled.source))
-        with world.holding(RunLock(run.lock)), oom.ending_alone(world), _memory_of(run):
+        with world.holding(RunLock(run.lock)), oom.ending_alone(world), _machine_of(run), _memory_of(run):
             world.decide(lambda: _write(run, settled, corpus, meta))
             Session(run, settled, parts, rate, self.listeners, self.progress).train()
         return run
@@ -133,7 +135,8 @@ def resume(
 
     `settings` change how it is computed, kept and shown from here on, as `config.change` lists; its `config.yaml`
     holds them then, so that it goes on with them the next time. A finished run is returned as it is, unless it goes
-    back: then it is unfinished again.
+    back: then it is unfinished again. Raises `UserError` if it cannot go on so, with nothing changed; `OutOfMemory`;
+    and `MachineFailed` for an error of the system that may pass.
     """
     world = join()
     if back is None and world.decide(lambda: run.finished):
@@ -142,15 +145,16 @@ def resume(
     resolved = _changed(run, before, settings, world)
     world.decide(lambda: memory.require(resolved, world.size, world.local_size))
     world.decide(lambda: room.require(resolved.config, run.checkpoints))
-    with world.holding(RunLock(run.lock)), oom.ending_alone(world), _memory_of(run):
+    with world.holding(RunLock(run.lock)), oom.ending_alone(world), _machine_of(run), _memory_of(run):
         meta = world.each(run.read_meta)
         world.each(lambda: machine.check_settled(resolved.config, str(run.path), world))
         corpus = _data_again(run, resolved, meta, world, progress)
+        with oom.beyond_repair("timing a step", "set checkpoint.every to a number of steps"):
+            resolved = setup.settle_interval(resolved, meta["processes"], corpus, world, progress, run.path.parent)
         config = setup.adapt(resolved, meta["processes"], world)
         with oom.beyond_repair(BUILDING, TOO_LARGE), whole(BUILDING, progress):
             parts = setup.build(config, corpus, world)
-        if changed := differences(before, resolved):
-            world.decide(lambda: oom.rewrite(run, resolved))
+        changed = differences(before, resolved)
         session = Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress, changed)
         session.train(back)
     return run
@@ -159,6 +163,20 @@ def resume(
 def _memory_of(run: Run) -> AbstractContextManager[None]:
     """Of whatever has no smaller pieces, such as a probe or a checkpoint."""
     return oom.beyond_repair("the run", f"free memory, then go on from the last checkpoint: lumina resume {run.path}")
+
+
+@contextmanager
+def _machine_of(run: Run) -> Iterator[None]:
+    """Raises `MachineFailed` for what no room foresaw of the system's errors: a disk that hung may be well again."""
+    try:
+        yield
+    except BrokenPipeError:  # of whoever reads what is said
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        again = f"lumina resume {shlex.quote(str(run.path))}"
+        fix = f"look at the disk or the network it is on, then go on from the last checkpoint: {again}"
+        raise MachineFailed(f"{where}{error.strerror or error}", fix) from error
 
 
 def _changed(run: Run, before: Resolved, settings: Sequence[str] | Mapping[str, Any], world: World) -> Resolved:

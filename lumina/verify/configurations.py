@@ -13,6 +13,7 @@ from lumina.errors import UserError
 from lumina.verify.covering import Constraints, Row, broken, cover
 
 STEPS, EVERY = 24, 4  # of a run, and between its checkpoints: an attempt is a second or two on `tiny`
+DAMAGED = 3 * EVERY  # the checkpoint that the disk gives back with other bytes whenever it is written; not evaluated
 
 # A factor that is a key takes its levels as values; the others are turned into keys by `settings`.
 FACTORS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lumina.checkpoint import store
+from lumina.checkpoint import store, writer
 from lumina.config.resolve import read
 from lumina.events import read_events
 from lumina.run import index
@@ -21,8 +22,8 @@ from lumina.training import precision
 from lumina.training.trainer import Trainer
 from lumina.verify import configurations, moments
 from lumina.verify.comparison import differences
-from lumina.verify.configurations import EVERY, STEPS
-from lumina.verify.moments import INDEX, PLACES, Instant, Note
+from lumina.verify.configurations import DAMAGED, EVERY, STEPS
+from lumina.verify.moments import INDEX, PLACES, RESTORING, SETTING_ASIDE, Instant, Note
 from lumina.verify.processes import LONGEST, Ended, fork, last_line
 
 OVERFLOWING = 2.0**22  # fp16's first loss scale: some steps overflow and are skipped, as now and then in a long run
@@ -137,8 +138,9 @@ class Ordeal:
         if number % CLOCK_EVERY == 0:
             return self.random.uniform(0, self.preparing + self.training * share)
         turn = number - number // CLOCK_EVERY - 1
-        reachable = [place for place in PLACES if self.calls[INDEX[place.name]] or done]
-        place = reachable[turn % len(reachable)]
+        ahead = {RESTORING: done > 0, SETTING_ASIDE: done < DAMAGED}
+        turns = (PLACES[(turn + i) % len(PLACES)] for i in range(len(PLACES)))
+        place = next(place for place in turns if ahead.get(place.name, True))
         i = INDEX[place.name]
         call = self.random.randint(1, max(1, int(self.calls[i] * share)))
         inside = [self.random.randint(1, self.note.operations[i])] * INSIDE if self.note.operations[i] else []
@@ -161,7 +163,8 @@ class Ordeal:
         note = self.note
         trained = before.newest + note.trained
         in_flight = before.newest + note.saving_since > now.newest
-        allowed = EVERY + (note.trained - note.saving_since if in_flight else 0)
+        damaged = now.newest == DAMAGED - EVERY and trained >= DAMAGED
+        allowed = EVERY * (1 + damaged) + (note.trained - note.saving_since if in_flight else 0)
         exact = isinstance(moment, Instant)
         self.tell(
             {
@@ -196,8 +199,24 @@ class Ordeal:
 
 def _train(preset: str, settings: dict[str, Any], root: Path, note: Note, instant: Instant | None) -> None:
     precision.FIRST_SCALE = OVERFLOWING
+    setattr(writer.Save, "_read_back", _damaging(writer.Save._read_back))  # noqa: B010 - as mypy wants it
     moments.arm(note, instant)
     Trainer(preset, settings, root=root).fit()
+
+
+def _damaging(read_back: Callable[..., Any]) -> Callable[..., Any]:
+    """Reading back from a disk that changes a byte of one checkpoint first: so a run sets one aside."""
+
+    def reading(save: writer.Save, path: Path, *rest: Any) -> Any:
+        if store.step_of(path) == DAMAGED:
+            with next((path / store.MODEL).iterdir()).open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                last = file.read(1)[0]
+                file.seek(-1, os.SEEK_END)
+                file.write(bytes([last ^ 1]))
+        return read_back(save, path, *rest)
+
+    return reading
 
 
 def _look(root: Path) -> dict[str, Any]:
@@ -209,8 +228,10 @@ def _look(root: Path) -> dict[str, Any]:
     read(run.config)
     events = list(read_events(run.event_log)) if run.event_log.exists() else []
     found, skipped = store.newest(run.checkpoints)
-    problems += [f"a kill left a checkpoint that is passed over: {path.name}: {reason}" for path, reason in skipped]
-    announced = max((event["step"] for event in events if event["t"] == "checkpoint"), default=0)
+    torn = [(path.name, reason) for path, reason in skipped if store.step_of(path) != DAMAGED]
+    problems += [f"a kill left a checkpoint that is passed over: {name}: {reason}" for name, reason in torn]
+    sound = (event for event in events if event["t"] == "checkpoint" and event["step"] != DAMAGED)
+    announced = max((event["step"] for event in sound), default=0)
     began = tuple(event["step"] for event in events if event["t"] == "run")
     return asdict(Look(str(run.path), found.step if found else 0, announced, began, tuple(problems)))
 

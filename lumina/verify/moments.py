@@ -30,6 +30,7 @@ class Place:
 
 
 COMPUTING, SAVING = "computing", "staging"
+RESTORING, SETTING_ASIDE = "restoring", "setting aside"
 # In the order in which they are drawn, so that few kills meet very different ones.
 PLACES = (
     Place("writing", "lumina.checkpoint.phases.write", "disk"),
@@ -42,7 +43,9 @@ PLACES = (
     Place("linking", "lumina.checkpoint.places.point", "disk"),
     Place("evaluating", "lumina.training.oom.evaluate", "calls"),
     Place("tidying", "lumina.checkpoint.retention.prune", "disk"),
-    Place("restoring", "lumina.training.saving.Saver.restore", "disk"),
+    Place(RESTORING, "lumina.training.saving.Saver.restore", "disk"),
+    Place(SETTING_ASIDE, "lumina.checkpoint.places.set_aside", "disk"),
+    Place("reading back", "lumina.checkpoint.writer.Save._read_back", "disk"),
 )
 INDEX = {place.name: i for i, place in enumerate(PLACES)}
 DISK = ("posix", "_io", "safetensors")  # modules whose functions, and whose objects' methods, touch the disk

@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import worker
 from safetensors.torch import load_file
-from support import write_text
+from support import ended, until, write_text
 
 from lumina.checkpoint import store
 from lumina.config.resolve import read
@@ -26,6 +25,7 @@ from lumina.parallel.world import World, join
 from lumina.run.folder import Run
 from lumina.training.session import Stopped
 from lumina.training.trainer import Trainer, resume
+from lumina.verify.comparison import differences
 
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d"]
 TORCHRUN += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node"]
@@ -164,6 +164,23 @@ def test_a_process_without_memory_ends_all_and_the_next_start_takes_half_the_mic
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
 
 
+def test_a_process_of_two_that_is_killed_in_a_save_costs_one_interval_and_no_bit(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    for how in worker.DEATHS:
+        died = torchrun(2, worker.__file__, "killed", str(tmp_path), str(text), how, check=False)
+        assert "SIGKILL" in died.stderr
+    killed = [Run(path) for how in worker.DEATHS for path in (tmp_path / how).iterdir()]
+    for run in killed:
+        assert [store.step_of(path) for path in store.checkpoints(run.checkpoints)] == [2]
+    torchrun(2, worker.__file__, "again", str(tmp_path / "whole"), str(text), *(str(run.path) for run in killed))
+    (whole,) = (Run(path) for path in (tmp_path / "whole").iterdir())
+    for run in killed:
+        assert differences(whole, run) == []
+        starts = [event for event in read_events(run.event_log) if event["t"] == "run"]
+        assert [(event["parent_step"], event["processes"]) for event in starts] == [(None, 2), (2, 2)]
+        assert not [*run.path.rglob("*.tmp-*")]
+
+
 def test_the_example_runs_and_a_signal_saves_in_all_and_is_said_once(tmp_path: Path) -> None:
     write_text(tmp_path)
     keys = ["data.train=text.txt", "train.steps=100000", "checkpoint.every=0"]
@@ -173,13 +190,9 @@ def test_the_example_runs_and_a_signal_saves_in_all_and_is_said_once(tmp_path: P
         ["sh", str(script), "tiny", *keys],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PATH": path},
     )  # fmt: skip
-    for _ in range(600):
-        if any('"t":"step"' in log.read_text() for log in tmp_path.glob("runs/*/events.jsonl")):
-            break
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    until(lambda: any('"t":"step"' in log.read_text() for log in tmp_path.glob("runs/*/events.jsonl")), process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = ended(process)
     (path,) = tmp_path.glob("runs/*")
     assert store.verify((path / "checkpoints" / "latest").resolve()) == []
     assert json.loads((path / "events.jsonl").read_text().splitlines()[-1])["reason"] == "stopped", err

@@ -5,6 +5,8 @@ worker.py train ROOT TEXT KIND...   a whole tiny run of every such kind below RO
 worker.py resume RUN...             goes on with these runs
 worker.py interrupt ROOT TEXT IDS   a run that is not interrupted, and one that is, by SIGTERM after `CUT` steps
 worker.py scarce ROOT TEXT          a run in whose third step the memory of one process runs out
+worker.py killed ROOT TEXT HOW      a run below ROOT/HOW, one of whose processes is killed in the middle of a save
+worker.py again ROOT TEXT RUN...    the same below ROOT, which nobody kills; and the others go on
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lumina.checkpoint import phases
 from lumina.config.resolve import resolve, settle
 from lumina.data.loader import Batch, Loader
 from lumina.parallel.world import ALONE, World, join
@@ -38,6 +41,8 @@ from lumina.training.trainer import Trainer, resume
 
 LENGTH, CUT = 9, 3  # steps of a run that changes hands after each third
 KINDS = ("dense", "moe", "mod", "hybrid")
+# Which process is killed, and in which part of its save: with its own files written, and with all of them sealed.
+DEATHS = {"writing": (1, "flush"), "publishing": (0, "publish")}
 CASES = [(kind, "muon", "fp32") for kind in KINDS] + [("hybrid", "adamw", "fp16"), ("hybrid", "adamw", "fp32")]
 
 
@@ -140,6 +145,25 @@ def scarce(root: Path, text: Path) -> None:
     Trainer("tiny", keys_of("moe", text, 6, 4) | {"checkpoint.every": 2}, root=root).fit()
 
 
+def saving_often(root: Path, text: Path) -> None:
+    """A run that saves every second step."""
+    Trainer("tiny", keys_of("hybrid", text, 8, 4) | {"checkpoint.every": 2}, root=root).fit()
+
+
+def killed(root: Path, text: Path, how: str) -> None:
+    """The same, until a process is killed in the save of step 4, as `DEATHS` says."""
+    rank, part = DEATHS[how]
+    real = getattr(phases, part)
+
+    def die(root: Path, aside: Path, step: int, *rest: Any) -> Any:
+        if step == 4 and join().rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(root, aside, step, *rest)
+
+    setattr(phases, part, die)
+    saving_often(root / how, text)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     verb, *arguments = sys.argv[1:]
@@ -155,6 +179,12 @@ if __name__ == "__main__":
         Loader.ids = noted(ids)  # type: ignore[method-assign]
         interrupt(root / "whole", text)
         interrupt(root / "parts", text, [stop_at(CUT)])
+    elif verb == "killed":
+        killed(Path(arguments[0]), Path(arguments[1]), arguments[2])
+    elif verb == "again":
+        saving_often(Path(arguments[0]), Path(arguments[1]))
+        for path in arguments[2:]:
+            resume(Run(Path(path)))
     elif verb == "scarce":
         scarce(Path(arguments[0]), Path(arguments[1]))
     else:

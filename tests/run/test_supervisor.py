@@ -7,13 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from support import ended, history, settings, tensors_of, until
+from support import SLOWLY, ended, history, settings, tensors_of, until
 
+from lumina.checkpoint import store
 from lumina.events import EventWriter, read_events
 from lumina.run import supervised
 from lumina.run.folder import Run
@@ -41,7 +46,13 @@ class Case:
     """A supervisor over programs that stand in for `lumina`."""
 
     def __init__(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, programs: list[str], restarts: int = 5, run: bool = False
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        programs: list[str],
+        restarts: int = 5,
+        run: bool = False,
+        processes: int = 1,
     ) -> None:
         self.run, self.told, self.pauses = Run(folder / "a run"), folder / "told", list[float]()
         self.run.path.mkdir(parents=True)
@@ -60,7 +71,8 @@ class Case:
             module.write_text(begin + next(left))
             return ["first"] if first else ["again"]
 
-        self.supervisor = Supervisor(command, self.said.append, self.run if run else None, restarts=restarts)
+        known = self.run if run else None
+        self.supervisor = Supervisor(command, self.said.append, known, processes, restarts)
 
     def starts(self) -> list[tuple[list[str], dict[str, Any] | None]]:
         return [tuple(json.loads(line)) for line in self.told.read_text().splitlines()]
@@ -75,16 +87,16 @@ def test_what_a_restart_cannot_mend_is_passed_on(code: int, tmp_path: Path, monk
 
 
 def test_each_death_is_told_to_the_next_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(tmp_path, monkeypatch, [KILLED, "sys.exit(4)", "sys.exit(5)", "sys.exit(1)", "sys.exit(0)"])
+    case = Case(tmp_path, monkeypatch, [KILLED, *(f"sys.exit({code})" for code in (4, 5, 6, 1, 0))])
     assert case.supervisor.supervise() == 0
     commands, why = zip(*case.starts(), strict=True)
-    assert commands == (["first"], *[["again"]] * 4)
+    assert commands == (["first"], *[["again"]] * 5)
     assert why[0] is None
     assert [(each["code"], each["signal"], each["restarts"]) for each in why[1:]] == [
-        (None, "SIGKILL", 1), (4, None, 2), (5, None, 3), (1, None, 4),
+        (None, "SIGKILL", 1), (4, None, 2), (5, None, 3), (6, None, 4), (1, None, 5),
     ]  # fmt: skip
     assert all(each["seconds_lost"] > 0 for each in why[1:])
-    assert case.pauses == [1, 2, 4, 8]
+    assert case.pauses == [1, 2, 4, 8, 16]
     assert "SIGKILL (as the system does when memory runs out) after step 7; restart 1 of 5 in 1 s" in case.said[0]
 
 
@@ -132,6 +144,63 @@ def test_who_asks_for_an_end_in_a_pause_gets_it(tmp_path: Path, monkeypatch: pyt
         assert len(case.starts()) == 1
 
 
+def test_what_is_asked_while_a_command_starts_is_passed_on_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tmp_path, monkeypatch, ["time.sleep(60)"])
+    command = case.supervisor.command
+
+    def asked(first: bool) -> list[str]:
+        signal.raise_signal(signal.SIGTERM)
+        return [*command(first)]
+
+    case.supervisor.command = asked
+    assert case.supervisor.supervise() == 128 + signal.SIGTERM
+
+
+def test_a_process_of_several_that_was_killed_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_dies = f"{KILLED} if os.environ['RANK'] == '1' else time.sleep(60)"
+    case = Case(tmp_path, monkeypatch, [one_dies, "sys.exit(1)", "sys.exit(0)"], processes=2)
+    assert case.supervisor.supervise() == 0
+    assert "ended by SIGKILL (as the system does when memory runs out)" in case.said[0]
+    assert "ended by exit code 1" in case.said[1]
+
+
+SAVES = """
+from lumina.run.signals import Requests
+with Requests() as requests:
+    Path(f"{ready}-{{os.environ.get('RANK', '0')}}").touch()
+    while not requests.stop:
+        time.sleep(0.02)
+    time.sleep(1)
+supervised.tell_exit(3)
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2], ids=lambda n: n.name)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stop_that_is_sent_to_every_process_saves(
+    processes: int, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As systemd, scancel and srun do; those that do the work may hear of it before who passes it on to them."""
+    case = Case(tmp_path, monkeypatch, [SAVES.format(ready=tmp_path / "ready")], processes=processes)
+    supervisor = case.supervisor
+
+    def stop() -> None:
+        while len([*tmp_path.glob("ready-*")]) < processes:
+            time.sleep(0.02)
+        assert supervisor.child
+        below = psutil.Process(supervisor.child.pid)
+        for process in (*below.children(), below, psutil.Process()):
+            process.send_signal(number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert supervisor.supervise() == 3
+    thread.join()
+
+
 def test_without_a_supervisor_nothing_is_told_and_with_a_dead_one_it_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,19 +208,42 @@ def test_without_a_supervisor_nothing_is_told_and_with_a_dead_one_it_is_known(
     supervised.tell_run(tmp_path)
     supervised.tell_exit(3)
     assert supervised.restart() is None
-    assert not supervised.abandoned()
+    assert not supervised.abandoned(os.getppid())
     monkeypatch.setenv(supervised.VARIABLE, supervised.environment(tmp_path)[supervised.VARIABLE])
-    assert not supervised.abandoned()
+    assert not supervised.abandoned(os.getppid())
     gone = subprocess.Popen(["true"])
     gone.wait()
     monkeypatch.setenv(supervised.VARIABLE, f"{gone.pid}:{tmp_path}")
-    assert supervised.abandoned()
+    assert supervised.abandoned(os.getppid())
+
+
+def test_a_parent_that_is_gone_is_known_if_it_was_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(supervised.VARIABLE, raising=False)
+    monkeypatch.delenv(supervised.TORCHRUN, raising=False)
+    had = os.getpid()  # which nobody is the child of any more
+    assert not supervised.abandoned(had)
+    monkeypatch.setenv(supervised.TORCHRUN, "none")
+    assert supervised.abandoned(had)
+    assert not supervised.abandoned(os.getppid())
+
+
+SUPERVISE = """
+import sys
+from lumina.cli import main
+from lumina.run import supervisor
+supervisor.PROGRAM = "lumina_slowly"
+sys.exit(main())
+"""
 
 
 def train(folder: Path, keys: dict[str, Any], *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lumina", "train", "tiny", *(f"{key}={value}" for key, value in keys.items())]
+    folder.mkdir(exist_ok=True)
+    (folder / "lumina_slowly.py").write_text(SLOWLY)
+    command = [sys.executable, "-c", SUPERVISE, "train", "tiny", *(f"{key}={value}" for key, value in keys.items())]
     command += ["--root", str(folder), "--supervise", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def run_below(folder: Path, process: subprocess.Popen[str]) -> Run:
@@ -168,13 +260,14 @@ def holder(run: Run) -> int:
 
 
 def test_killed_twice_and_stopped_it_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
-    keys = settings(tmp_path, "dense") | {"train.steps": 40, "checkpoint.every": 3}
+    keys = settings(tmp_path, "dense") | {"train.steps": 100, "checkpoint.every": 10}
     whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
     process = train(tmp_path / "parts", keys, "--fresh")
     run = run_below(tmp_path / "parts", process)
-    for attempt in range(2):
-        until(steps_since(run, attempt), process)
-        os.kill(holder(run), signal.SIGKILL)
+    until(steps_since(run, 0), process)
+    os.kill(holder(run), signal.SIGKILL)
+    until(lambda: [*run.checkpoints.glob("step-*/COMPLETE")], process)
+    os.kill(holder(run), signal.SIGKILL)
     until(steps_since(run, 2), process)
     process.send_signal(signal.SIGTERM)
     out, err = ended(process)
@@ -221,10 +314,62 @@ s.Supervisor(lambda first: [], print).supervise()
     until(ready.exists, process)
     process.kill()
     ended(process)  # until the last of its processes has closed its output
-    assert end.read_text() == "SIGTERM"
+    assert end.read_text() == "SIGUSR2"
 
 
-def test_two_processes_save_and_go_on_and_one_that_is_killed_is_started_again_with_the_other(tmp_path: Path) -> None:
+BEFORE_TRAINING = """
+import sys, time
+from lumina.cli import main
+from lumina.training.trainer import Trainer
+
+def fit(trainer):
+    print("begun", flush=True)
+    time.sleep(600)
+
+Trainer.fit = fit
+sys.argv = ["lumina", "train", "tiny", "--quiet"]
+main()
+"""
+STARTING = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runs on Linux: other systems tell nobody that a parent is gone")
+def test_whoever_has_nothing_to_save_ends_with_the_launcher() -> None:
+    environment = os.environ | {supervised.TORCHRUN: "none"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTING, BEFORE_TRAINING], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    process.kill()
+    ended(process)  # which waits until the other one has closed its output
+
+
+def test_processes_of_a_torchrun_that_is_killed_save_and_stop(tmp_path: Path) -> None:
+    keys = settings(tmp_path, "dense") | {"train.steps": 100000, "checkpoint.every": 0}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lumina"]
+    command += ["train", "tiny", *(f"{key}={value}" for key, value in keys.items()), "--root", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = run_below(tmp_path, process)
+    until(steps_since(run, 0), process)
+    workers = psutil.Process(process.pid).children()
+    try:
+        process.kill()
+        _, err = ended(process)
+        assert psutil.wait_procs(workers, timeout=120)[1] == [], err
+    finally:
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+    last = [*read_events(run.event_log)][-1]
+    assert (last["reason"], last["signal"]) == ("stopped", "SIGUSR2"), err
+    assert store.verify((run.checkpoints / "latest").resolve()) == []
+    assert err.count("SIGUSR2: saving after this step") == 2  # once in each
+
+
+def test_two_processes_are_started_again_when_one_of_them_or_their_launcher_is_killed(
+    tmp_path: Path,
+) -> None:
     keys = settings(tmp_path, "dense") | {"train.steps": 100000, "checkpoint.every": 0}
     process = train(tmp_path, keys, "--processes", "2")
     run = run_below(tmp_path, process)
@@ -233,16 +378,21 @@ def test_two_processes_save_and_go_on_and_one_that_is_killed_is_started_again_wi
     until(lambda: any(event["t"] == "checkpoint" for event in read_events(run.event_log)), process)
     os.kill(holder(run), signal.SIGKILL)
     until(steps_since(run, 1), process)
+    (torchrun,) = psutil.Process(process.pid).children()
+    torchrun.kill()
+    until(steps_since(run, 2), process)
     process.send_signal(signal.SIGTERM)
     _, err = ended(process)
     assert process.returncode == 3, err
     events = [*read_events(run.event_log)]
-    assert [event.get("signal") for event in events if event["t"] in ("checkpoint", "end")] == [
-        "SIGUSR1", "SIGTERM", "SIGTERM",
+    assert [(event["attempt"], event.get("signal")) for event in events if event["t"] in ("checkpoint", "end")] == [
+        (0, "SIGUSR1"), (1, "SIGUSR2"), (1, "SIGUSR2"), (2, "SIGTERM"), (2, "SIGTERM"),
     ]  # fmt: skip
-    (restart,) = (event for event in events if event["t"] == "incident")
-    assert (restart["kind"], restart["code"], restart["attempt"]) == ("restart", 1, 1)
-    assert [event["processes"] for event in events if event["t"] == "run"] == [2, 2]
+    restarts = [event for event in events if event["t"] == "incident"]
+    assert [(event["kind"], event["code"], event["signal"], event["attempt"]) for event in restarts] == [
+        ("restart", None, "SIGKILL", 1), ("restart", None, "SIGKILL", 2),
+    ]  # fmt: skip
+    assert [event["processes"] for event in events if event["t"] == "run"] == [2, 2, 2]
 
 
 def test_what_a_command_is_to_begin_it_is_told_until_it_has(tmp_path: Path) -> None:

@@ -96,9 +96,9 @@ def test_unknown_events_are_ignored() -> None:
 def test_a_save_says_what_the_steps_waited_and_what_the_disk_did_not_give_back() -> None:
     saved = {
         "t": "checkpoint", "step": 40, "bytes": 3 << 20, "seconds": 1.5, "stall": 0.25, "waited": 0.0, "way": "inline",
-        "bandwidth": 2 << 20, "verified": True, "slowed": 0.1,
+        "bandwidth": 2 << 20, "verified": True, "slowed": 0.1, "stall_steps": 0.72,
     }  # fmt: skip
-    line = "[Save 40] 3 MiB | steps waited 0.25s | on disk after 1.50s (2 MiB/s, inline)"
+    line = "[Save 40] 3 MiB | steps waited 0.25s (0.7 steps) | on disk after 1.50s (2 MiB/s, inline)"
     assert printed(saved) == [line]
     problem = "state.json has other bytes than were saved"
     damaged = saved | {"verified": False, "problems": [problem]}

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import history, same_tensors, settings, tensors
+from test_saving import reseal
 
 from lumina.checkpoint import store
 from lumina.cli import main
@@ -18,7 +21,8 @@ from lumina.config.change import RESUME
 from lumina.config.resolve import read
 from lumina.errors import UserError
 from lumina.run.folder import Run
-from lumina.training.session import Stopped
+from lumina.training import interval
+from lumina.training.session import Back, Stopped
 from lumina.training.trainer import Trainer, resume
 
 STEPS = 6
@@ -136,6 +140,24 @@ def test_what_the_machine_decides_can_be_left_to_it_again(tmp_path: Path) -> Non
     assert read(run.config).config.parallel == config.parallel
 
 
+def test_the_interval_between_saves_is_measured_again_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = interval.measure
+    at_once = lambda *how: {way: replace(cost, lasts=0.0) for way, cost in measure(*how).items()}  # noqa: E731
+    monkeypatch.setattr(interval, "measure", at_once)
+    run = stopped(tmp_path / "runs", settings(tmp_path, "dense"))
+    often = ["checkpoint.every=auto", "checkpoint.mtbf=0.000001s"]
+    with pytest.raises(Stopped):
+        resume(run, [StopAt(3)], settings=often)
+    assert begun(run)["changed"]["checkpoint.every"] == [2, 1]
+    assert read(run.config).origins["checkpoint.every"].startswith("resolved: sqrt(")
+    assert begun(run)["disk"]["every"] == 1
+    assert resume(run, settings=["checkpoint.mtbf=1000d"]).finished  # what it was reckoned from is another
+    assert begun(run)["changed"]["checkpoint.every"] == [1, STEPS]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.path.name]
+
+
 def test_how_a_run_is_kept_and_shown_may_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = stopped(tmp_path / "runs", settings(tmp_path))
     capsys.readouterr()
@@ -157,4 +179,19 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
     dense = stopped(tmp_path / "dense", settings(tmp_path, "dense"))
     with pytest.raises(UserError, match="has no use for it"):
         resume(dense, settings=["model.moe.kernel=loop"])
+    with pytest.raises(UserError, match=r"stands at step \d, not behind 999"):
+        resume(run, settings=["precision.mode=bf16"], back=Back(999))
     assert (run.config.read_bytes(), run.event_log.read_bytes()) == (before, log)
+
+
+def test_a_checkpoint_of_the_run_s_own_precision_is_not_cast(tmp_path: Path) -> None:
+    """Only one of another precision is, and only where that was asked: tensors of other dtypes are no sound ones."""
+    run = stopped(tmp_path, settings(tmp_path, "dense") | {"precision.mode": "fp32", "checkpoint.every": 0})
+    with pytest.raises(Stopped):
+        resume(run, [StopAt(4)], settings=["precision.mode=bf16"])
+    newest = (run.checkpoints / "latest").resolve()
+    (file,) = (newest / "model").glob("*.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    reseal(newest)
+    with pytest.raises(UserError, match=r"was saved as torch\.bfloat16, wanted is torch\.float32"):
+        resume(run)

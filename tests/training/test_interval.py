@@ -5,21 +5,29 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from unittest.mock import Mock
 
 import pytest
 from support import settings
 
 from lumina.checkpoint import store
+from lumina.checkpoint.writer import Way
 from lumina.config.resolve import read, resolve
 from lumina.errors import UserError
 from lumina.events import read_events
 from lumina.model.transformer import Transformer
+from lumina.parallel.world import ALONE
+from lumina.run.lock import RunLock
 from lumina.telemetry.console import disk_lines
 from lumina.training import interval, room
+from lumina.training.interval import Cost
 from lumina.training.optim import Optimizer
+from lumina.training.setup import Parts
 from lumina.training.trainer import Trainer
 
 Usage = namedtuple("Usage", "total used free")
@@ -40,7 +48,7 @@ def test_no_other_interval_loses_less(stall: float, mtbf: float) -> None:
 
 
 def test_the_interval_in_steps_comes_with_its_reasoning() -> None:
-    assert interval.choose(0.31, 1.09, 86400.0, steps=10_000, eval_every=0) == {
+    assert interval.choose(Cost(0.31, 2.0), 1.09, 86400.0, steps=10_000, eval_every=0) == {
         "checkpoint.every": (
             212,
             "sqrt(2 x 24h x 0.31s) = 231s at 1.09s a step; about 0.13 % of the time goes into saving, "
@@ -64,11 +72,69 @@ def test_the_interval_in_steps_comes_with_its_reasoning() -> None:
 def test_the_interval_is_whole_steps_in_the_run_and_falls_together_with_evaluations(
     stall: float, step_time: float, steps: int, eval_every: int, every: int
 ) -> None:
-    assert interval.choose(stall, step_time, 86400.0, steps, eval_every)["checkpoint.every"][0] == every
+    choice = interval.choose(Cost(stall, 0.0), step_time, 86400.0, steps, eval_every)
+    assert choice["checkpoint.every"][0] == every
 
 
-@pytest.mark.parametrize(("mtbf", "every"), [("0.000001s", 1), ("1000d", 6)])
-def test_auto_is_settled_once_and_what_is_assumed_matters(mtbf: str, every: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("steps", "eval_every", "every"), [(100, 0, 30), (100, 20, 40), (100, 25, 30), (20, 0, 20)])
+def test_no_save_begins_before_the_last_was_read_back(steps: int, eval_every: int, every: int) -> None:
+    chosen, why = interval.choose(Cost(0.01, 29.5), 1.0, 50.0, steps, eval_every)["checkpoint.every"]
+    assert chosen == every
+    assert why.startswith("sqrt(2 x 50s x 0.01s) = 1s, but a save lasts 29.5s at 1s a step")
+
+
+def test_of_two_ways_to_save_the_cheaper_is_taken() -> None:
+    costs: dict[Way, Cost] = {"inline": Cost(0.31, 2.0), "background": Cost(0.12, 3.0)}
+    why = "a save, measured beside steps, costs 0.31s inline and 0.12s background"
+    assert interval.cheaper(costs) == {"checkpoint.write": ("background", why)}
+
+
+class Scripted:
+    """A writer whose first save takes long; each is done when it was asked for the third time."""
+
+    def __init__(self, root: Path, *_: object) -> None:
+        self.root = root
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def save(self, step: int, *_: object) -> None:
+        self.asked, self.stall = 0, 0.25 if step else 5.0
+
+    def poll(self) -> list[store.Receipt]:
+        self.asked += 1
+        return [store.Receipt(self.root, 1, 1.0, 1, self.stall)] if self.asked == 3 else []
+
+
+def test_what_a_save_costs_is_that_of_the_second_beside_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interval, "Writer", Scripted)
+    parts, steps = Mock(world=ALONE), list[int]()
+    found = interval.measure(parts, tmp_path, ("inline", "background"), lambda: steps.append(1), step_time=1.0)
+    assert len(steps) == 2 * 2 * 2
+    assert [*found] == ["inline", "background"]
+    assert {cost.lost for cost in found.values()} == {0.25}  # the steps took no time, and were to take longer
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("asked", ["auto", "inline"])
+def test_both_ways_are_measured_where_neither_was_asked_for(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(parts: Parts, root: Path, ways: tuple[Way, ...], *_: object) -> dict[Way, Cost]:
+        return {way: Cost(1.0 if way == "background" else 2.0, 3.0) for way in ways}
+
+    monkeypatch.setattr(interval, "measure", measured)
+    keys = settings(tmp_path, "dense", checkpoint__every="auto", checkpoint__write=asked, train__steps=1)
+    saved = read(Trainer("tiny", root=tmp_path / "runs", **keys).fit().config)
+    assert saved.config.checkpoint.write == ("background" if asked == "auto" else "inline")
+    assert ("measured beside steps" in saved.origins["checkpoint.write"]) is (asked == "auto")
+
+
+@pytest.mark.parametrize(("mtbf", "every"), [("0.000001s", None), ("1000d", 6)])
+def test_auto_is_settled_once_and_what_is_assumed_matters(mtbf: str, every: int | None, tmp_path: Path) -> None:
     def stop(event: dict[str, Any]) -> None:
         if event["t"] == "step" and event["step"] == 3 and event["attempt"] == 0:
             raise RuntimeError("power cut")
@@ -77,17 +143,67 @@ def test_auto_is_settled_once_and_what_is_assumed_matters(mtbf: str, every: int,
     trainer = Trainer("tiny", root=tmp_path / "runs", listeners=[stop], **keys)
     with pytest.raises(RuntimeError):
         trainer.fit()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(interval.NAME)] == []
+    assert trials(tmp_path) == []
     (path,) = (tmp_path / "runs").iterdir()
     saved = read(path / "config.yaml")
+    every = every or int(saved.config.checkpoint.every)  # as long as a save lasts here
     assert saved.config.checkpoint.every == every
     run = trainer.fit()  # goes on with it
     assert run.path == path
     told = [event for event in read_events(run.event_log) if event["t"] == "run"]
     assert [event["disk"]["every"] for event in told] == [every, every]
     why = saved.origins["checkpoint.every"].removeprefix("resolved: ")
-    assert re.match(r"sqrt\(2 x .* x .*s\) = .*s at .*s a step", why)
+    assert re.match(r"sqrt\(2 x .* x .*s\) = .*s(, but a save lasts .*s)? at .*s a step", why)
     assert [event["choices"]["checkpoint.every"] for event in told] == [why, why]
+
+
+KILLED = """
+import os, sys
+from lumina.checkpoint import phases
+from lumina.cli import main
+phases.seal = lambda *_: os.kill(os.getpid(), 9)
+main(sys.argv[1:])
+"""
+
+
+def trials(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.startswith(interval.NAME))
+
+
+def test_what_a_process_that_was_killed_while_it_measured_left_goes_at_the_next_start(tmp_path: Path) -> None:
+    keys = settings(tmp_path, "dense", checkpoint__every="auto")
+    command = ["train", "tiny", *(f"{key}={value}" for key, value in keys.items()), "--root", str(tmp_path / "runs")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    assert len(trials(tmp_path)) == 1
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs").mkdir()  # by another run, meanwhile
+    shutil.copytree(trials(tmp_path)[0], tmp_path / "runs" / f"{interval.NAME}too")
+    alive = tmp_path / f"{interval.NAME}alive"
+    alive.mkdir()
+    with RunLock(alive / interval.LOCK):
+        Trainer("tiny", root=tmp_path / "runs", **keys).fit()
+        assert trials(tmp_path) == [alive]
+    assert trials(tmp_path / "runs") == []
+
+
+def test_a_folder_that_another_start_took_for_a_leftover_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = interval.tempfile.mkdtemp, list[Path]()
+
+    def swept_at_once(**where: Any) -> str:
+        made.append(Path(make(**where)))
+        if len(made) == 1:
+            made[0].rmdir()
+        return str(made[-1])
+
+    monkeypatch.setattr(interval.tempfile, "mkdtemp", swept_at_once)
+    with interval._trial_folder(tmp_path) as path:
+        assert [path] == trials(tmp_path) == made[1:]
+        with pytest.raises(UserError):
+            RunLock(path / interval.LOCK).__enter__()
+    assert trials(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -120,6 +236,13 @@ def test_the_size_of_a_checkpoint_is_known_beforehand(kind: str, more: dict[str,
 )
 def test_what_is_kept_at_the_same_time_is_counted(keys: dict[str, Any], most: int) -> None:
     assert room.at_once(resolve("tiny", {"train.steps": 100, **keys}).config) == most
+
+
+def test_what_is_kept_to_undo_overlays_is_counted_besides(tmp_path: Path) -> None:
+    told = room.facts(resolve("tiny", {"train.steps": 100, "checkpoint.every": 10}).config, tmp_path, pinned=2)
+    assert (told["most"], told["pinned"]) == (6, 2)
+    assert "at most 6 x" in disk_lines(told, "")[0]
+    assert "(2 to undo overlays)" in disk_lines(told, "")[0]
 
 
 def test_the_disk_use_is_told_and_counted_right(tmp_path: Path) -> None:

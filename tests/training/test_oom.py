@@ -14,16 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from forks import WHY, request, require_equal, trained
 from support import same_tensors, settings, write_text
 
 from lumina.checkpoint import store
 from lumina.cli import main
 from lumina.config.resolve import read
-from lumina.errors import OutOfMemory
+from lumina.errors import OutOfMemory, UserError
+from lumina.orchestrator.protocol import Outcome
 from lumina.run.exit_codes import OUT_OF_MEMORY
 from lumina.run.folder import Run, write_json
 from lumina.telemetry.console import Console
 from lumina.training import oom
+from lumina.training.controls import SessionControls
 from lumina.training.oom import Fitting, Shortage, attempt, is_out_of_memory
 from lumina.training.step import gradients
 from lumina.training.trainer import Trainer, resume
@@ -218,6 +221,54 @@ def test_memory_that_runs_out_while_weights_move_ends_the_run(tmp_path: Path, mo
     again = Trainer("tiny", root=tmp_path / "runs", **keys).fit()
     assert history(again) == history(whole)
     assert same_tensors(again, whole)
+
+
+def test_compiling_anew_in_a_step_is_told_for_it_takes_longer_than_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lumina.model.transformer.Block.compile", lambda _: None)
+    failing(monkeypatch, lambda step, micro, rehearsal: step == 3 and micro > 2 and not rehearsal)
+    told: list[tuple[str, int]] = []
+
+    def hear(what: str, done: int, total: int) -> None:
+        told.append((what, done))
+
+    Trainer("tiny", root=tmp_path, progress=hear, **settings(tmp_path) | {"train.compile": "on"}).fit()
+    assert [word for word in told if word[0] == oom.COMPILING] == [(oom.COMPILING, 0), (oom.COMPILING, 1)] * 2
+
+
+@pytest.mark.parametrize("where", ["gradients", "apply", "evaluate"])
+def test_an_arm_that_the_memory_does_not_hold_cannot_win_and_changes_nothing(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[Outcome] = []
+
+    def go(controls: SessionControls) -> None:
+        def scarce(*arguments: Any, **_: Any) -> Any:
+            if where == "apply":
+                arguments[0].embed.weight.data.zero_()  # part of it has happened
+            raise RuntimeError(CPU)
+
+        with controls.fork(0.5) as fork:
+            outcomes.append(fork.run("sound", [], 2, 1))
+            with monkeypatch.context() as patch:
+                patch.setattr(oom, where, scarce)
+                outcomes.append(fork.run("void", [], 2, 1, hold=True))
+            with pytest.raises(UserError, match="was not held"):
+                controls.commit(WHY, fork, outcomes[1])
+            outcomes.append(fork.run("after", [], 2, 1))
+
+    keys = request(tmp_path)
+    whole = trained(tmp_path / "whole", keys, monkeypatch)
+    run = trained(tmp_path / "tried", keys, monkeypatch, {4: go})
+    require_equal(whole, run)
+    assert incidents(run) == []
+    assert read(run.config) == read(whole.config)
+    sound, void, after = outcomes
+    assert "can't allocate memory" in void.void
+    assert not void.comparable
+    assert not void.heldout < sound.heldout == after.heldout
+    assert (sound.void, void.seconds) == ("", 1.5)
 
 
 def test_an_evaluation_that_fails_is_done_again_in_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from lumina.config.resolve import resolve
 from lumina.errors import UserError
 from lumina.parallel.world import World
 from lumina.run.folder import Run
+from lumina.telemetry.console import Console
 from lumina.training import machine, memory
+from lumina.training.session import Back
 from lumina.training.trainer import Trainer, resume
 
 
@@ -46,6 +49,7 @@ def test_every_save_has_one_event_in_order_with_its_cost(way: str, tmp_path: Pat
     for event in events:
         assert (event["way"], event["verified"]) == (way, True)
         assert 0 <= event["waited"] <= event["stall"] <= event["seconds"] + event["waited"]
+        assert event["stall_steps"] is not None
         assert event["bandwidth"] == pytest.approx(event["bytes"] / event["seconds"], rel=0.01)
     files = json.loads((run.checkpoints / "latest" / "COMPLETE").read_text())["files"]
     assert events[-1]["bytes"] == sum(file["size"] for file in files.values())
@@ -181,6 +185,76 @@ def test_what_nobody_can_go_on_from_is_passed_over_and_said(change: Any, reason:
     started = [event for event in run.events() if event["t"] == "run"][-1]
     assert started["parent_step"] == 2
     assert re.search(reason, dict(started["skipped_checkpoints"])["step-000004"])
+
+
+def crashed(folder: Path, keys: dict[str, Any], step: int = 5) -> Run:
+    """A run that died right after this step was told."""
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["t"] == "step" and event["step"] == step and event["attempt"] == 0:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        Trainer("tiny", root=folder, listeners=[stop], **keys).fit()
+    (run,) = (Run(path) for path in folder.iterdir())
+    return run
+
+
+@pytest.mark.parametrize("came", [False, True])
+def test_what_a_killed_save_was_replacing_has_its_name_again(came: bool, tmp_path: Path) -> None:
+    """Killed between two renames; or after them, and what came in its place is damaged."""
+    keys = settings(tmp_path, "dense")
+    run = crashed(tmp_path / "runs", keys)
+    latest, old = store.folder(run.checkpoints, 4), run.checkpoints / "step-000004.old"
+    latest.rename(old)
+    if came:
+        shutil.copytree(old, latest)
+        nan_in_a_weight(latest)
+    with pytest.raises(RuntimeError, match="power cut"):
+        resume(run, [cut])
+    assert os.readlink(run.checkpoints / "latest") == "step-000004"
+    assert store.verify(latest) == []
+    assert not old.exists()
+    assert (run.checkpoints / "step-000004.damaged").exists() is came
+    whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
+    assert history(resume(run)) == history(whole)
+
+
+def cut(event: dict[str, Any]) -> None:
+    raise RuntimeError("power cut")
+
+
+def cut_in_a_step(event: dict[str, Any]) -> None:
+    if event["t"] == "step":
+        cut(event)
+
+
+def skipped(run: Run) -> list[list[str]]:
+    started: list[list[str]] = [event for event in run.events() if event["t"] == "run"][-1]["skipped_checkpoints"]
+    return started
+
+
+def test_a_run_that_lost_its_checkpoints_says_that_it_begins_again(tmp_path: Path) -> None:
+    keys = settings(tmp_path, "dense", checkpoint__keep_last=9)
+    early = crashed(tmp_path / "early", keys, step=1)
+    assert skipped(resume(early)) == []  # there was none
+    run = crashed(tmp_path / "runs", keys)
+    with pytest.raises(RuntimeError, match="power cut"):  # before the new attempt has saved anything
+        resume(run, [cut_in_a_step], back=Back(2))
+    shutil.rmtree(store.folder(run.checkpoints, 2))
+    said: list[str] = []
+    assert resume(run, [Console(show=said.append)]).finished
+    gone, undone = ["step-000002", "gone: it was saved"], ["step-000004", "the run went back before it"]
+    assert skipped(run) == [gone, undone]
+    assert f"resume {run.path} from step 0" in said
+    assert "! skipped step-000002: gone: it was saved" in said
+
+
+def test_a_run_that_went_back_to_its_start_misses_nothing(tmp_path: Path) -> None:
+    run = crashed(tmp_path / "runs", settings(tmp_path, "dense"))
+    with pytest.raises(RuntimeError, match="power cut"):
+        resume(run, [cut], back=Back(0))
+    assert skipped(resume(run)) == []
 
 
 def test_a_copy_needs_room_for_weights_and_moments_beside_what_a_cpu_trains(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import settings
+from support import same_tensors, settings
 
 from lumina.checkpoint import store
+from lumina.cli import main
 from lumina.config.resolve import resolve
+from lumina.data.loader import Batch, Loader
 from lumina.data.tokenizer import train_bpe
 from lumina.errors import UserError
+from lumina.run.exit_codes import MACHINE_FAILED
 from lumina.run.folder import Run
 from lumina.training import setup
 from lumina.training.evaluate import Evaluation
@@ -222,3 +226,28 @@ def test_when_every_checkpoint_is_damaged_nothing_begins_again_unasked(tmp_path:
     with pytest.raises(UserError, match=r"every checkpoint is damaged(.|\n)*step-000002(.|\n)*--fresh"):
         resume(run)
     assert state.exists()
+
+
+def test_an_error_of_the_machine_is_said_and_another_start_gets_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = settings(tmp_path, "dense")
+    whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
+    batch = Loader.batch
+
+    def stale(loader: Loader, i: int, *rest: Any) -> Batch:
+        if i == 3:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/data/shard-0")
+        return batch(loader, i, *rest)
+
+    command = ["train", "tiny", *(f"{key}={value}" for key, value in keys.items()), "--root", str(tmp_path / "runs")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "batch", stale)
+        assert main(command) == MACHINE_FAILED
+    (run,) = (Run(path) for path in (tmp_path / "runs").iterdir())
+    said = capsys.readouterr().err
+    assert f"error: /data/shard-0: {os.strerror(errno.ESTALE)}" in said
+    assert f"lumina resume {run.path}" in said
+    assert "Traceback" not in said
+    assert main(command) == 0
+    assert same_tensors(run, whole)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lumina.cli import main
 from lumina.run.exit_codes import BUG
-from lumina.verify import moments, report, resume
+from lumina.verify import configurations, moments, report, resume
 
 SABOTAGED = str(Path(__file__).with_name("sabotaged.py"))
 SABOTAGES = {
@@ -47,6 +48,18 @@ def test_killed_runs_go_on_to_the_bit(
     assert [line for line in lines if line["t"] == "kill"] == kills
     assert "5 kills in 1 configuration, 0 mismatches" in page.read_text()
     assert not list(tmp_path.glob("lumina-verify-*"))  # what holds leaves nothing behind
+
+
+def test_a_checkpoint_that_is_found_damaged_is_set_aside_in_every_run_and_kills_come_there_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    outcome = resume.plan("tiny", 2, 0, BROKEN)
+    outcome.jobs[0] = replace(outcome.jobs[0], turn=17)  # of which each third is by the clock, so the twelfth place
+    resume.verify(outcome, 1, lambda _: None)
+    assert not outcome.failed
+    first = outcome.kills[0]
+    assert (first["moment"], first["newest"]) == (moments.SETTING_ASIDE, configurations.DAMAGED - configurations.EVERY)
 
 
 @pytest.mark.parametrize("sabotage", SABOTAGES)
