@@ -11,7 +11,6 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,12 +36,19 @@ class EventWriter:
     """
 
     def __init__(self, path: Path, attempt: int, listeners: Sequence[Listener] = (), hold: bool = False) -> None:
-        """With `hold`, lines that the disk refuses wait in memory, in order, until it takes them."""
+        """With `hold`, lines that the disk refuses wait in memory, in order, until it takes them.
+
+        Raises `DiskRefused` if the file cannot be opened.
+        """
         self.path, self.attempt, self.listeners, self.hold = path, attempt, listeners, hold
-        self._file = path.open("ab", buffering=0)
         self._waiting = bytearray()  # what the disk has not taken, maybe from the middle of a line on
-        self._refused = ""  # why the disk did not take what waits
-        if not _ends_with_newline(path):  # an earlier process was killed in the middle of a line
+        self._refused = ""  # why the disk did not take something, the last time
+        try:
+            self._file = path.open("ab", buffering=0)
+            torn = not _ends_with_newline(path)
+        except OSError as error:
+            raise self._refusal(error) from error
+        if torn:  # an earlier process was killed in the middle of a line
             self._write(b"\n")
 
     def emit(self, type: str, /, step: int | None = None, **fields: Any) -> Event:
@@ -52,6 +58,35 @@ class EventWriter:
         plain JSON value: a tensor would make the writer wait for its device. Raises `DiskRefused` if the disk refuses;
         with `hold` an `incident` says so once.
         """
+        event = self._event(type, step, fields)
+        waited = bool(self._waiting)
+        self._write(as_line(event).encode() + b"\n")
+        self._hear(event)
+        if self._waiting and not waited:
+            self.emit("incident", step=step, kind="log refused", error=self._refused)
+        return event
+
+    def record(self, type: str, /, step: int | None = None, **fields: Any) -> Event:
+        """`emit` for what must be known before it is done: returns when the disk has it, with `hold` too.
+
+        Raises `DiskRefused` if it does not take it; the log is without it then, and nobody heard of it.
+        """
+        event = self._event(type, step, fields)
+        line = as_line(event).encode() + b"\n"
+        self._flush()  # what waits comes first
+        size = os.fstat(self._file.fileno()).st_size
+        self._waiting += line
+        try:
+            self._flush(sync=True)
+        except DiskRefused:
+            if len(self._waiting) < len(line):  # some of it is in the file
+                os.ftruncate(self._file.fileno(), size)
+            self._waiting.clear()
+            raise
+        self._hear(event)
+        return event
+
+    def _event(self, type: str, step: int | None, fields: dict[str, Any]) -> Event:
         if type not in TYPES:
             raise ValueError(f"unknown event type {type!r}; known: {', '.join(TYPES)}")
         if clash := RESERVED & fields.keys():
@@ -59,13 +94,11 @@ class EventWriter:
         event: Event = {"t": type, "v": VERSION, "attempt": self.attempt}
         event |= fields if step is None else {"step": step, **fields}
         require_plain(event, f"event {type!r}")
-        refused_before = self._refused
-        self._write(as_line(event).encode() + b"\n")
+        return event
+
+    def _hear(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
-        if self._refused and not refused_before:
-            self.emit("incident", step=step, kind="log refused", error=self._refused)
-        return event
 
     def _write(self, line: bytes) -> None:
         """Appends a line after those that wait. Nothing is dropped of one that was written in part."""
@@ -76,34 +109,35 @@ class EventWriter:
             if not self.hold:
                 raise
 
-    def _flush(self) -> None:
+    def _flush(self, sync: bool = False) -> None:
+        """Writes what waits; with `sync` it returns when the disk has that."""
         try:
             if self._refused or os.fstat(self._file.fileno()).st_nlink == 0:  # deleted, or of a disk that went away
                 self._file.close()
                 self._file = open(self.path, "ab", buffering=0, opener=_existing)  # noqa: SIM115 - until `close`
             while self._waiting:
                 del self._waiting[: self._file.write(self._waiting)]
+            if sync:
+                os.fsync(self._file.fileno())
             self._refused = ""
         except OSError as error:
-            self._refused = f"{self.path}: event not written: {error.strerror}"
-            again = f"lumina resume {shlex.quote(str(self.path.parent))}"
-            fix = f"make the disk writable or free space on it, then: {again}"
-            raise DiskRefused(self._refused, fix) from error
+            refusal = self._refusal(error)
+            self._refused = refusal.message
+            raise refusal from error
 
-    def sync(self) -> None:
-        """Returns when the disk has what was written: for what must be known before something is done.
-
-        Raises `DiskRefused` if lines wait that it does not take.
-        """
-        if self._waiting:
-            self._flush()
-        os.fsync(self._file.fileno())
+    def _refusal(self, error: OSError) -> DiskRefused:
+        again = f"lumina resume {shlex.quote(str(self.path.parent))}"
+        fix = f"make the disk writable or free space on it, then: {again}"
+        return DiskRefused(f"{self.path}: event not written: {error.strerror}", fix)
 
     def close(self) -> None:
-        """Raises `DiskRefused` if lines are left that the disk does not take."""
+        """Raises `DiskRefused`, which says how many, if lines are left that the disk does not take."""
         try:
             if self.hold and self._waiting:
                 self._flush()
+        except DiskRefused as error:
+            lost = self._waiting.count(b"\n")
+            raise DiskRefused(f"{error.message}; lines that waited for it are lost: {lost}", error.fix) from None
         finally:
             self._file.close()
 
@@ -111,8 +145,12 @@ class EventWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with suppress(DiskRefused) if kind else nullcontext():  # what ends the block says more
+        try:
             self.close()
+        except DiskRefused as error:
+            if kind is None:
+                raise
+            self._hear(self._event("incident", None, {"kind": "log lost", "error": error.message}))
 
 
 def _existing(path: str, flags: int) -> int:
@@ -159,14 +197,14 @@ def merged(events: Iterable[Event]) -> list[Event]:
     """The one history that led to the present state, in the order written.
 
     An attempt that went on from `parent_step` undoes what earlier attempts did after that step; where two
-    attempts tell the same thing (type and step), the later one counts.
+    attempts tell the same thing (type and step), the later one counts. No incident is undone: it happened.
     """
     events = list(events)
     resumed = [(e["attempt"], e["parent_step"]) for e in events if e.get("parent_step") is not None]
     teller = {(e["t"], e["step"]): e["attempt"] for e in events if "step" in e}
 
     def holds(event: Event) -> bool:
-        if "step" not in event:
+        if "step" not in event or event["t"] == "incident":
             return True
         undone = any(event["attempt"] < attempt and event["step"] > parent for attempt, parent in resumed)
         return not undone and event["attempt"] == teller[event["t"], event["step"]]

@@ -8,6 +8,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lumina.config.schema.model import ModelConfig
 from lumina.data.files import find_files
 from lumina.data.formats import read_files
 from lumina.data.records import Problems, Record
+from lumina.events import EventWriter
 from lumina.run.folder import Run
 
 KINDS = ("dense", "moe", "mod", "hybrid")
@@ -121,6 +123,19 @@ def require_refusal(
     assert not [needle for needle in needles if needle not in heard], heard
     assert len(said.err) < 1500
     assert contents(folder) == before
+
+
+@contextmanager
+def full(events: EventWriter) -> Iterator[None]:
+    """Inside the block the writer writes to a device that is always full."""
+    path, file = events.path, events._file
+    events.path = Path("/dev/full")
+    events._file = events.path.open("ab", buffering=0)
+    try:
+        yield
+    finally:
+        events._file.close()
+        events.path, events._file = path, file
 
 
 def debug_made_tiny(**changes: str | None) -> list[str]:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import full
 
 from lumina.errors import DiskRefused, UserError
 from lumina.events import NON_FINITE, Event, EventWriter, last_event, merged, read_events
+from lumina.telemetry import incidents
 
 words = st.text().filter(lambda word: word not in NON_FINITE)
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words
@@ -55,19 +58,6 @@ def test_each_event_is_on_disk_when_emit_returns(log: Path) -> None:
     events.emit("step", step=1)
     assert [event["step"] for event in read_events(log)] == [1]
     events.close()
-
-
-@contextmanager
-def full(events: EventWriter) -> Iterator[None]:
-    """Inside the block the writer writes to a device that is always full."""
-    path, file = events.path, events._file
-    events.path = Path("/dev/full")
-    events._file = events.path.open("ab", buffering=0)
-    try:
-        yield
-    finally:
-        events._file.close()
-        events.path, events._file = path, file
 
 
 def test_a_full_disk_is_a_user_error_that_says_how_to_go_on(log: Path) -> None:
@@ -126,6 +116,73 @@ def test_what_is_left_at_the_end_is_an_error_unless_another_one_ends_the_block(l
         write(None)
     with pytest.raises(KeyError):
         write(KeyError)
+
+
+def test_how_many_lines_are_lost_is_told_however_the_block_ends(log: Path) -> None:
+    heard: list[Event] = []
+
+    def write() -> EventWriter:
+        events = EventWriter(log, 0, [heard.append], hold=True)
+        events.emit("step", step=1)
+        log.unlink()
+        events.emit("step", step=2)
+        events.emit("step", step=3)
+        return events
+
+    with pytest.raises(DiskRefused, match=r"No such file or directory; lines .* are lost: 3"), write():
+        pass
+    with pytest.raises(KeyError), write():
+        raise KeyError
+    lost = heard[-1]
+    assert (lost["t"], lost["kind"]) == ("incident", "log lost")
+    assert lost["error"].endswith("lines that waited for it are lost: 3")  # 2, that lines wait, 3
+    assert "are lost: 3" in incidents.sentence(lost)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_what_is_recorded_is_on_the_disk_or_nowhere(hold: bool, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Event] = []
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with EventWriter(log, 0, [heard.append], hold=hold) as events:
+        events.record("run", step=0)
+        before = log.read_bytes()
+        with full(events), pytest.raises(DiskRefused, match="No space left"):
+            events.record("run", step=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + 10, limits[1]))
+        try:  # a part of the line fits
+            with pytest.raises(DiskRefused, match="File too large"):
+                events.record("run", step=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", broken)
+            with pytest.raises(DiskRefused, match="Input/output error"):
+                events.record("run", step=3)
+        assert log.read_bytes() == before
+        events.emit("step", step=4)
+        events.record("run", step=4)
+    assert [(event["t"], event["step"]) for event in heard] == [("run", 0), ("step", 4), ("run", 4)]
+    assert list(read_events(log)) == heard
+
+
+def test_what_is_recorded_comes_after_what_waits(log: Path) -> None:
+    with EventWriter(log, 0, hold=True) as events:
+        with full(events):
+            events.emit("step", step=1)
+            with pytest.raises(DiskRefused, match="No space left"):
+                events.record("run", step=1)
+        events.record("run", step=2)
+    assert [(event["t"], event["step"]) for event in read_events(log)] == [("step", 1), ("incident", 1), ("run", 2)]
+
+
+def test_a_log_that_cannot_be_opened_is_said(log: Path) -> None:
+    log.mkdir()
+    with pytest.raises(DiskRefused, match="Is a directory"):
+        EventWriter(log, 0)
 
 
 @pytest.mark.parametrize("hold", [True, False])
@@ -244,6 +301,16 @@ def test_merged_drops_what_a_resume_undid_and_keeps_the_later_of_two_tellings() 
 def test_merged_follows_a_resume_that_went_back_before_an_earlier_one() -> None:
     events = [step(0, 1), step(0, 2), step(0, 3), resume(1, 2), step(1, 3), resume(2, 1), step(2, 2)]
     assert merged(events) == [events[0], events[5], events[6]]
+
+
+def test_merged_hides_no_incident() -> None:
+    """A hang comes after the last checkpoint, so that the next attempt begins before it."""
+
+    def hang(attempt: int, n: int) -> Event:
+        return {"t": "incident", "v": 1, "attempt": attempt, "step": n, "kind": "hang"}
+
+    events = [step(0, 1), step(0, 2), hang(0, 2), resume(1, 1), step(1, 2), hang(1, 2), resume(2, 1), step(2, 2)]
+    assert merged(events) == [events[0], events[2], *events[5:]]
 
 
 def test_merged_keeps_equal_types_of_one_attempt_and_events_without_a_step() -> None:

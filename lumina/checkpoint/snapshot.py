@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,20 +29,16 @@ class Snapshot:
 
 
 @torch.no_grad()
-def take(
-    tensors: Tensors, state: Any, keep: Literal["host", "device"] = "host", into: Snapshot | None = None
-) -> Snapshot:
-    """Copies `tensors` to the host, or on their own device; `state` is copied as `deepcopy` does.
+def take(tensors: Tensors, state: Any, into: Snapshot | None = None) -> Snapshot:
+    """Copies `tensors` to the host; `state` is copied as `deepcopy` does.
 
     `into` is a snapshot that nobody needs any more: its memory is used again. It then holds the new one.
     Raises `ValueError` if it was one of other tensors.
     """
     parts = {name: local(tensor) for name, tensor in tensors.items()}
     if into is None:
-        into = Snapshot({name: _memory(part, keep) for name, part in parts.items()}, None)
-    for name, part, copy in _paired(parts, into.copies):
-        if copy.device != (part.device if keep == "device" else torch.device("cpu")):
-            raise ValueError(f"{name}: the memory to use again is on {copy.device}")
+        into = Snapshot({name: _memory(part) for name, part in parts.items()}, None)
+    for _, part, copy in _paired(parts, into.copies):
         copy.copy_(part)
     into.state = deepcopy(state)
     return into
@@ -60,8 +56,8 @@ def restore(snapshot: Snapshot, tensors: Tensors) -> Any:
     return deepcopy(snapshot.state)
 
 
-def _memory(part: Tensor, keep: str) -> Tensor:
-    if keep == "device" or part.device.type == "cpu":
+def _memory(part: Tensor) -> Tensor:
+    if part.device.type == "cpu":
         return torch.empty_like(part)
     return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.device.type == "cuda")
 

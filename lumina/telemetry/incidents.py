@@ -13,7 +13,10 @@ SHORTAGES = {
 
 def sentence(event: Event) -> str:
     """What an `incident` event says to a person."""
-    kind, where = event["kind"], f"step {event['step']}: "
+    kind = event["kind"]
+    if kind == "log lost":
+        return str(event["error"])
+    where = f"step {event['step']}: "
     if kind == "log refused":
         return f"{event['error']}; its lines wait in memory until the disk takes them"
     if kind == "save refused":

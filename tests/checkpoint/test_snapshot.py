@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,11 +35,10 @@ def spoil(tensors: dict[str, Tensor]) -> None:
             tensor.fill_(3)
 
 
-@pytest.mark.parametrize("keep", ["host", "device"])
-def test_to_the_bit_and_in_place(keep: Any) -> None:
+def test_to_the_bit_and_in_place() -> None:
     tensors, state = some(), {"window": [1.0, 2.0]}
     before, places = bits(tensors), [tensor.data_ptr() for tensor in tensors.values()]
-    taken = snapshot.take(tensors, state, keep)
+    taken = snapshot.take(tensors, state)
     spoil(tensors)
     state["window"].append(3.0)
     again = snapshot.restore(taken, tensors)
