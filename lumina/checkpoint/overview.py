@@ -37,8 +37,7 @@ def rows(
 
 def every(root: Path) -> list[Path]:
     """All checkpoint folders, those included that were set aside as damaged, newest first."""
-    aside = root.glob(f"step-*{places.DAMAGED}") if root.is_dir() else ()
-    return sorted([*places.checkpoints(root), *aside], key=lambda path: path.name, reverse=True)
+    return sorted([*places.checkpoints(root), *places.aside(root)], key=lambda path: (_step(path), path.name))[::-1]
 
 
 def find(root: Path, name: str) -> Path:
@@ -59,6 +58,10 @@ def doomed(root: Path, keep: CheckpointConfig, abandoned: Collection[int], found
     return useless | {path: f"damaged: {found[path][0]}" for path in damaged}
 
 
+def _step(path: Path) -> int:
+    return places.step_of(path.with_name(path.name.removesuffix(places.DAMAGED)))
+
+
 def _facts(path: Path) -> dict[str, Any]:
     sizes, state = catalogue.sizes(path), catalogue.state(path)
     try:
@@ -67,7 +70,7 @@ def _facts(path: Path) -> dict[str, Any]:
         written = time.time()
     return {
         "name": path.name,
-        "step": places.step_of(path.with_name(path.name.removesuffix(places.DAMAGED))),
+        "step": _step(path),
         "attempt": state.get("attempt"),
         "age": max(0.0, time.time() - written),  # of a folder from a machine whose clock is ahead
         "bytes": sum(sizes.values()) if sizes else None,

@@ -37,6 +37,12 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: (step_of(path), path.suffix != OLD), reverse=True)
 
 
+def aside(root: Path) -> list[Path]:
+    """Every checkpoint folder that was set aside as damaged."""
+    found = root.glob(f"step-*{DAMAGED}") if root.is_dir() else ()
+    return [path for path in found if STEP.fullmatch(path.name.removesuffix(DAMAGED))]
+
+
 def temporary(path: Path) -> Path:
     """The name under which this process writes, or deletes, what nobody may find at `path`."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
