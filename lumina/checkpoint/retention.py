@@ -133,7 +133,7 @@ def _notes(root: Path) -> dict[str, dict[str, str]]:
     """`pinned`, by step, and `damaged`, by folder: the fingerprint that the damaged one has."""
     path = root / NOTES
     try:
-        notes = json.loads(path.read_bytes()) if path.exists() else {}
+        notes = catalogue.read_json(path) if os.path.lexists(path) else {}
         found = {kind: {str(k): str(v) for k, v in notes.get(kind, {}).items()} for kind in ("pinned", "damaged")}
         for step in found["pinned"]:
             int(step)

@@ -12,8 +12,6 @@ every name, header and value is checked before a tensor is copied.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import stat
 import time
 import warnings
@@ -28,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from lumina.checkpoint import phases, tensors
+from lumina.checkpoint.catalogue import read_json
 from lumina.checkpoint.migrations import migrate, unreadable
 from lumina.checkpoint.phases import Tensors
 from lumina.checkpoint.places import (
@@ -53,11 +52,10 @@ from lumina.progress import Tell, silent, tracked
 
 __all__ = [
     "COMPLETE", "MODEL", "OLD", "OPTIM", "STATE", "STEP", "Checkpoint", "Receipt", "Unsound", "checkpoints", "discard",
-    "fingerprint", "folder", "load", "newest", "point", "read", "remove", "save", "step_of", "temporary", "verify",
+    "folder", "load", "newest", "point", "read", "remove", "save", "step_of", "temporary", "verify",
 ]  # fmt: skip
 
 SHOWN = 10  # differences between a checkpoint and a model that an error lists
-LARGEST_JSON = 1 << 26  # bytes of COMPLETE or of the state: a thousand times what a run has
 
 
 @dataclass(frozen=True)
@@ -138,15 +136,10 @@ def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str,
 # -- finding and verifying ----------------------------------------------------------------------------------
 
 
-def fingerprint(path: Path) -> str:
-    """Names the content of a complete checkpoint."""
-    return hashlib.sha256((path / COMPLETE).read_bytes()).hexdigest()
-
-
 def verify(path: Path, progress: Tell = silent) -> list[str]:
     """What is wrong with a checkpoint: one sentence for each thing that is not as COMPLETE says, or cannot be."""
     try:
-        content = _read_json(path / COMPLETE)
+        content = read_json(path / COMPLETE)
         version, step = content["format"], content["step"]
         hash = "sha256" if version == 1 else "xxh3_128"
         files = {name: (entry["size"], entry[hash]) for name, entry in content["files"].items()}
@@ -191,20 +184,11 @@ def _lies(path: Path) -> list[str]:
         except (ValueError, OSError) as error:
             problems.append(str(error))
     try:
-        if not isinstance(_read_json(path / STATE), dict):
+        if not isinstance(read_json(path / STATE), dict):
             problems.append(f"{STATE} is not a mapping")
     except (ValueError, RecursionError, OSError) as error:
         problems.append(f"{STATE} cannot be read: {error!r:.200}")
     return problems
-
-
-def _read_json(path: Path) -> Any:
-    """Raises `ValueError`, `RecursionError` or `OSError` if it is no JSON, or more than a checkpoint ever has."""
-    if not stat.S_ISREG(mode := path.lstat().st_mode):  # opening a pipe would wait for ever
-        raise ValueError(f"not a plain file (mode {mode:o})")
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise ValueError(f"{size} bytes")
-    return json.loads(path.read_bytes())
 
 
 def newest(
@@ -238,8 +222,8 @@ def read(path: Path) -> Checkpoint:
 
 
 def _open(path: Path) -> Checkpoint:
-    version = _read_json(path / COMPLETE)["format"]
-    return Checkpoint(path, step_of(path), migrate(_read_json(path / STATE), version))
+    version = read_json(path / COMPLETE)["format"]
+    return Checkpoint(path, step_of(path), migrate(read_json(path / STATE), version))
 
 
 # -- loading ------------------------------------------------------------------------------------------------

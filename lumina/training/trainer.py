@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lumina.checkpoint import store
+from lumina.checkpoint import catalogue
 from lumina.config.change import RESUME, change, differences
 from lumina.config.resolve import Resolved, read, request_hash, resolve, settle, write
 from lumina.data.corpus import Corpus
@@ -101,7 +101,7 @@ class Trainer:
         if data.tokenizer != "bpe":
             content += Tokenizer.load(data.tokenizer).fingerprint
         if start:
-            content += store.fingerprint(start.checkpoint.path)
+            content += catalogue.seal(start.checkpoint.path)
         request = request_hash(asked, content)
         known, status = (None, "none") if self.fresh else index.newest(self.root, request)
         return request, known, status == "finished"

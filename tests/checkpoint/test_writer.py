@@ -20,7 +20,7 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lumina.checkpoint import phases, readback, store, tensors
+from lumina.checkpoint import catalogue, phases, readback, store, tensors
 from lumina.checkpoint.writer import Way, Writer
 from lumina.errors import UserError
 
@@ -259,7 +259,7 @@ def test_what_could_not_be_looked_at_is_neither_verified_nor_damaged(
 
 def test_reading_back_needs_little_and_ends_with_who_asked(tmp_path: Path) -> None:
     path = save(Writer(tmp_path), 1).path
-    seal = store.fingerprint(path)
+    seal = catalogue.seal(path)
     code = f"import sys; sys.path[:] = {[p for p in sys.path if 'site-packages' not in p]}; import runpy; "
     library = str(Path(xxhash.__file__).parents[1])
     code += f"sys.argv = ['readback', {str(path)!r}, {seal!r}, sys.argv[1], {library!r}]; "
