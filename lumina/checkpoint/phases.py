@@ -27,6 +27,7 @@ from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
 from lumina.checkpoint import places, tensors
+from lumina.checkpoint.host import alike
 from lumina.checkpoint.migrations import FORMAT
 from lumina.checkpoint.places import COMPLETE, MODEL, OLD, OPTIM, STATE, disk
 from lumina.checkpoint.tensors import Entry, Shard
@@ -51,22 +52,23 @@ class Buffers:
     """Memory of the host that tensors are copied into, taken at the first save and used again at every other one."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, str], Tensor] = {}
+        self._held: dict[str, dict[str, Tensor]] = {}
 
     def copy(self, kind: str, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies; from a GPU into page-locked memory, all under way at once."""
-        copies = {name: self._buffer((kind, name), tensor) for name, tensor in rows.items()}
+        copies = self._held.get(kind, {})
+        if _shapes(copies) != _shapes(rows):
+            self._held.pop(kind, None)  # before there is another
+            copies = self._held[kind] = alike(rows)
         for name, tensor in rows.items():
             copies[name].copy_(tensor, non_blocking=tensor.is_cuda)
         if any(tensor.is_cuda for tensor in rows.values()):
             torch.cuda.synchronize()
         return copies
 
-    def _buffer(self, key: tuple[str, str], like: Tensor) -> Tensor:
-        held = self._held.get(key)
-        if held is None or held.shape != like.shape or held.dtype != like.dtype:
-            held = self._held[key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-        return held
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def stage(
