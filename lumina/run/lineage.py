@@ -1,7 +1,6 @@
 """Which of a run's attempts led to where it stands, after it was resumed or went back. No torch.
 
-What attempt a did after step s counts unless a later attempt began before it: the rule of `lumina.events.merged`, for
-checkpoints.
+The rule of `lumina.events.undone`, for checkpoints.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina.errors import UserError
-from lumina.events import parse
+from lumina.events import parse, undone
 from lumina.run.folder import Run
 
 
@@ -29,7 +28,7 @@ class Lineage:
         """
         if attempt is None:
             return not any(back and parent < step for _, parent, back in self.begins)
-        return not any(attempt < later and parent < step for later, parent, _ in self.begins)
+        return not undone(attempt, step, ((later, parent) for later, parent, _ in self.begins))
 
     def after(self, attempt: int, parent: int) -> Lineage:
         """With an attempt that goes back to `parent`."""
