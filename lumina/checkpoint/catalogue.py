@@ -15,6 +15,7 @@ from typing import Any
 from lumina.checkpoint.places import COMPLETE, STATE, step_of
 
 LARGEST = 1 << 26  # bytes of COMPLETE, of the state or of the notes: a thousand times what a run has
+RUN = "run"  # in a checkpoint's state: the id of the run that it is of
 LOSS = "heldout_loss"  # in a checkpoint's state: of its own step, if that was evaluated and is comparable
 
 

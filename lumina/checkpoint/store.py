@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from lumina.checkpoint import phases, tensors
-from lumina.checkpoint.catalogue import read_json
+from lumina.checkpoint.catalogue import RUN, read_json
 from lumina.checkpoint.migrations import migrate, unreadable
 from lumina.checkpoint.phases import Tensors
 from lumina.checkpoint.places import (
@@ -136,8 +136,11 @@ def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str,
 # -- finding and verifying ----------------------------------------------------------------------------------
 
 
-def verify(path: Path, progress: Tell = silent) -> list[str]:
-    """What is wrong with a checkpoint: one sentence for each thing that is not as COMPLETE says, or cannot be."""
+def verify(path: Path, progress: Tell = silent, own: str = "") -> list[str]:
+    """What is wrong with a checkpoint: one sentence for each thing that is not as COMPLETE says, or cannot be.
+
+    `own`: the id of the run that it should be of.
+    """
     try:
         content = read_json(path / COMPLETE)
         version, step = content["format"], content["step"]
@@ -164,7 +167,7 @@ def verify(path: Path, progress: Tell = silent) -> list[str]:
     what, total = f"verifying {path.name}", sum(files[name][0] for name in files)
     checking = tracked(sorted(files), what, total, progress, lambda name: files[name][0])
     problems = [p for name in checking for p in damage(path / name, name, *files[name], hash)]
-    return problems or _lies(path)
+    return problems or _lies(path, version, own)
 
 
 def _is_ours(name: str) -> bool:
@@ -175,7 +178,7 @@ def _is_ours(name: str) -> bool:
     )
 
 
-def _lies(path: Path) -> list[str]:
+def _lies(path: Path, version: int, own: str) -> list[str]:
     """What cannot be, in a checkpoint whose every byte is as COMPLETE says."""
     problems = []
     for kind in (MODEL, OPTIM):
@@ -184,46 +187,59 @@ def _lies(path: Path) -> list[str]:
         except (ValueError, OSError) as error:
             problems.append(str(error))
     try:
-        if not isinstance(read_json(path / STATE), dict):
-            problems.append(f"{STATE} is not a mapping")
-    except (ValueError, RecursionError, OSError) as error:
-        problems.append(f"{STATE} cannot be read: {error!r:.200}")
-    return problems
+        run = _state(path, version).get(RUN)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        return [*problems, f"{STATE} cannot be read: {error!r:.200}"]
+    return problems + [f"it is of another run, {run!r:.50}"] * bool(own and run and run != own)
+
+
+def _state(path: Path, version: int) -> dict[str, Any]:
+    """The plain values, brought up to date. Raises whatever reading what somebody else wrote can raise."""
+    state = read_json(path / STATE)
+    if not isinstance(state, dict):
+        raise TypeError("not a mapping")
+    return migrate(state, version)
 
 
 def newest(
-    root: Path, world: World = ALONE, progress: Tell = silent, without: Collection[Path] = ()
+    root: Path, world: World = ALONE, progress: Tell = silent, without: Collection[Path] = (), own: str = ""
 ) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the newer ones passed over, each with the reason.
 
-    The main process of `world` reads and decides; it does not look at those in `without`.
+    The main process of `world` reads and decides; it does not look at those in `without`. With `own`, the id of a run,
+    those of another are passed over.
     """
-    return world.decide(lambda: _newest(root, progress, without))
+    return world.decide(lambda: _newest(root, progress, without, own))
 
 
-def _newest(root: Path, progress: Tell, without: Collection[Path]) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+def _newest(
+    root: Path, progress: Tell, without: Collection[Path], own: str
+) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     skipped: list[tuple[Path, str]] = []
     for path in (path for path in checkpoints(root) if path not in without):
-        problems = verify(path, progress)
+        problems = verify(path, progress, own)
         if not problems:
             return _open(path), skipped
         skipped.append((path, "; ".join(problems)))
     return None, skipped
 
 
-def read(path: Path) -> Checkpoint:
-    """The checkpoint in a folder, or behind a link to one. Raises `UserError` with all that is wrong."""
+def read(path: Path, progress: Tell = silent, own: str = "") -> Checkpoint:
+    """The checkpoint in a folder, or behind a link to one. Raises `UserError` with all that is wrong.
+
+    `own`: as in `verify`.
+    """
     path = path.resolve()
     if not STEP.fullmatch(path.name) or not path.is_dir():
         raise UserError(f"{path}: no such checkpoint", fix="name a step-… folder below a run's checkpoints/")
-    if problems := verify(path):
+    if problems := verify(path, progress, own):
         raise UserError.collect(problems, f"{path}: damaged checkpoint", "restore it, or name another one")
     return _open(path)
 
 
 def _open(path: Path) -> Checkpoint:
     version = read_json(path / COMPLETE)["format"]
-    return Checkpoint(path, step_of(path), migrate(read_json(path / STATE), version))
+    return Checkpoint(path, step_of(path), _state(path, version))
 
 
 # -- loading ------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def load(run: Run) -> Model:
     Raises `UserError` if there is none yet, or if the run's tokenizer is not the one the weights were trained with.
     """
     while True:
-        found, skipped = store.newest(run.checkpoints, without=abandoned(run))
+        found, skipped = store.newest(run.checkpoints, without=abandoned(run), own=run.id)
         if found is None:
             raise UserError(
                 f"{run.path}: no complete checkpoint" + "".join(f"\n  {path.name}: {why}" for path, why in skipped),

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lumina.checkpoint import retention, store
-from lumina.checkpoint.catalogue import LOSS
+from lumina.checkpoint.catalogue import LOSS, RUN
 from lumina.checkpoint.writer import Writer
 from lumina.errors import DiskRefused, UserError
 from lumina.progress import Tell, whole
@@ -23,7 +23,7 @@ from lumina.training import machine, memory, setup
 from lumina.training.evaluate import Evaluation
 from lumina.training.precision import LossScale
 from lumina.training.setup import Parts
-from lumina.training.state import State, state_problems
+from lumina.training.state import State
 
 T = TypeVar("T")
 STEPS_REMEMBERED = 100  # that no writer stood beside: what the others are compared with
@@ -44,6 +44,7 @@ class Saver:
             "tokenizer": parts.corpus.tokenizer.fingerprint,
             "data": parts.corpus.fingerprint,
             "kind": self.config.model.kind,
+            RUN: self.world.decide(lambda: run.id),
         }
         way, parallel = self.config.checkpoint.write, self.config.parallel
         if way == "auto":  # the run was begun by a version that did not ask
@@ -180,14 +181,16 @@ class Saver:
     def restore(self) -> list[tuple[Path, str]]:
         """Loads the newest complete checkpoint that counts; returns those it had to pass over, with the reason.
 
-        Raises `UserError` if there are some and all are damaged: to begin again is for the user to say.
+        Raises `UserError` if there are some, all damaged or of another run: to begin again is for the user to say.
         """
         self.lineage = self.world.decide(lambda: lineage(self.run))
         out = self.world.decide(lambda: abandoned(self.run, self.lineage))
         skipped: list[tuple[Path, str]] = []
         while True:
             without = [path for path, _ in skipped]
-            found, damaged = store.newest(self.run.checkpoints, self.world, self.told, [*out, *without])
+            found, damaged = store.newest(
+                self.run.checkpoints, self.world, self.told, [*out, *without], self.identity[RUN]
+            )
             skipped += [one for one in damaged if one[0] not in without]
             if found is None or not (problem := self._load(found)):
                 break
@@ -195,7 +198,7 @@ class Saver:
         if found is None and skipped:
             reasons = [f"{path.name}: {reason}" for path, reason in skipped]
             raise UserError(
-                "\n  - ".join([f"{self.run.checkpoints}: every checkpoint is damaged", *reasons]),
+                "\n  - ".join([f"{self.run.checkpoints}: every checkpoint is damaged or of another run", *reasons]),
                 fix="restore one, or start another: lumina train … --fresh",
             )
         if found is None:
@@ -211,7 +214,7 @@ class Saver:
             there = [path for path in store.checkpoints(self.run.checkpoints) if path not in out]
             for path in there:
                 if store.step_of(path) == step:
-                    return store.read(path)
+                    return store.read(path, own=self.identity[RUN])
             steps = ", ".join(str(store.step_of(path)) for path in reversed(there))
             raise UserError(
                 f"{self.run.path}: no checkpoint of step {step} to go back to",
@@ -242,9 +245,8 @@ class Saver:
     def _load(self, found: store.Checkpoint) -> str:
         """Writes a checkpoint into the state; or says why nobody can go on from it."""
         retention.check_links(self.run.checkpoints)
-        if problems := state_problems(found.state, self.identity):
+        if problems := self.state.problems(found.state, self.identity, found.step) or self._foreign(found):
             return "; ".join(problems)
-        self._require_own(found)
         optim = self.state.optim_tensors()
         if self.recast:
             optim = _with_the_loss_scale_of(found, optim, self.precision.device)
@@ -257,13 +259,13 @@ class Saver:
         self.saved_step, self.judged = found.step, found.state[LOSS] is not None
         return ""
 
-    def _require_own(self, found: store.Checkpoint) -> None:
-        for what, value in self.identity.items():
-            if found.state[what] != value:
-                raise UserError(
-                    f"{found.path}: saved with another {what} ({found.state[what]}) than the run now has ({value})",
-                    fix=f"restore the run's {what}, or start another: lumina train … --fresh",
-                )
+    def _foreign(self, found: store.Checkpoint) -> list[str]:
+        """What shows that a checkpoint is of another run. One of an earlier format does not say of which it is."""
+        return [
+            f"saved with another {what} ({found.state[what]}) than the run now has ({value})"
+            for what, value in self.identity.items()
+            if found.state[what] != value and (what != RUN or found.state[RUN])
+        ]
 
 
 def _with_the_loss_scale_of(found: store.Checkpoint, optim: dict[str, Tensor], device: str) -> dict[str, Tensor]:

@@ -118,7 +118,10 @@ def origin(config: Config) -> Origin | None:
     path = Path(config.train.init_from).expanduser()
     is_checkpoint = store.STEP.fullmatch(path.resolve().name) is not None
     run = Run.open(path.resolve().parent.parent if is_checkpoint else path)
-    found = store.read(path) if is_checkpoint else store.newest(run.checkpoints, without=abandoned(run))[0]
+    if is_checkpoint:
+        found = store.read(path, own=run.id)
+    else:
+        found, _ = store.newest(run.checkpoints, without=abandoned(run), own=run.id)
     if found is None:
         raise UserError(f"train.init_from: {run.path}: no complete checkpoint", fix="let it train until it saves one")
     if read(run.config).config.train.lora.rank:

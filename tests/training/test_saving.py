@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lumina.checkpoint import phases, store
 from lumina.checkpoint.readback import fingerprint
 from lumina.config.resolve import resolve
 from lumina.errors import UserError
+from lumina.inference.engine import load
 from lumina.parallel.world import World
 from lumina.run.folder import Run
 from lumina.training import machine, memory
@@ -162,17 +164,20 @@ def change_state(**keys: Any) -> Any:
         (change_state(progress__step="4"), "its progress has step=4"),
         (change_state(progress__pending=[1.0, "x"]), "its progress has pending="),
         (change_state(progress__surprise=1), "its progress has surprise=1"),
+        (change_state(progress__step=3), "its progress is at step 3"),
+        (change_state(progress__tokens=-1), "its progress has tokens=-1"),
+        (change_state(progress__wall=float("nan")), "its progress has wall=nan"),
+        (change_state(progress__best_step=5), "its progress has best_step=5"),
+        (change_state(progress__pending=[1.0]), "its progress has 1 figures of pending, where 8 belong"),
+        (change_state(progress__experts=[1.0]), "its progress has 1 figures of experts, where 0 belong"),
+        (change_state(optimizer_steps=-1), "its state has optimizer_steps=-1"),
+        (change_state(attempt=-1), "its state has attempt=-1"),
+        (change_state(overlays=[{"key": "lr.scale"}]), "damaged overlays"),
+        (change_state(heldout_loss="1"), "its state has no heldout_loss of type float | None"),
     ],
 )
 def test_what_nobody_can_go_on_from_is_passed_over_and_said(change: Any, reason: str, tmp_path: Path) -> None:
-    def stop(event: dict[str, Any]) -> None:
-        if event["t"] == "step" and event["step"] == 5 and event["attempt"] == 0:
-            raise RuntimeError("power cut")
-
-    keys = settings(tmp_path, "dense")
-    with pytest.raises(RuntimeError):
-        Trainer("tiny", root=tmp_path / "runs", listeners=[stop], **keys).fit()
-    (run,) = (Run(path) for path in (tmp_path / "runs").iterdir())
+    run = cut_after(tmp_path, 5)
     path = store.folder(run.checkpoints, 4)
     change(path)
     reseal(path)
@@ -183,11 +188,52 @@ def test_what_nobody_can_go_on_from_is_passed_over_and_said(change: Any, reason:
     assert re.search(reason, dict(started["skipped_checkpoints"])["step-000004"])
 
 
+def cut_after(folder: Path, step: int, name: str = "runs", **keys: Any) -> Run:
+    """A run that saves every second step, killed after this one."""
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["t"] == "step" and event["step"] == step and event["attempt"] == 0:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        Trainer("tiny", root=folder / name, listeners=[stop], **settings(folder, "dense", **keys)).fit()
+    (path,) = (folder / name).iterdir()
+    return Run(path)
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
+    """Of another seed: the data, the tokenizer and the shapes are the same."""
+    other = Trainer("tiny", root=tmp_path / "other", **settings(tmp_path, "dense", train__seed=7)).fit()
+    run = cut_after(tmp_path, 3)
+    shutil.copytree(store.folder(other.checkpoints, 6), store.folder(run.checkpoints, 6))
+    assert load(run).step == 2
+    assert resume(run).finished
+    started = [event for event in run.events() if event["t"] == "run"][-1]
+    assert started["parent_step"] == 2
+    assert "another run" in dict(started["skipped_checkpoints"])["step-000006"]
+    assert store.read(store.folder(run.checkpoints, 6), own=run.id).state["run"] == run.id
+
+
+def test_where_all_are_of_another_run_it_is_not_begun_again(tmp_path: Path) -> None:
+    run, other = cut_after(tmp_path, 3), cut_after(tmp_path, 3, "other", train__seed=7)
+    shutil.rmtree(run.checkpoints)
+    shutil.copytree(other.checkpoints, run.checkpoints, symlinks=True)
+    with pytest.raises(UserError, match=r"damaged or of another run(.|\n)*step-000002: it is of another run"):
+        resume(run)
+
+
+def test_a_run_that_was_copied_as_a_whole_goes_on(tmp_path: Path) -> None:
+    run = cut_after(tmp_path, 3)
+    shutil.copytree(run.path, tmp_path / "copy", symlinks=True)
+    copy = resume(Run(tmp_path / "copy"))
+    assert [event["skipped_checkpoints"] for event in copy.events() if event["t"] == "run"] == [[], []]
+
+
 def test_a_copy_needs_room_for_weights_and_moments_beside_what_a_cpu_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     config = resolve("tiny", {"parallel.device": "cpu"}).config
     need = memory.needed(config)
     for have, fits in ((need.total + need.weights + need.moments, True), (need.total + need.weights, False)):
-        monkeypatch.setattr(memory, "usable", lambda have=have: have)
+        monkeypatch.setattr(memory, "available", lambda have=have: have)
         assert memory.room_for_copy(config) is fits
 
 
