@@ -14,7 +14,7 @@ from lumina.errors import DiskRefused, UserError
 COMPLETE = "COMPLETE"
 STATE = "state.json"
 MODEL, OPTIM = "model", "optim"
-OLD = ".old"  # a checkpoint too: the one that a save of the same step was replacing when it was killed
+OLD = ".old"  # a checkpoint too: what one of the same step replaced that is not yet known to last
 DAMAGED = ".damaged"  # no checkpoint any more: what was read back from the disk was not what was written
 STEP = re.compile(r"step-\d{6,}(\.old)?")
 
@@ -66,21 +66,34 @@ def discard(path: Path) -> None:
 
     Raises `UserError` if the disk refuses.
     """
-    aside = temporary(path)
+    aside = temporary(path.with_name(f"{path.name}.gone"))  # at `temporary(path)` one of its step may be written
     with disk(f"{path}: not deleted"):
         remove(aside)
         path.rename(aside)
         remove(aside)
 
 
-def set_aside(path: Path) -> None:
-    """Renames a damaged checkpoint so that nobody takes it for one, and points `latest` at the newest that is left.
+def replaced(path: Path) -> Path:
+    """Where the checkpoint is, if there is one, that the one at `path` replaced."""
+    return path.with_name(path.name + OLD)
 
-    Raises `UserError` if the disk refuses.
+
+def settle(path: Path) -> None:
+    """What a checkpoint replaced goes: this one lasts. Raises `UserError` if the disk refuses."""
+    if os.path.lexists(old := replaced(path)):
+        discard(old)
+
+
+def set_aside(path: Path) -> None:
+    """Renames a damaged checkpoint so that nobody takes it for one; what it replaced has its name again.
+
+    `latest` points at the newest that is left. Raises `UserError` if the disk refuses.
     """
     with disk(f"{path}: damaged, and not set aside"):
         remove(path.with_name(path.name + DAMAGED))
         path.rename(path.with_name(path.name + DAMAGED))
+        if os.path.lexists(old := replaced(path)):
+            old.rename(path)
         remove(path.parent / "latest")
         sync(path.parent)
     if left := [other for other in checkpoints(path.parent) if other.suffix != OLD]:

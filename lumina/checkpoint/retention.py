@@ -163,8 +163,8 @@ def _sweep(root: Path) -> None:
         match = LEFTOVER.fullmatch(path.name)
         if match and not _another_lives(int(match[1])):
             places.remove(path)
-        elif path.suffix == places.OLD and catalogue.sizes(path.with_suffix("")) is not None:
-            places.discard(path)
+    for path in counting(root):
+        places.settle(path)
 
 
 def _another_lives(pid: int) -> bool:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from lumina.checkpoint import phases, tensors
+from lumina.checkpoint import phases, places, tensors
 from lumina.checkpoint.catalogue import RUN, read_json
 from lumina.checkpoint.migrations import migrate, unreadable
 from lumina.checkpoint.phases import Tensors
@@ -121,7 +121,9 @@ def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str,
 
     def publish() -> Path:
         phases.seal(root, aside, step, files)
-        return phases.publish(root, aside, step)
+        path = phases.publish(root, aside, step)
+        places.settle(path)
+        return path
 
     try:
         files = {name: entry for own in world.collect(world.each(write)) for name, entry in own.items()}

@@ -195,6 +195,8 @@ class Save:
         problems, damaged = self._read_back(path, seal)
         if damaged:
             places.set_aside(path)
+        elif not problems:
+            places.settle(path)
         return replace(self.receipt, path=path, seconds=seconds, bytes=size, problems=tuple(problems), damaged=damaged)
 
     def _read_back(self, path: Path, seal: str) -> tuple[list[str], bool]:

@@ -20,7 +20,7 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lumina.checkpoint import catalogue, phases, readback, store, tensors
+from lumina.checkpoint import catalogue, phases, readback, retention, store, tensors
 from lumina.checkpoint.writer import Way, Writer
 from lumina.errors import UserError
 
@@ -211,7 +211,7 @@ def flip(path: Path) -> None:
 @pytest.fixture
 def bad_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], object]], None]:
     """A disk that harms a checkpoint the moment it is published."""
-    publish = phases.publish
+    publish = phases.publish  # as it was before the test
 
     def harm_with(harm: Callable[[Path], object]) -> None:
         def published(*arguments: Any) -> Path:
@@ -245,6 +245,40 @@ def test_what_the_disk_does_not_give_back_is_set_aside(
     assert re.search(problem, "; ".join(receipt.problems or ()))
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-000010", "step-000020.damaged"]
     assert os.readlink(tmp_path / "latest") == "step-000010"
+
+
+@both_ways
+def test_what_a_damaged_one_replaced_has_its_name_again(way: Way, tmp_path: Path, bad_disk: Any) -> None:
+    """The same step twice, as after a run went back, or when a signal saved it before it was evaluated."""
+    writer = Writer(tmp_path, way=way)
+    before = content(save(writer, 10).path)
+    bad_disk(flip)
+    assert save(writer, 10).damaged
+    assert content(store.folder(tmp_path, 10)) == before
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-000010", "step-000010.damaged"]
+    assert os.readlink(tmp_path / "latest") == "step-000010"
+
+
+@both_ways
+def test_a_killed_replacement_leaves_both_until_one_is_known_to_last(
+    way: Way, tmp_path: Path, bad_disk: Any
+) -> None:
+    writer = Writer(tmp_path, way=way)
+    before = content(save(writer, 10).path)
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    bad_disk(killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(writer, 10)
+    assert content(tmp_path / "step-000010.old") == before
+    retention.note_damaged(tmp_path, [store.folder(tmp_path, 10)])
+    retention.prune(tmp_path, keep_last=1)
+    assert content(tmp_path / "step-000010.old") == before
+    bad_disk(lambda _: None)
+    assert save(Writer(tmp_path, way=way), 10).verified
+    assert sorted(os.listdir(tmp_path)) == ["latest", "notes.json", "step-000010"]
 
 
 def test_what_could_not_be_looked_at_is_neither_verified_nor_damaged(
