@@ -9,10 +9,11 @@ import hashlib
 import json
 import math
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lumina.checkpoint.places import COMPLETE, STATE, step_of
+from lumina.checkpoint.places import COMPLETE, STATE, checkpoints, step_of
 
 LARGEST = 1 << 26  # bytes of COMPLETE, of the state or of the notes: a thousand times what a run has
 RUN = "run"  # in a checkpoint's state: the id of the run that it is of
@@ -54,6 +55,19 @@ def heldout_loss(path: Path) -> float | None:
     """The held-out loss of a checkpoint's own step in nats a token, if it was evaluated and can be compared."""
     loss = state(path).get(LOSS)
     return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
+def abandoned(root: Path, counts: Callable[[int | None, int], bool]) -> list[Path]:
+    """The checkpoints whose attempt and step do not count: the run went back before them.
+
+    One whose attempt cannot be read is not among them: it is damaged, which is another matter.
+    """
+    found = []
+    for path in checkpoints(root):
+        attempt = (values := state(path)).get("attempt")
+        if values and (attempt is None or type(attempt) is int) and not counts(attempt, step_of(path)):
+            found.append(path)
+    return sorted(found)
 
 
 def read_json(path: Path) -> Any:

@@ -18,7 +18,7 @@ Problems = Mapping[Path, Sequence[str]]  # by folder: what verifying found
 
 
 def rows(
-    root: Path, keep: CheckpointConfig, abandoned: Collection[int] = (), found: Problems | None = None
+    root: Path, keep: CheckpointConfig, abandoned: Collection[Path] = (), found: Problems | None = None
 ) -> list[dict[str, Any]]:
     """Every checkpoint below `root`, newest first, as plain values. `found`: what reading every byte showed, if done.
 
@@ -50,7 +50,7 @@ def find(root: Path, name: str) -> Path:
     return root / path.name
 
 
-def doomed(root: Path, keep: CheckpointConfig, abandoned: Collection[int], found: Problems) -> dict[Path, str]:
+def doomed(root: Path, keep: CheckpointConfig, abandoned: Collection[Path], found: Problems) -> dict[Path, str]:
     """What pruning by hand deletes, after every byte was read, and why: what nothing keeps, and what is damaged."""
     damaged = [path for path, problems in found.items() if problems]
     reasons = retention.kept(root, keep.keep_last, keep.keep_best, keep.keep_every, abandoned, damaged)
@@ -79,7 +79,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _state(
-    path: Path, reasons: Mapping[Path, object], problems: Sequence[str] | None, abandoned: Collection[int]
+    path: Path, reasons: Mapping[Path, object], problems: Sequence[str] | None, abandoned: Collection[Path]
 ) -> str:
     if problems or path.suffix == places.DAMAGED:
         return "damaged"
@@ -87,6 +87,6 @@ def _state(
         return "incomplete"
     if path not in reasons:
         return "damaged"  # so the notes say
-    if places.step_of(path) in abandoned:
+    if path in abandoned:
         return "undone"
     return "complete" if problems is None else "verified"

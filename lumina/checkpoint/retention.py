@@ -24,11 +24,11 @@ LEFTOVER = re.compile(r".+\.tmp-(\d+)")  # what a process was writing or deletin
 
 
 def prune(
-    root: Path, keep_last: int, keep_best: int = 1, keep_every: int = 0, abandoned: Collection[int] = ()
+    root: Path, keep_last: int, keep_best: int = 1, keep_every: int = 0, abandoned: Collection[Path] = ()
 ) -> list[int]:
     """Deletes the checkpoints that nothing keeps; returns their steps, oldest first. See `kept`.
 
-    `abandoned` are the steps that a later attempt went back before: they count for nothing. Leftovers of dead processes
+    `abandoned` are those that a later attempt went back before: they count for nothing. Leftovers of dead processes
     are swept away, and this one's: no save may be under way in it. Something that counts always stays.
     """
     _sweep(root)
@@ -39,12 +39,18 @@ def prune(
     return [step_of(path) for path in doomed]
 
 
+def leftovers(root: Path) -> list[Path]:
+    """What dead processes were writing or deleting, and this one: no save may be under way in it."""
+    found = ((path, LEFTOVER.fullmatch(path.name)) for path in root.iterdir())
+    return [path for path, match in found if match and not _another_lives(int(match[1]))]
+
+
 def kept(
     root: Path,
     keep_last: int,
     keep_best: int = 1,
     keep_every: int = 0,
-    abandoned: Collection[int] = (),
+    abandoned: Collection[Path] = (),
     damaged: Collection[Path] = (),
 ) -> dict[Path, list[str]]:
     """What keeps each checkpoint that counts, newest first: `newest`, `best`, `every 500`, `latest`, `pinned: why`.
@@ -54,7 +60,7 @@ def kept(
     `damaged` does not count.
     """
     whole = [path for path in counting(root) if path not in damaged]
-    own = [path for path in whole if step_of(path) not in abandoned] or whole[:1]
+    own = [path for path in whole if path not in abandoned] or whole[:1]
     losses = {path: loss for path in own if (loss := catalogue.heldout_loss(path)) is not None}
     links = {name: os.readlink(root / name) for name in LINKS if (root / name).is_symlink()}
     pinned = pins(root)
@@ -73,13 +79,13 @@ def kept(
     return reasons
 
 
-def delete(root: Path, paths: Iterable[Path], abandoned: Collection[int] = ()) -> None:
+def delete(root: Path, paths: Iterable[Path], abandoned: Collection[Path] = ()) -> None:
     """Deletes these checkpoints, damaged or not; a link to one of them is pointed at the newest left, or goes (`best`).
 
     Raises `UserError`, and deletes nothing, if no other checkpoint would be left; `DiskRefused` if the disk refuses.
     """
     doomed = set(paths)
-    left = [path for path in counting(root) if path not in doomed and step_of(path) not in abandoned]
+    left = [path for path in counting(root) if path not in doomed and path not in abandoned]
     if doomed and not left:
         fix = "keep more, or delete the folder of the run yourself"
         raise UserError(f"{root}: nothing would be left to go on from", fix)
@@ -159,10 +165,8 @@ def _remember(root: Path, kind: str, key: str, value: str | None) -> None:
 
 def _sweep(root: Path) -> None:
     """Removes the leftovers of killed writers, and of killed deleters."""
-    for path in list(root.iterdir()):
-        match = LEFTOVER.fullmatch(path.name)
-        if match and not _another_lives(int(match[1])):
-            places.remove(path)
+    for path in leftovers(root):
+        places.remove(path)
     for path in counting(root):
         places.settle(path)
 

@@ -100,12 +100,12 @@ def _read_all(run: Run) -> dict[Path, list[str]]:
     }
 
 
-def _abandoned(run: Run) -> set[int]:
-    """The steps whose checkpoints a later attempt went back before."""
-    from lumina.checkpoint import places
-    from lumina.run.lineage import abandoned
+def _abandoned(run: Run) -> list[Path]:
+    """The checkpoints that a later attempt went back before."""
+    from lumina.checkpoint import catalogue
+    from lumina.run.lineage import lineage
 
-    return {places.step_of(path) for path in abandoned(run) if path.suffix != places.OLD}
+    return catalogue.abandoned(run.checkpoints, lineage(run).counts)
 
 
 def _prune(run: Run, keep: CheckpointConfig, yes: bool, json: bool) -> None:

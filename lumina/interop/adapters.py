@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from lumina.checkpoint import store
-from lumina.checkpoint.catalogue import RUN
+from lumina.checkpoint.catalogue import RUN, abandoned
 from lumina.config.resolve import Resolved, read, settle, write
 from lumina.errors import UserError
 from lumina.events import EventWriter, as_line
 from lumina.model.lora import merge
 from lumina.model.transformer import Transformer
 from lumina.run.folder import Run
-from lumina.run.lineage import abandoned
+from lumina.run.lineage import lineage
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def load(run: Run) -> Adapted:
             f"{run.path}: this run has no adapters, it trained the whole model",
             fix="name a run that was started with train.lora.rank above 0",
         )
-    found, skipped = store.newest(run.checkpoints, without=abandoned(run), own=run.id)
+    out = abandoned(run.checkpoints, lineage(run).counts)
+    found, skipped = store.newest(run.checkpoints, without=out, own=run.id)
     if found is None:
         raise UserError(
             f"{run.path}: no complete checkpoint" + "".join(f"\n  {path.name}: {why}" for path, why in skipped),

@@ -5,9 +5,7 @@ The rule of `lumina.events.undone`, for checkpoints.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lumina.errors import UserError
@@ -50,25 +48,6 @@ def overlays(run: Run) -> list[dict[str, Any]] | None:
     said = (event for line in reversed(_lines(run)) if b'"overlays"' in line and (event := parse(line)))
     found: list[dict[str, Any]] | None = next((event["overlays"] for event in said if "overlays" in event), None)
     return found
-
-
-def abandoned(run: Run, known: Lineage | None = None) -> list[Path]:
-    """The checkpoint folders that do not count; one whose attempt cannot be read is damaged, which is another matter.
-
-    `known` spares reading the log.
-    """
-    known = known or lineage(run)
-    folders = run.checkpoints.glob("step-*") if known.begins else ()
-    return sorted(path for path in folders if not _counts(path, known))
-
-
-def _counts(path: Path, known: Lineage) -> bool:
-    try:
-        attempt = json.loads((path / "state.json").read_bytes()).get("attempt")
-        step = int(path.name.split("-")[1].removesuffix(".old"))
-        return known.counts(attempt, step)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return True
 
 
 def _lines(run: Run) -> list[bytes]:

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from safetensors import safe_open
 from torch import Tensor
 
-from lumina.checkpoint import retention, store
+from lumina.checkpoint import catalogue, retention, store
 from lumina.checkpoint.catalogue import LOSS, RUN
 from lumina.checkpoint.writer import Writer
 from lumina.errors import DiskRefused, UserError
 from lumina.progress import Tell, whole
 from lumina.run.folder import Run
-from lumina.run.lineage import Lineage, abandoned, lineage
+from lumina.run.lineage import Lineage, lineage
 from lumina.training import machine, memory, setup
 from lumina.training.evaluate import Evaluation
 from lumina.training.precision import LossScale
@@ -167,8 +167,7 @@ class Saver:
             return
         self._link_best()
         keep = self.config.checkpoint
-        out = {store.step_of(path) for path in abandoned(self.run, self.lineage) if path.suffix != store.OLD}
-        retention.prune(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every, out)
+        retention.prune(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every, self.abandoned())
 
     def _link_best(self) -> None:
         """Points `best` where the state says it is: also after a crash between a save and its link."""
@@ -184,7 +183,7 @@ class Saver:
         Raises `UserError` if there are some, all damaged or of another run: to begin again is for the user to say.
         """
         self.lineage = self.world.decide(lambda: lineage(self.run))
-        out = self.world.decide(lambda: abandoned(self.run, self.lineage))
+        out = self.world.decide(self.abandoned)
         skipped: list[tuple[Path, str]] = []
         while True:
             without = [path for path, _ in skipped]
@@ -206,11 +205,15 @@ class Saver:
         self.world.decide(lambda: retention.note_damaged(self.run.checkpoints, [path for path, _ in skipped]))
         return skipped
 
+    def abandoned(self) -> list[Path]:
+        """The checkpoints that the run went back before; for the main process."""
+        return catalogue.abandoned(self.run.checkpoints, self.lineage.counts)
+
     def find(self, step: int) -> store.Checkpoint:
         """The checkpoint of `step`. Raises `UserError` if there is none that counts, or if it is damaged."""
 
         def look() -> store.Checkpoint:
-            out = abandoned(self.run, self.lineage)
+            out = self.abandoned()
             there = [path for path in store.checkpoints(self.run.checkpoints) if path not in out]
             for path in there:
                 if store.step_of(path) == step:
@@ -232,7 +235,7 @@ class Saver:
     def went_back(self, lineage: Lineage) -> None:
         """Points `latest` and `best` at what counts after the run went back, or at nothing; for the main process."""
         self.lineage = lineage
-        out = abandoned(self.run, lineage)
+        out = self.abandoned()
         there = [path for path in store.checkpoints(self.run.checkpoints) if path not in out]
         progress = self.state.progress
         steps = [store.step_of(path) for path in there]

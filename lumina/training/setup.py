@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lumina.checkpoint import store
+from lumina.checkpoint.catalogue import abandoned
 from lumina.config.resolve import Resolved, adopt, read, settle
 from lumina.config.schema.config import Config
 from lumina.data.corpus import Corpus
@@ -30,7 +31,7 @@ from lumina.parallel import sharding
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
 from lumina.run.folder import Run
-from lumina.run.lineage import abandoned
+from lumina.run.lineage import lineage
 from lumina.training import interval, machine
 from lumina.training.optim import Optimizer
 from lumina.training.precision import DTYPES, LossScale, Precision
@@ -121,7 +122,8 @@ def origin(config: Config) -> Origin | None:
     if is_checkpoint:
         found = store.read(path, own=run.id)
     else:
-        found, _ = store.newest(run.checkpoints, without=abandoned(run), own=run.id)
+        out = abandoned(run.checkpoints, lineage(run).counts)
+        found, _ = store.newest(run.checkpoints, without=out, own=run.id)
     if found is None:
         raise UserError(f"train.init_from: {run.path}: no complete checkpoint", fix="let it train until it saves one")
     if read(run.config).config.train.lora.rank:

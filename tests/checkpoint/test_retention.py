@@ -28,6 +28,10 @@ def steps(root: Path) -> list[int]:
     return sorted(map(store.step_of, store.checkpoints(root)))
 
 
+def folders(root: Path, *steps: int) -> list[Path]:
+    return [store.folder(root, step) for step in steps]
+
+
 def dead_pid() -> int:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
@@ -103,13 +107,13 @@ def test_a_pinned_one_stays_until_it_is_unpinned_and_says_why(root: Path) -> Non
 def test_what_a_later_attempt_undid_goes_first(root: Path) -> None:
     evaluated(root, {4: 0.1, 5: 0.2})
     store.point(root, "latest", 3)  # the run went back to 3
-    assert prune(root, keep_last=2, keep_every=1, abandoned={4, 5}) == [4, 5]
+    assert prune(root, keep_last=2, keep_every=1, abandoned=folders(root, 4, 5)) == [4, 5]
     assert steps(root) == [1, 2, 3]
 
 
 def test_something_that_counts_always_stays(root: Path) -> None:
     (root / "latest").unlink()
-    assert prune(root, keep_last=1, abandoned={1, 2, 3, 4, 5}) == [1, 2, 3, 4]
+    assert prune(root, keep_last=1, abandoned=folders(root, 1, 2, 3, 4, 5)) == [1, 2, 3, 4]
     assert prune(root, keep_last=0) == []
     (store.folder(root, 5) / store.STATE).unlink()
     assert prune(root, keep_last=1) == []

@@ -260,9 +260,7 @@ def test_what_a_damaged_one_replaced_has_its_name_again(way: Way, tmp_path: Path
 
 
 @both_ways
-def test_a_killed_replacement_leaves_both_until_one_is_known_to_last(
-    way: Way, tmp_path: Path, bad_disk: Any
-) -> None:
+def test_a_killed_replacement_leaves_both_until_one_is_known_to_last(way: Way, tmp_path: Path, bad_disk: Any) -> None:
     writer = Writer(tmp_path, way=way)
     before = content(save(writer, 10).path)
 

@@ -11,6 +11,7 @@ import pytest
 from forks import STEPS, WHY, Act, act, crash, history, request, require_equal, tensors, trained
 
 from lumina.checkpoint import store
+from lumina.checkpoint.catalogue import abandoned
 from lumina.cli import main
 from lumina.errors import UserError
 from lumina.inference import engine
@@ -109,7 +110,7 @@ def test_a_crash_right_after_going_back_keeps_to_it(
             with pytest.raises(RuntimeError, match="power cut"):
                 Trainer("tiny", root=tmp_path / str(number), **keys).fit()
         (run,) = (Run(path) for path in (tmp_path / str(number)).iterdir())
-        assert [path.name for path in lineage.abandoned(run)] == ["step-000006"]
+        assert [path.name for path in abandoned(run.checkpoints, lineage.lineage(run).counts)] == ["step-000006"]
         assert engine.load(run).step == 3
         again = resume(run)
         assert [event["parent_step"] for event in starts(again)] == [None, 3, 3]
@@ -183,7 +184,7 @@ def test_links_and_deleting_follow_what_counts(keys: Keys, tmp_path: Path, monke
 
     run = trained(tmp_path, few, monkeypatch, {9: go})
     assert links == [("step-000004", "step-000004"), ("step-000006", "step-000006")]
-    assert lineage.abandoned(run) == []
+    assert abandoned(run.checkpoints, lineage.lineage(run).counts) == []
     assert engine.load(run).step == STEPS
 
 
