@@ -24,6 +24,7 @@ import xxhash
 
 Look = Callable[["str | os.PathLike[str]", str], "tuple[int, str]"]
 HASHES: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+Sign = Callable[[], object]
 CHUNK = 1 << 22
 NICEST = 19
 
@@ -71,20 +72,32 @@ def damage(
         yield f"{name} has other bytes than were saved"
 
 
-def problems(folder: str, seal: str, asked_by: int) -> Iterator[str]:
-    """What is not on the disk as it was written."""
+def problems(folder: str, seal: str, sign: Sign) -> Iterator[str]:
+    """What is not on the disk as it was written. Gives a `sign` before each file."""
     complete = os.path.join(folder, "COMPLETE")
-    if fingerprint_on_disk(complete, "sha256")[1] != seal:
+    try:
+        found = fingerprint_on_disk(complete, "sha256")[1]
+    except OSError as error:
+        yield f"COMPLETE cannot be read: {error.strerror}"
+        return
+    if found != seal:
         yield "COMPLETE has other bytes than were saved"
         return
     with open(complete, "rb") as file:
         files = json.load(file)["files"]
     for name, entry in files.items():
-        if os.getppid() != asked_by:
-            sys.exit(1)
+        sign()
         yield from damage(os.path.join(folder, name), name, entry["size"], entry["xxh3_128"], look=fingerprint_on_disk)
+
+
+def main(folder: str, seal: str, asked_by: str) -> None:
+    def sign() -> None:
+        if os.getppid() != int(asked_by):
+            sys.exit(1)
+
+    print(json.dumps(list(problems(folder, seal, sign))))
 
 
 if __name__ == "__main__":
     os.nice(NICEST)
-    print(json.dumps(list(problems(sys.argv[1], sys.argv[2], int(sys.argv[3])))))
+    main(*sys.argv[1:4])

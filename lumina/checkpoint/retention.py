@@ -24,23 +24,39 @@ LEFTOVER = re.compile(r".+\.tmp-(\d+)")  # what a process was writing or deletin
 
 
 def prune(
-    root: Path, keep_last: int, keep_best: int = 1, keep_every: int = 0, abandoned: Collection[Path] = ()
+    root: Path,
+    keep_last: int,
+    keep_best: int = 1,
+    keep_every: int = 0,
+    abandoned: Collection[Path] = (),
+    damaged: Collection[Path] = (),
 ) -> list[int]:
     """Deletes the checkpoints that nothing keeps; returns their steps, oldest first. See `kept`.
 
-    `abandoned` are those that a later attempt went back before: they count for nothing. Leftovers of dead processes
-    are swept away, and this one's: no save may be under way in it. Something that counts always stays.
+    `abandoned` are those that a later attempt went back before: they count for nothing. Something that counts always
+    stays. Raises `UserError` if the notes are damaged or the disk refuses.
     """
-    _sweep(root)
-    reasons = kept(root, keep_last, keep_best, keep_every, abandoned)
+    reasons = kept(root, keep_last, keep_best, keep_every, abandoned, damaged)
     doomed = [path for path in reversed(reasons) if not reasons[path]]
     for path in doomed:
         places.discard(path)
     return [step_of(path) for path in doomed]
 
 
+def sweep(root: Path) -> None:
+    """Removes what killed processes were writing, deleting or replacing; no save may be under way in this one.
+
+    Raises `UserError` if the notes are damaged or the disk refuses.
+    """
+    for path in leftovers(root):
+        with places.disk(f"{path}: not deleted"):
+            places.remove(path)
+    for path in counting(root):
+        places.settle(path)
+
+
 def leftovers(root: Path) -> list[Path]:
-    """What dead processes were writing or deleting, and this one: no save may be under way in it."""
+    """What dead processes were writing or deleting. It is this one's, too, whose id an earlier one may have had."""
     found = ((path, LEFTOVER.fullmatch(path.name)) for path in root.iterdir())
     return [path for path, match in found if match and not _another_lives(int(match[1]))]
 
@@ -161,14 +177,6 @@ def _remember(root: Path, kind: str, key: str, value: str | None) -> None:
         places.sync(aside)
         aside.replace(root / NOTES)
         places.sync(root)
-
-
-def _sweep(root: Path) -> None:
-    """Removes the leftovers of killed writers, and of killed deleters."""
-    for path in leftovers(root):
-        places.remove(path)
-    for path in counting(root):
-        places.settle(path)
 
 
 def _another_lives(pid: int) -> bool:

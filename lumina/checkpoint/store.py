@@ -70,13 +70,10 @@ class Receipt:
     stall: float
     waited: float = 0.0
     way: str = "inline"
-    problems: tuple[str, ...] | None = None  # what was wrong when it was read back, or why it was not; None: not tried
-    damaged: bool = False  # read back, it was not what was written: it is set aside
-
-    @property
-    def verified(self) -> bool:
-        """Whether the disk gave back what was written."""
-        return self.problems == ()
+    verified: bool = False  # whether the disk gave back what was written
+    damaged: bool = False  # whether it gave back something else; it is set aside then, unless that was `refused`
+    problems: tuple[str, ...] = ()  # what was wrong with it, or with reading it back
+    refused: UserError | None = None  # what the disk did not do once that was known
 
     @property
     def bandwidth(self) -> float:

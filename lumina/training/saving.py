@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import safe_open
 from torch import Tensor
 
-from lumina.checkpoint import catalogue, retention, store
+from lumina.checkpoint import catalogue, places, retention, store
 from lumina.checkpoint.catalogue import LOSS, RUN
 from lumina.checkpoint.writer import Writer
 from lumina.errors import DiskRefused, UserError
@@ -50,7 +52,8 @@ class Saver:
         if way == "auto":  # the run was begun by a version that did not ask
             room = memory.room_for_copy(self.config, self.world.size, self.world.local_size)
             way, _ = machine.choose_writing(parallel.device, int(parallel.threads), room, self.world)
-        self.writer = Writer(run.checkpoints, self.world, way)
+        self.writer = Writer(run.checkpoints, self.world, way, self._keep_log, self._tidy)
+        self.damaged: set[Path] = set()  # what the disk kept from being set aside
         self.saved_step: int | None = None  # published, or under way
         self.judged = False  # whether that one holds an evaluation of its step
         self.best_before: tuple[float | None, int | None] = (None, None)  # the last save
@@ -69,7 +72,7 @@ class Saver:
         progress = self.state.progress
         with whole(f"saving step {progress.step}", self.told):
             self._or_unsaved(self.writer.finish)
-            self._tell()  # prunes, which nothing may be under way for
+            self._tell()
             self.world.decide(self._require_folder)
             loss = self._judge(evaluated)
             state = self.identity | {LOSS: loss} | self.state.pack()
@@ -80,7 +83,7 @@ class Saver:
     def poll(self, step_seconds: float) -> None:
         """Tells what was published since, after a step that took so long.
 
-        Older checkpoints go once a newer one was read back. Raises the `UserError` of a save that failed.
+        Raises the `UserError` of a save that failed, or that left behind what the disk did not let go.
         """
         (self.beside if self.writer.busy else self.alone).append(step_seconds)
         self._tell()
@@ -130,11 +133,20 @@ class Saver:
             self._unsaved()
         for receipt in receipts:
             self.emit("checkpoint", **self._event(receipt))
-        if any(receipt.damaged for receipt in receipts):
-            self.world.decide(lambda: self.went_back(self.lineage))
-        if any(receipt.verified for receipt in receipts):
-            with whole(f"saving step {receipts[-1].step}: older ones go", self.told):
-                self.world.decide(self._tidy)
+        if receipts:
+            self.world.decide(lambda: self._distrust([receipt.path for receipt in receipts if receipt.damaged]))
+        for receipt in receipts:
+            if receipt.refused:
+                receipt.refused.told = not self.world.main
+                raise receipt.refused
+
+    def _distrust(self, damaged: list[Path]) -> None:
+        """A damaged checkpoint counts for nothing, also where the disk lets nobody rename it."""
+        self.damaged |= {path for path in damaged if os.path.lexists(path)}
+        with suppress(DiskRefused):  # it is known here; the next time the disk may take a note of it
+            retention.note_damaged(self.run.checkpoints, self.damaged)
+        if damaged:
+            self.went_back(self.lineage)
 
     def _event(self, receipt: store.Receipt) -> dict[str, Any]:
         usual, beside, self.beside = statistics.median(self.alone) if self.alone else None, self.beside, []
@@ -158,16 +170,28 @@ class Saver:
             raise DiskRefused(f"{self.run.path}: checkpoint not written: the folder of the run is gone", fix)
 
     def tidy(self) -> None:
-        """What earlier attempts left goes, where nothing keeps it. Raises `DiskRefused` if the disk refuses."""
-        self.world.decide(self._tidy)
+        """What earlier attempts left goes, where nothing keeps it. Raises `UserError` if the disk refuses."""
 
-    def _tidy(self) -> None:
+        def work() -> None:
+            if self.run.checkpoints.is_dir():
+                retention.sweep(self.run.checkpoints)
+                self._tidy()
+
+        self.world.decide(work)
+
+    def _tidy(self, saved: Path | None = None) -> None:
+        """Older checkpoints go, once a newer one was `saved`: in its thread, while nothing that it asks can change."""
         self._require_folder()
-        if not self.run.checkpoints.is_dir():
-            return
+        self.damaged -= {saved}
         self._link_best()
         keep = self.config.checkpoint
-        retention.prune(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every, self.abandoned())
+        kinds = keep.keep_last, keep.keep_best, keep.keep_every
+        retention.prune(self.run.checkpoints, *kinds, self.abandoned(), self.damaged)
+
+    def _keep_log(self) -> None:
+        """A checkpoint is never ahead of the log on the disk: what was told before it would be told by nobody again."""
+        with places.disk(f"{self.run.event_log}: not flushed"), suppress(FileNotFoundError):
+            places.sync(self.run.event_log)
 
     def _link_best(self) -> None:
         """Points `best` where the state says it is: also after a crash between a save and its link."""
@@ -235,7 +259,7 @@ class Saver:
     def went_back(self, lineage: Lineage) -> None:
         """Points `latest` and `best` at what counts after the run went back, or at nothing; for the main process."""
         self.lineage = lineage
-        out = self.abandoned()
+        out = {*self.abandoned(), *self.damaged}
         there = [path for path in store.checkpoints(self.run.checkpoints) if path not in out]
         progress = self.state.progress
         steps = [store.step_of(path) for path in there]

@@ -134,7 +134,7 @@ def test_leftovers_of_dead_processes_and_of_our_own_are_swept(root: Path) -> Non
         (root / f"best.tmp-{pid}").symlink_to("step-000001")
     (root / f"step-000006.tmp-{os.getppid()}").mkdir()  # alive: somebody is writing it
     (root / "notes.txt").touch()
-    prune(root, keep_last=5)
+    retention.sweep(root)
     assert {path.name for path in root.iterdir()} - {path.name for path in store.checkpoints(root)} == {
         "latest",
         "notes.txt",
@@ -145,11 +145,11 @@ def test_leftovers_of_dead_processes_and_of_our_own_are_swept(root: Path) -> Non
 
 def test_a_replaced_one_goes_once_its_successor_is_complete(root: Path) -> None:
     store.folder(root, 2).rename(root / "step-000002.old")  # killed before the new one was published
-    prune(root, keep_last=9)
+    retention.sweep(root)
     assert (root / "step-000002.old").is_dir()
     store.folder(root, 3).rename(root / "step-000003.old")
     store.save(root, 3, {}, {}, {})
-    prune(root, keep_last=9)
+    retention.sweep(root)
     assert not (root / "step-000003.old").exists()
     assert steps(root) == [1, 2, 3, 4, 5]
 
@@ -165,5 +165,5 @@ def test_what_is_being_deleted_is_no_checkpoint_from_the_first_moment(
         with pytest.raises(KeyboardInterrupt):
             prune(root, keep_last=4)
     assert steps(root) == [2, 3, 4, 5]
-    prune(root, keep_last=4)
+    retention.sweep(root)
     assert not list(root.glob("*.tmp-*"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from support import settings
 from test_resume import history
 
-from lumina.checkpoint import phases, store
+from lumina.checkpoint import phases, places, retention, store
 from lumina.checkpoint.readback import fingerprint
 from lumina.config.resolve import resolve
 from lumina.errors import UserError
@@ -103,6 +106,62 @@ def test_older_ones_stay_until_a_newer_one_was_read_back(tmp_path: Path, monkeyp
     assert "has other bytes" in saves(run)[1]["problems"][0]
     assert {path.name for path in store.checkpoints(run.checkpoints)} == {"step-000006"}
     assert (run.checkpoints / "step-000004.damaged").is_dir()
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_damaged_one_that_the_disk_keeps_in_place_counts_for_nothing(
+    noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else good ones would go in its favour, and it would stay `latest`."""
+    harm(monkeypatch, 4)
+    rename, replace, seen = Path.rename, Path.replace, dict[int, str]()
+
+    def refuse(self: Path, target: Path) -> Path:
+        if str(target).endswith(".damaged"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return rename(self, target)
+
+    def refuse_notes(self: Path, target: Path) -> Path:
+        if str(target).endswith("notes.json") and not noted:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return replace(self, target)
+
+    def look(event: dict[str, Any]) -> None:
+        if event["t"] == "step":
+            (path,) = (tmp_path / "runs").iterdir()
+            seen[event["step"]] = os.readlink(path / "checkpoints" / "latest") if event["step"] > 4 else ""
+            while event["step"] == 4 and any(t.name.startswith("checkpoint") for t in threading.enumerate()):
+                time.sleep(0.01)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(Path, "replace", refuse_notes)
+    keys = settings(tmp_path, "dense", checkpoint__keep_last=2, checkpoint__on_error="continue", train__steps=10)
+    run = Trainer("tiny", root=tmp_path / "runs", listeners=[look], **keys).fit()
+    assert [(event["step"], event["verified"]) for event in saves(run)] == [
+        (2, True), (4, False), (6, True), (8, True), (10, True)
+    ]  # fmt: skip
+    refused = [event for event in run.events() if event["t"] == "incident"]
+    assert [event["step"] for event in refused] == [5]
+    assert "step-000004: damaged, and not set aside" in refused[0]["error"]
+    assert seen[5] == "step-000002"  # told while step 6 is under way
+    assert [store.step_of(path) for path in store.checkpoints(run.checkpoints)] == [10, 8, 4]  # it is evidence
+    assert (4 in map(store.step_of, retention.counting(run.checkpoints))) is not noted
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a run that goes on from a checkpoint knows what was told before it."""
+    done: list[str] = []
+    sync, publish = places.sync, phases.publish
+    monkeypatch.setattr(places, "sync", lambda path: (done.append(path.name), sync(path)))
+
+    def published(*arguments: Any) -> Path:
+        done.append("publish")
+        return publish(*arguments)
+
+    monkeypatch.setattr(phases, "publish", published)
+    Trainer("tiny", root=tmp_path / "runs", **settings(tmp_path, "dense")).fit()
+    order = [name for name in done if name in ("events.jsonl", "publish", "COMPLETE")]
+    assert order == ["COMPLETE", "events.jsonl", "publish"] * 3
 
 
 def test_a_run_whose_last_save_did_not_last_is_not_called_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
