@@ -153,7 +153,7 @@ def publish(root: Path, aside: Path, step: int) -> Path:
     """Renames `aside` to what readers look for and points `latest` at it.
 
     At every instant the checkpoint that it replaces, or the new one, can be found. The replaced one is kept under
-    another name until `places.settle`, or `places.set_aside`, which brings it back. Raises `UserError` if the disk
+    another name until `places.settle`, or until this one is set aside. Raises `UserError` if the disk
     refuses.
     """
     final = places.folder(root, step)

@@ -78,26 +78,44 @@ def replaced(path: Path) -> Path:
     return path.with_name(path.name + OLD)
 
 
+def put_back(root: Path) -> None:
+    """What was replaced has its name again, where nothing has it: a save was killed, or its own was damaged.
+
+    Raises `UserError` if the disk refuses.
+    """
+    for old in (path for path in checkpoints(root) if path.suffix == OLD):
+        if not os.path.lexists(final := old.with_suffix("")):
+            with disk(f"{old}: not renamed"):
+                old.rename(final)
+                sync(root)
+
+
 def settle(path: Path) -> None:
     """What a checkpoint replaced goes: this one lasts. Raises `UserError` if the disk refuses."""
     if os.path.lexists(old := replaced(path)):
         discard(old)
 
 
-def set_aside(path: Path) -> None:
-    """Renames a damaged checkpoint so that nobody takes it for one; what it replaced has its name again.
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint so that nobody takes it for one; returns where it is.
 
-    `latest` points at the newest that is left. Raises `UserError` if the disk refuses.
+    Raises `UserError` if the disk refuses.
     """
+    aside = path.with_name(path.name + DAMAGED)
     with disk(f"{path}: damaged, and not set aside"):
-        remove(path.with_name(path.name + DAMAGED))
-        path.rename(path.with_name(path.name + DAMAGED))
-        if os.path.lexists(old := replaced(path)):
-            old.rename(path)
-        remove(path.parent / "latest")
+        remove(aside)
+        path.rename(aside)
         sync(path.parent)
-    if left := [other for other in checkpoints(path.parent) if other.suffix != OLD]:
-        point(path.parent, "latest", step_of(left[0]))
+    return aside
+
+
+def point_latest(root: Path) -> None:
+    """`latest` points at the newest that is there, or is gone. Raises `UserError` if the disk refuses."""
+    if there := [path for path in checkpoints(root) if path.suffix != OLD]:
+        point(root, "latest", step_of(there[0]))
+    else:
+        with disk(f"{root / 'latest'}: not deleted"):
+            remove(root / "latest")
 
 
 def remove(path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from lumina.checkpoint import catalogue, places
@@ -110,8 +110,8 @@ def delete(root: Path, paths: Iterable[Path], abandoned: Collection[Path] = ()) 
     for link in (root / name for name in LINKS):
         if link.is_symlink() and not link.exists():
             places.remove(link)
-            if link.name == "latest":
-                places.point(root, "latest", step_of(left[0]))
+            if link.name == "latest" and (plain := [path for path in left if path.suffix != places.OLD]):
+                places.point(root, "latest", step_of(plain[0]))
 
 
 def counting(root: Path) -> list[Path]:
@@ -121,14 +121,13 @@ def counting(root: Path) -> list[Path]:
     return [path for path in whole if path.name not in damaged or damaged[path.name] != catalogue.seal(path)]
 
 
-def pin(root: Path, step: int, why: str) -> None:
-    """Keeps the checkpoint of `step` until it is unpinned: somebody may want to return to it."""
-    _remember(root, "pinned", str(step), why)
+def pin(root: Path, wanted: Mapping[int, str]) -> None:
+    """Keeps the checkpoints of these steps, each with its reason; those pinned before are left to the rules again.
 
-
-def unpin(root: Path, step: int) -> None:
-    """Leaves the checkpoint of `step` to the rules again."""
-    _remember(root, "pinned", str(step), None)
+    Raises `DiskRefused` if the disk refuses.
+    """
+    if wanted != pins(root):
+        _write(root, _notes(root) | {"pinned": {str(step): why for step, why in sorted(wanted.items())}})
 
 
 def pins(root: Path) -> dict[int, str]:
@@ -137,10 +136,15 @@ def pins(root: Path) -> dict[int, str]:
 
 
 def note_damaged(root: Path, paths: Iterable[Path]) -> None:
-    """Remembers that these do not verify: they stay, but count no longer, until their step is saved again."""
-    for path in paths:
-        if catalogue.sizes(path) is not None:  # else it does not count anyway
-            _remember(root, "damaged", path.name, catalogue.seal(path))
+    """Remembers that these do not verify: they stay, but count no longer, until their step is saved again.
+
+    Raises `DiskRefused` if the disk refuses.
+    """
+    notes = _notes(root)
+    known = notes["damaged"]
+    more = {path.name: catalogue.seal(path) for path in paths if catalogue.sizes(path) is not None}
+    if known | more != known:  # what is not there in full does not count anyway
+        _write(root, notes | {"damaged": known | more})
 
 
 def check_links(root: Path) -> None:
@@ -165,12 +169,8 @@ def _notes(root: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def _remember(root: Path, kind: str, key: str, value: str | None) -> None:
-    """Writes one note, or deletes it, replacing the file as a whole. Raises `DiskRefused` if the disk refuses."""
-    notes = _notes(root)
-    notes[kind].pop(key, None)
-    if value is not None:
-        notes[kind][key] = value
+def _write(root: Path, notes: dict[str, dict[str, str]]) -> None:
+    """Replaces the notes as a whole."""
     aside = places.temporary(root / NOTES)
     with places.disk(f"{root / NOTES}: not written"):
         aside.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")

@@ -222,17 +222,16 @@ class Save:
             problems=(*found, *how),
         )
         try:
-            self._conclude(receipt)
+            if receipt.damaged:
+                receipt = replace(receipt, path=places.set_aside(path))
+                places.put_back(self.root)
+                places.point_latest(self.root)
+            else:
+                places.settle(path)
+                self.after(path)
         except UserError as error:
-            return replace(receipt, refused=error)
+            receipt = replace(receipt, refused=error)
         return receipt
-
-    def _conclude(self, receipt: Receipt) -> None:
-        if receipt.damaged:
-            places.set_aside(receipt.path)
-        else:
-            places.settle(receipt.path)
-            self.after(receipt.path)
 
     def _look(self, path: Path, seal: str) -> tuple[list[str], list[str]]:
         """What is wrong on the disk; and, where this process had to look itself, why: unread, it would be of no use."""

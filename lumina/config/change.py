@@ -22,6 +22,7 @@ FOLLOWS = {
     "precision.eval": ("precision.mode",),
     "model.moe.kernel": ("parallel.device", "precision.mode"),
     "train.compile": ("parallel.device",),
+    "checkpoint.every": ("checkpoint.mtbf",),
 }
 
 

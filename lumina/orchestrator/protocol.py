@@ -73,7 +73,7 @@ class Controls(Protocol):
     """The only door: whatever is done to a run, by decision or by hand, goes through here, between two steps.
 
     Each action is journalled, on the disk, before it is done; each raises `UserError`, with nothing done, if it cannot
-    be. One that changes the run first saves where it stands, so that it can be undone.
+    be. One that lays something over the plan first saves where the run stands, and keeps that until it is undone.
     """
 
     @property

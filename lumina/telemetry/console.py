@@ -99,6 +99,7 @@ def disk_lines(disk: dict[str, Any], why: str) -> list[str]:
     """How often a run saves (`why`, if that was chosen), and what its checkpoints take beside the room there is."""
     total = disk["most"] * disk["bytes"]
     several = f"{disk['most']} x {size(disk['bytes'])} = {size(total)}" if disk["most"] > 1 else size(total)
+    several += f" ({disk['pinned']} to undo overlays)" if disk["pinned"] else ""
     every = f"a checkpoint every {disk['every']} steps" if disk["every"] else "one checkpoint, at the end"
     lines = [f"disk   {every}, at most {several} at a time; {size(disk['free'])} are free"]
     lines += [f"       checkpoint.every {disk['every']}: {why}"] if why else []

@@ -7,15 +7,16 @@ cut of the learning rate would win (short-horizon bias: Wu et al. 2018, 1803.020
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from lumina.checkpoint.places import disk
 from lumina.checkpoint.snapshot import Snapshot
 from lumina.config.overlay import Overlay, added, check
-from lumina.errors import UserError
+from lumina.errors import DiskRefused, UserError
 from lumina.events import EventWriter
 from lumina.orchestrator.protocol import Outcome
 from lumina.training.course import Course
@@ -60,7 +61,7 @@ class Arms:
         told: list[tuple[str, dict[str, Any]]] = []
         with ExitStack() as stack:
             stack.callback(self._return)
-            self.course.emit = self._teller(name, told, stack)
+            self.course.emit = stack.enter_context(self._telling(name, told))
             self.course.state.overlays = acting
             for _ in range(steps):
                 self.course.advance()
@@ -91,23 +92,55 @@ class Arms:
         held = self.held[outcome.name]
         self.course.return_to(held.end)
         self.course.state.overlays = held.overlays
-        for type, fields in held.events:
-            self.course.emit(type, **fields)
+        self.course.parts.world.each(lambda: self._tell_again(held))
         self.course.last = time.perf_counter()
 
-    def _teller(self, name: str, told: list[tuple[str, dict[str, Any]]], stack: ExitStack) -> Callable[..., None]:
-        """Remembers events, and writes them to the arm's file in the main process."""
-        writer: EventWriter | None = None
-        if self.course.parts.world.main:
-            self.folder.mkdir(exist_ok=True)
-            writer = stack.enter_context(EventWriter(self.folder / f"{name}.jsonl", self.course.state.attempt))
+    def _tell_again(self, held: _Held) -> None:
+        for type, fields in held.events:
+            self.course.emit(type, **fields)
+
+    @contextmanager
+    def _telling(self, name: str, told: list[tuple[str, dict[str, Any]]]) -> Iterator[Callable[..., None]]:
+        """Remembers events, and writes them to the arm's file in the main process.
+
+        What the disk refuses waits until the arm ends: all processes leave it together.
+        """
+        writers: list[EventWriter] = []
 
         def tell(type: str, /, **fields: Any) -> None:
             told.append((type, fields))
-            if writer:
+            for writer in writers:
                 writer.emit(type, **fields)
 
-        return tell
+        def begin() -> None:
+            with disk(f"{self.folder}: no folder for trials"):
+                self.folder.mkdir(exist_ok=True)
+            writers.append(EventWriter(self.folder / f"{name}.jsonl", self.course.state.attempt, hold=True))
+
+        def end() -> None:
+            for writer in writers:
+                writer.close()
+
+        self._ask_the_disk(begin)
+        try:
+            yield tell
+        except BaseException:
+            with suppress(DiskRefused):
+                end()
+            raise
+        self._ask_the_disk(end)
+
+    def _ask_the_disk(self, work: Callable[[], None]) -> None:
+        """Raises `DiskRefused` in all processes, unless the run is to go on without: then an incident says so."""
+        course = self.course
+        try:
+            course.parts.world.decide(work)
+        except DiskRefused as error:
+            if course.config.checkpoint.on_error == "stop":
+                error.fix = "make the disk writable or free space on it; the run stands where it was left"
+                raise
+            step = self.here.state["progress"].step
+            self.emit("incident", step=step, kind="log lost", error=error.message)
 
     def _return(self) -> None:
         """Back to where the run was left; the time since is not training time."""

@@ -34,6 +34,7 @@ class SessionControls(Controls):
         new = Overlay(f"{key}={value}@{begin}", key, value, begin, None if steps is None else self.step + steps)
         overlays = added(self.overlays, new)
         self._require_effect(new)
+        self.session.secure()
         self._lay(why, overlays, overlay=new.id)
         return new
 
@@ -49,13 +50,13 @@ class SessionControls(Controls):
         if begin > self.step:  # nothing was done with it yet
             self._lay(why, rest, overlay=id)
         else:
-            self.session.rollback(begin - 1, overlays=rest, why=why)
+            self.session.rollback(self.session.way_back(begin), overlays=rest, why=why)
 
-    def _lay(self, why: Decision, overlays: tuple[Overlay, ...], **what: Any) -> None:
-        """The run as it stands on the disk, then what is going to be in force, then it is."""
-        self.session.pin(f"before {what['overlay'] if 'overlay' in what else what['arm']}")
-        self._journal(why, overlays=pack(overlays), **what)
+    def _lay(self, why: Decision, overlays: tuple[Overlay, ...], ahead: int = 1, **what: Any) -> None:
+        """Tells what is going to be in force, then it is; `ahead`: so many steps are taken with it at once."""
+        self.session.record("decision", step=self.step, **why.fields(), overlays=pack(overlays), **what)
         self.state.overlays = overlays
+        self.session.keep_ways_back(ahead)
 
     def _require_effect(self, new: Overlay) -> None:
         """Raises `UserError` for what this run has nothing of, and for batches that it has read or never will."""
@@ -87,7 +88,8 @@ class SessionControls(Controls):
     def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> None:
         assert isinstance(fork, Arms)
         overlays = fork.require_held(outcome)
-        self._lay(why, overlays, arm=outcome.name)
+        self.session.secure()
+        self._lay(why, overlays, ahead=outcome.steps, arm=outcome.name)
         fork.keep(outcome)
 
     # -- saving, stopping --------------------------------------------------------------------------------------------
@@ -96,11 +98,5 @@ class SessionControls(Controls):
         self.session._save()
 
     def stop(self, why: Decision) -> None:
-        self._journal(why)
+        self.session.record("decision", step=self.step, **why.fields())
         self.session.ending = why.rule
-
-    def _journal(self, why: Decision, **what: Any) -> None:
-        """Returns when the disk knows it."""
-        self.session._emit("decision", step=self.step, **why.fields(), **what)
-        if self.session.world.main:
-            self.session.events.sync()

@@ -187,7 +187,6 @@ def check_settled(config: Config, run: str, world: World) -> None:
         "parallel.threads": config.parallel.threads,
         "train.micro_batch": config.train.micro_batch,
         "train.steps": config.train.steps,
-        "checkpoint.every": config.checkpoint.every,
     }
     if open_keys := [key for key, value in settled.items() if value in ("auto", None)]:
         fix = "restore the file; a run keeps what was chosen when it began"

@@ -25,7 +25,7 @@ def checkpoint_bytes(config: Config) -> int:
 def at_once(config: Config) -> int:
     """How many checkpoints lie on the disk at the same time at most: those that are kept, and the one being written.
 
-    Points that are pinned come on top. A length or an interval that is not settled yet counts as a long one.
+    A length or an interval that is not settled yet counts as a long one.
     """
     keep, steps, every = config.checkpoint, config.train.steps, config.checkpoint.every
     kept = keep.keep_last + keep.keep_best
@@ -37,13 +37,17 @@ def at_once(config: Config) -> int:
     return min(saves, kept + 1)
 
 
-def facts(config: Config, checkpoints: Path) -> dict[str, Any]:
-    """What the run will take of the disk of its `checkpoints` (there or not), what of it is there, what is free."""
+def facts(config: Config, checkpoints: Path, pinned: int = 0) -> dict[str, Any]:
+    """What the run will take of the disk of its `checkpoints` (there or not), what of it is there, what is free.
+
+    `pinned`: how many are kept besides, so that overlays can be undone.
+    """
     counts = [*retention.counting(checkpoints), *retention.leftovers(checkpoints)] if checkpoints.is_dir() else []
     return {
         "every": config.checkpoint.every,
         "bytes": checkpoint_bytes(config),
-        "most": at_once(config),
+        "most": at_once(config) + pinned,
+        "pinned": pinned,
         "used": sum(map(size, counts)),
         "free": free(checkpoints),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from torch import Tensor
 from lumina.checkpoint import catalogue, places, retention, store
 from lumina.checkpoint.catalogue import LOSS, RUN
 from lumina.checkpoint.writer import Writer
+from lumina.config import overlay
+from lumina.config.overlay import Overlay
 from lumina.errors import DiskRefused, UserError
 from lumina.progress import Tell, whole
 from lumina.run.folder import Run
@@ -131,22 +132,26 @@ class Saver:
         receipts = self._or_unsaved(self.writer.poll)
         if any(receipt.damaged and receipt.step == self.saved_step for receipt in receipts):
             self._unsaved()
-        for receipt in receipts:
-            self.emit("checkpoint", **self._event(receipt))
-        if receipts:
-            self.world.decide(lambda: self._distrust([receipt.path for receipt in receipts if receipt.damaged]))
+        if events := [self._event(receipt) for receipt in receipts]:
+            self.world.decide(lambda: self._emit_all(events))
+            self.world.decide(lambda: self._distrust(receipts))
         for receipt in receipts:
             if receipt.refused:
                 receipt.refused.told = not self.world.main
                 raise receipt.refused
 
-    def _distrust(self, damaged: list[Path]) -> None:
+    def _distrust(self, receipts: list[store.Receipt]) -> None:
         """A damaged checkpoint counts for nothing, also where the disk lets nobody rename it."""
-        self.damaged |= {path for path in damaged if os.path.lexists(path)}
+        damaged = {receipt.path for receipt in receipts if receipt.damaged}
+        self.damaged |= {path for path in damaged if path.suffix != places.DAMAGED}
         with suppress(DiskRefused):  # it is known here; the next time the disk may take a note of it
             retention.note_damaged(self.run.checkpoints, self.damaged)
         if damaged:
-            self.went_back(self.lineage)
+            self.link()
+
+    def _emit_all(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            self.emit("checkpoint", **event)
 
     def _event(self, receipt: store.Receipt) -> dict[str, Any]:
         usual, beside, self.beside = statistics.median(self.alone) if self.alone else None, self.beside, []
@@ -170,7 +175,11 @@ class Saver:
             raise DiskRefused(f"{self.run.path}: checkpoint not written: the folder of the run is gone", fix)
 
     def tidy(self) -> None:
-        """What earlier attempts left goes, where nothing keeps it. Raises `UserError` if the disk refuses."""
+        """What earlier attempts left goes, where nothing keeps it; a save that is under way is waited for.
+
+        Raises `UserError` if the disk refuses.
+        """
+        self.finish()
 
         def work() -> None:
             if self.run.checkpoints.is_dir():
@@ -201,12 +210,17 @@ class Saver:
 
     # -- restoring ----------------------------------------------------------------------------------------------------
 
+    def recall(self) -> None:
+        """Learns which attempts count, before the run goes on; what a killed save was replacing has its name again."""
+        self.lineage = self.world.decide(lambda: lineage(self.run))
+        self.world.decide(lambda: places.put_back(self.run.checkpoints))
+
     def restore(self) -> list[tuple[Path, str]]:
         """Loads the newest complete checkpoint that counts; returns those it had to pass over, with the reason.
 
+        The run begins again where none is left; what was saved then is among those passed over.
         Raises `UserError` if there are some, all damaged or of another run: to begin again is for the user to say.
         """
-        self.lineage = self.world.decide(lambda: lineage(self.run))
         out = self.world.decide(self.abandoned)
         skipped: list[tuple[Path, str]] = []
         while True:
@@ -224,14 +238,58 @@ class Saver:
                 "\n  - ".join([f"{self.run.checkpoints}: every checkpoint is damaged or of another run", *reasons]),
                 fix="restore one, or start another: lumina train … --fresh",
             )
+        self.world.decide(lambda: self._leave_in_order(found, [path for path, _ in skipped]))
         if found is None:
             setup.load_origin(self.parts)
-        self.world.decide(lambda: retention.note_damaged(self.run.checkpoints, [path for path, _ in skipped]))
+            return self.world.decide(lambda: self._lost(out))
         return skipped
 
     def abandoned(self) -> list[Path]:
         """The checkpoints that the run went back before; for the main process."""
         return catalogue.abandoned(self.run.checkpoints, self.lineage.counts)
+
+    def _leave_in_order(self, found: store.Checkpoint | None, damaged: list[Path]) -> None:
+        """Names, notes and links as they would be if nobody had been killed."""
+        root = self.run.checkpoints
+        if found and found.path.suffix == store.OLD:
+            places.set_aside(final := found.path.with_suffix(""))
+            places.put_back(root)
+            damaged = [path for path in damaged if path != final]
+        retention.note_damaged(root, damaged)
+        self.link()
+
+    def _lost(self, undone: list[Path]) -> list[tuple[Path, str]]:
+        """What was there to go on from, by the log, of a run that has to begin again."""
+        saved = [e["step"] for e in self.run.events() if e["t"] == "checkpoint" and e.get("verified", True)]
+        if not saved:
+            return []
+        gone = store.folder(self.run.checkpoints, saved[-1])
+        return [(gone, "gone: it was saved"), *((path, "the run went back before it") for path in undone)]
+
+    def overlays(self) -> tuple[Overlay, ...]:
+        """What lay over the plan in the newest checkpoint that counts: for a run whose log does not say."""
+        out = self.world.decide(self.abandoned)
+        found, _ = store.newest(self.run.checkpoints, self.world, self.told, out, self.identity[RUN])
+        return overlay.unpack(found.state.get("overlays", ()), str(found.path)) if found else ()
+
+    def saved(self) -> list[int]:
+        """The steps of the checkpoints that count, newest first; for the main process."""
+        out = {*self.abandoned(), *self.damaged}
+        there = [path for path in retention.counting(self.run.checkpoints) if path not in out]
+        return [store.step_of(path) for path in there if path.suffix != store.OLD]
+
+    def keep_ways_back(self, ahead: int) -> None:
+        """Pins the newest checkpoint before each overlay that begins `ahead` steps from here at the latest.
+
+        For the main process. A save under way counts.
+        """
+        saved = {*self.saved(), *([] if self.saved_step is None else [self.saved_step])}
+        before: dict[int, list[str]] = {}
+        for one in self.state.overlays:
+            points = [step for step in saved if step < one.begin]
+            if points and one.begin <= self.state.progress.step + ahead:
+                before.setdefault(max(points), []).append(one.id)
+        retention.pin(self.run.checkpoints, {step: f"before {', '.join(ids)}" for step, ids in before.items()})
 
     def find(self, step: int) -> store.Checkpoint:
         """The checkpoint of `step`. Raises `UserError` if there is none that counts, or if it is damaged."""
@@ -256,18 +314,15 @@ class Saver:
         if problem := self._load(found):
             raise UserError(f"{found.path}: {problem}", fix="go back to another step")
 
-    def went_back(self, lineage: Lineage) -> None:
-        """Points `latest` and `best` at what counts after the run went back, or at nothing; for the main process."""
-        self.lineage = lineage
-        out = {*self.abandoned(), *self.damaged}
-        there = [path for path in store.checkpoints(self.run.checkpoints) if path not in out]
-        progress = self.state.progress
-        steps = [store.step_of(path) for path in there]
-        for name, wanted in (("latest", steps[:1]), ("best", [step for step in steps if step == progress.best_step])):
+    def link(self) -> None:
+        """Points `latest` and `best` at what counts, or at nothing; for the main process."""
+        root, saved, best = self.run.checkpoints, self.saved(), self.state.progress.best_step
+        retention.check_links(root)
+        for name, wanted in (("latest", saved[:1]), ("best", [step for step in saved if step == best])):
             if wanted:
-                store.point(self.run.checkpoints, name, wanted[0])
+                store.point(root, name, wanted[0])
             else:
-                store.remove(self.run.checkpoints / name)
+                store.remove(root / name)
 
     def _load(self, found: store.Checkpoint) -> str:
         """Writes a checkpoint into the state; or says why nobody can go on from it."""
@@ -282,7 +337,6 @@ class Saver:
         except store.Unsound as error:
             return error.message.partition(": ")[2]
         self.state.unpack(found.state)
-        self.world.decide(self._link_best)
         self.saved_step, self.judged = found.step, found.state[LOSS] is not None
         return ""
 

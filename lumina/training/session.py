@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lumina.checkpoint import retention, store
+from lumina.checkpoint import store
 from lumina.checkpoint.snapshot import Snapshot
 from lumina.config import overlay
 from lumina.config.change import RESUME
@@ -83,18 +83,16 @@ class Session:
         A signal that asks to stop saves and raises `Stopped`; see `lumina.run.signals`.
         """
         self.state.attempt = self.world.decide(self.run.next_attempt)
-        hold = self.config.checkpoint.on_error == "continue"
         with ExitStack() as stack:
             stack.enter_context(self.watchdog)
             skipped = self._begin(back)
             self.requests = stack.enter_context(signals.Requests())
-            if self.world.main:
-                writer = EventWriter(self.run.event_log, self.state.attempt, self.listeners, hold)
-                self.events = stack.enter_context(writer)
+            self.world.decide(lambda: self._open_log(stack))
             stack.enter_context(self.saver.writer)
             self._announce("rollback" if back else "resume" if self.state.attempt else "start", skipped)
             if back:
                 self._went_back(back.step)
+            self.keep_ways_back()
             self._tell_restart()
             if self.state.attempt:
                 with self._refusals():  # where no save comes, at the end of a run, none would tidy either
@@ -108,8 +106,15 @@ class Session:
                     self._stop(self.ending)
             self._finish()
 
+    def _open_log(self, stack: ExitStack) -> None:
+        hold = self.config.checkpoint.on_error == "continue"
+        writer = EventWriter(self.run.event_log, self.state.attempt, self.listeners, hold)
+        self.events = stack.enter_context(writer)
+
     def _step(self) -> None:
         """The next step, and a checkpoint where one is due."""
+        if any(one.begin == self.state.progress.step + 1 for one in self.state.overlays):
+            self.keep_ways_back()
         self.course.advance()
         step, every = self.state.progress.step, int(self.config.checkpoint.every)
         with self._pausing(), self._refusals():
@@ -125,17 +130,17 @@ class Session:
             if back:
                 raise UserError(f"{self.run.path}: has not begun, so there is nothing to go back to", "train it first")
             return []
+        self.saver.recall()
         overlays = self._overlays()
         if back is None:
             skipped = self.saver.restore()
             self.state.overlays = self.state.overlays if overlays is None else overlays
             return skipped
-        self.saver.lineage = self.world.decide(lambda: lineage.lineage(self.run))
         stood = self.world.decide(self._stood)
         if not back.step < stood:
             raise UserError(f"{self.run.path}: stands at step {stood}, not behind {back.step}", "name an earlier step")
         found = self.saver.find(back.step) if back.step else None
-        self.state.overlays = overlays or ()
+        self.state.overlays = self.saver.overlays() if overlays is None else overlays
         skip = (back.step + 1, stood) if back.skip == "all" else back.skip
         overlays = self._without(skip, back.step) if skip else self.state.overlays
         self._go_to(found)
@@ -152,7 +157,7 @@ class Session:
         """Goes back to the restore point of `step`, in memory or on disk, and begins another attempt there.
 
         The batches of steps `skip`, first and last, are quarantined; other `overlays` than those in force may be given.
-        Raises `UserError`, with nothing done, if there is no such restore point.
+        Raises `UserError`, with nothing done, if there is no such restore point, or the disk does not take the news.
         """
         if not step < self.state.progress.step:
             raise UserError(f"step {step}: the run is at step {self.state.progress.step}", "name an earlier step")
@@ -162,16 +167,31 @@ class Session:
         found = at_hand or self.saver.find(step)
         overlays = self.state.overlays if overlays is None else overlays
         overlays = self._without(skip, step) if skip else overlays
-        self.course.observe()
-        self.state.attempt += 1
-        if self.world.main:
-            self.events.attempt = self.state.attempt
-        self.state.overlays = overlays
-        self._announce("rollback", [], step, why)  # known on the disk before anything changes
+        self.world.each(self.course.observe)
+        before = self.state.attempt, self.state.overlays
+        self._number(self.state.attempt + 1, overlays)
+        try:
+            self._announce("rollback", [], step, why)  # known on the disk before anything changes
+        except UserError:
+            self._number(*before)
+            raise
         self._go_to(found)
         self.state.overlays = overlays
         self._went_back(step)
+        self.keep_ways_back()
         self.course.last = time.perf_counter()
+
+    def _number(self, attempt: int, overlays: tuple[Overlay, ...]) -> None:
+        """What is told from here on is of this attempt, over whose plan these overlays lie."""
+        self.state.attempt, self.state.overlays = attempt, overlays
+        if self.world.main:
+            self.events.attempt = attempt
+
+    def way_back(self, begin: int) -> int:
+        """The newest restore point before step `begin`, on disk or in memory."""
+        points = self.world.decide(self.saver.saved)
+        points += [self.point.state["progress"].step] if self.point else []
+        return max((step for step in points if step < begin), default=begin - 1)
 
     def _go_to(self, point: Snapshot | store.Checkpoint | None) -> None:
         """Stands at a restore point; without one, at the start, where a session begins anyway."""
@@ -186,9 +206,9 @@ class Session:
     def _went_back(self, step: int) -> None:
         if self.point and self.point.state["progress"].step > step:
             self.point = None
-        known = self.saver.lineage.after(self.state.attempt, step)
-        self.saver.lineage = known
-        self.world.decide(lambda: self.saver.went_back(known))
+        self.saver.lineage = self.saver.lineage.after(self.state.attempt, step)
+        with self._refusals():
+            self.world.decide(self.saver.link)
 
     def _without(self, skip: tuple[int, int], step: int) -> tuple[Overlay, ...]:
         """What lies over the plan, and a quarantine of what steps `skip` read or would have read, all after `step`."""
@@ -256,13 +276,23 @@ class Session:
             if ends:
                 raise
 
-    def pin(self, why: str) -> None:
-        """Puts the run as it stands here on the disk, where it stays until it is unpinned."""
+    def secure(self) -> None:
+        """Puts the run as it stands here on the disk. Raises `UserError` if that did not last."""
         self._save()
         with self._pausing():
             self.saver.finish()
         self.saver.require_saved()
-        self.world.decide(lambda: retention.pin(self.run.checkpoints, self.state.progress.step, why))
+
+    def keep_ways_back(self, ahead: int = 1) -> None:
+        """Keeps on the disk what an undo of each overlay goes back to, and for their sake nothing else.
+
+        Those that begin later than in the next `ahead` steps need nothing yet: they are undone by leaving them out.
+        """
+        step = self.state.progress.step
+        if any(step < one.begin <= step + ahead for one in self.state.overlays):
+            self._save()
+        with self._pausing(), self._refusals():
+            self.world.decide(lambda: self.saver.keep_ways_back(ahead))
 
     def _settle(self) -> None:
         """Waits until the last save has lasted."""
@@ -293,6 +323,13 @@ class Session:
         if self.world.main:
             self.events.emit(type, **fields)
 
+    def record(self, type: str, /, **fields: Any) -> None:
+        """Tells what must be known before it is done; returns when the disk knows it.
+
+        Raises `DiskRefused` in all processes if the main one's does not take it; the log is without it then.
+        """
+        self.world.decide(lambda: self.events.record(type, **fields))
+
     def _tell_hang(self, facts: dict[str, Any]) -> None:
         """Called in another thread: what hangs may hold the writer of the events, or be a listener."""
         with EventWriter(self.run.event_log, self.state.attempt) as events:
@@ -310,28 +347,33 @@ class Session:
     def _announce(
         self, reason: str, skipped: Sequence[tuple[Path, str]], step: int | None = None, why: Decision | None = None
     ) -> None:
-        """Tells that an attempt begins at `step`, by default where the state is; returns when the disk knows it."""
+        """Tells that an attempt begins at `step`, by default where the state is; returns when the disk knows it.
+
+        Raises `DiskRefused` in all processes if the main one's does not take it; the log is without it then.
+        """
         step = self.state.progress.step if step is None else step
-        self._emit(
-            "run",
-            step=step,
-            reason=reason,
-            why=why.fields() if why else None,
-            overlays=overlay.pack(self.state.overlays),
-            path=str(self.run.path),
-            preset=self.source,
-            parent_step=step if self.state.attempt else None,
-            skipped_checkpoints=[[path.name, reason] for path, reason in skipped],
-            loader_tok_s=round(self.parts.loader.throughput()),
-            machine=machine.facts(self.config.parallel.device),
-            matmul_flops=self.peak,
-            choices=self.choices,
-            changed=self.changed,
-            disk=room.facts(self.config, self.run.checkpoints),
-            **setup.description(self.parts),
-        )
-        if self.world.main:
-            self.events.sync()
+
+        def tell() -> None:
+            self.events.record(
+                "run",
+                step=step,
+                reason=reason,
+                why=why.fields() if why else None,
+                overlays=overlay.pack(self.state.overlays),
+                path=str(self.run.path),
+                preset=self.source,
+                parent_step=step if self.state.attempt else None,
+                skipped_checkpoints=[[path.name, reason] for path, reason in skipped],
+                loader_tok_s=round(self.parts.loader.throughput()),
+                machine=machine.facts(self.config.parallel.device),
+                matmul_flops=self.peak,
+                choices=self.choices,
+                changed=self.changed,
+                disk=room.facts(self.config, self.run.checkpoints, len({one.begin for one in self.state.overlays})),
+                **setup.description(self.parts),
+            )
+
+        self.world.decide(tell)
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: an arm was left because the run is asked to stop

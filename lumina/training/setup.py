@@ -179,10 +179,7 @@ def settle_all(
     if seconds is not None:
         resolved = settle(resolved, world.decide(lambda: _deadline_choice(config, seconds, step_time)))
     if saves.every == "auto":
-        steps, evals = resolved.config.train.steps or 0, config.train.eval_every
-        stall = interval.measure_stall(parts, root)
-        choice = world.decide(lambda: interval.choose(stall, step_time, saves.mtbf, steps, evals))
-        resolved = settle(resolved, choice)
+        resolved = _settle_interval(resolved, parts, step_time, root)
     return _settle_compile(resolved, rate, world), rate
 
 
@@ -193,6 +190,26 @@ def settle_again(changed: Resolved, world: World) -> Resolved:
     resolved = settle(changed, world.decide(lambda: machine.choose(changed.config, world)))
     rate = matmul_rate(resolved.config, world) if resolved.config.train.compile == "auto" else 0.0
     return _settle_compile(resolved, rate, world)
+
+
+def settle_interval(
+    resolved: Resolved, began_with: int, corpus: Corpus, world: World, progress: Tell, root: Path
+) -> Resolved:
+    """The same for the interval between saves of a run that goes on, where that is open again.
+
+    Weights of their own are trained and saved below `root`, and thrown away.
+    """
+    if resolved.config.checkpoint.every != "auto":
+        return resolved
+    trial = settle(resolved, {"train.compile": ("off", "trial")})
+    parts = build(adapt(trial, began_with, world), corpus, world)
+    return _settle_interval(resolved, parts, _measure_step_time(parts, progress), root)
+
+
+def _settle_interval(resolved: Resolved, parts: Parts, step_time: float, root: Path) -> Resolved:
+    config, stall = resolved.config, interval.measure_stall(parts, root)
+    mtbf, steps, evals = config.checkpoint.mtbf, config.train.steps or 0, config.train.eval_every
+    return settle(resolved, parts.world.decide(lambda: interval.choose(stall, step_time, mtbf, steps, evals)))
 
 
 def _settle_compile(resolved: Resolved, rate: float, world: World) -> Resolved:

@@ -148,6 +148,8 @@ def resume(
         meta = world.each(run.read_meta)
         world.each(lambda: machine.check_settled(resolved.config, str(run.path), world))
         corpus = _data_again(run, resolved, meta, world, progress)
+        with oom.beyond_repair("timing a step", "set checkpoint.every to a number of steps"):
+            resolved = setup.settle_interval(resolved, meta["processes"], corpus, world, progress, run.path.parent)
         config = setup.adapt(resolved, meta["processes"], world)
         with oom.beyond_repair(BUILDING, TOO_LARGE), whole(BUILDING, progress):
             parts = setup.build(config, corpus, world)

@@ -93,15 +93,24 @@ def test_every_kth_stays(root: Path) -> None:
     assert steps(root) == [2, 4, 5]
 
 
-def test_a_pinned_one_stays_until_it_is_unpinned_and_says_why(root: Path) -> None:
-    retention.pin(root, 2, "before decision 7")
-    retention.pin(root, 3, "before decision 8")
-    assert prune(root, keep_last=1) == [1, 4]
+def test_a_pinned_one_stays_until_others_are_and_says_why(root: Path) -> None:
+    retention.note_damaged(root, [store.folder(root, 4)])
+    retention.pin(root, {2: "before decision 7", 3: "before decision 8"})
+    assert prune(root, keep_last=1) == [1]
     assert retention.kept(root, keep_last=1)[store.folder(root, 2)] == ["pinned: before decision 7"]
     assert store.newest(root)[0] is not None
-    retention.unpin(root, 2)
+    retention.pin(root, {3: "before decision 8"})
     assert prune(root, keep_last=1) == [2]
     assert retention.pins(root) == {3: "before decision 8"}
+    retention.pin(root, {})
+    assert prune(root, keep_last=1) == [3]
+    assert steps(root) == [4, 5]  # what is damaged is remembered all the same
+
+
+def test_a_link_is_never_pointed_at_a_name_that_is_not_there(root: Path) -> None:
+    store.folder(root, 4).rename(root / "step-000004.old")
+    retention.delete(root, [store.folder(root, step) for step in (1, 2, 3, 5)])
+    assert sorted(os.listdir(root)) == ["step-000004.old"]
 
 
 def test_what_a_later_attempt_undid_goes_first(root: Path) -> None:

@@ -58,7 +58,7 @@ def test_each_is_listed_with_what_keeps_it_also_while_the_run_trains(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (store.folder(run.checkpoints, 6) / "state.json").unlink()
-    retention.pin(run.checkpoints, 4, "before decision 1")
+    retention.pin(run.checkpoints, {4: "before decision 1"})
     before = contents(run.path)
     losses = {event["step"]: event["loss"] for event in run.events() if event["t"] == "eval"}
     with RunLock(run.lock):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import pytest
 import torch
 from forks import STEPS, WHY, act, crash, history, request, require_equal, trained
 
+from lumina.checkpoint import retention
 from lumina.config.overlay import KEYS, Overlay
-from lumina.errors import UserError
+from lumina.errors import DiskRefused, UserError
 from lumina.orchestrator.protocol import Outcome
 from lumina.run.folder import Run
 from lumina.training.controls import SessionControls
@@ -116,6 +118,54 @@ def test_the_steps_of_the_winner_are_kept(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(RuntimeError, match="power cut"):
             Trainer("tiny", root=crashed, **keys).fit()
     require_equal(laid, resume(Run(next(crashed.iterdir()))))
+
+
+def test_a_winner_whose_overlay_begins_within_its_steps_can_be_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way back is where the arm began: nobody saved inside it."""
+
+    def commit(controls: SessionControls) -> None:
+        with controls.fork(1.0) as fork:
+            controls.commit(WHY, fork, fork.run("later", scaled(0.5, begin=6), 3, 2, hold=True))
+        assert retention.pins(controls.session.run.checkpoints) == {4: "before candidate"}
+        act(monkeypatch, {9: undo})
+
+    def undo(controls: SessionControls) -> None:
+        controls.undo(WHY, "candidate")
+        assert controls.step == 4
+        assert retention.pins(controls.session.run.checkpoints) == {}
+
+    keys = request(tmp_path, "dense")
+    whole = trained(tmp_path / "whole", keys, monkeypatch)
+    require_equal(whole, trained(tmp_path / "undone", keys, monkeypatch, {4: commit}))
+
+
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+@pytest.mark.parametrize("within", [False, True])
+def test_a_disk_that_refuses_a_trial_s_file_ends_the_trial_or_is_said(
+    within: bool, on_error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go(controls: SessionControls) -> None:
+        file = controls.session.run.path / "trials" / "half.jsonl"
+        with controls.fork(1.0) as fork:
+            if within:
+                fork.between = lambda: file.unlink(missing_ok=True)
+            else:
+                file.mkdir(parents=True)
+            if on_error == "continue":
+                assert fork.run("half", scaled(0.5), 3, 2).losses
+                return
+            with pytest.raises(DiskRefused, match=r"half\.jsonl"):
+                fork.run("half", scaled(0.5), 3, 2)
+
+    keys = request(tmp_path, "dense", checkpoint__on_error=on_error)
+    run = trained(tmp_path / "refused", keys, monkeypatch, {4: go})
+    require_equal(trained(tmp_path / "whole", keys, monkeypatch), run)
+    lost = [event["error"] for event in run.events() if event.get("kind") == "log lost"]
+    assert [re.sub(r"\d+", "N", error.rpartition(": ")[2]) for error in lost] == (
+        [] if on_error == "stop" else ["N" if within else "Is a directory"]
+    )
 
 
 def test_what_cannot_be_an_arm_or_a_winner_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

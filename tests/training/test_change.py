@@ -136,6 +136,19 @@ def test_what_the_machine_decides_can_be_left_to_it_again(tmp_path: Path) -> Non
     assert read(run.config).config.parallel == config.parallel
 
 
+def test_the_interval_between_saves_is_measured_again_where_that_is_asked(tmp_path: Path) -> None:
+    run = stopped(tmp_path / "runs", settings(tmp_path, "dense"))
+    often = ["checkpoint.every=auto", "checkpoint.mtbf=0.000001s"]
+    with pytest.raises(Stopped):
+        resume(run, [StopAt(3)], settings=often)
+    assert begun(run)["changed"]["checkpoint.every"] == [2, 1]
+    assert read(run.config).origins["checkpoint.every"].startswith("resolved: sqrt(")
+    assert begun(run)["disk"]["every"] == 1
+    assert resume(run, settings=["checkpoint.mtbf=1000d"]).finished  # what it was reckoned from is another
+    assert begun(run)["changed"]["checkpoint.every"] == [1, STEPS]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.path.name]
+
+
 def test_how_a_run_is_kept_and_shown_may_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = stopped(tmp_path / "runs", settings(tmp_path))
     capsys.readouterr()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forks import WHY, act, crash, history, request, require_equal, trained
+from support import full
 
 from lumina.checkpoint import retention, store
 from lumina.config.overlay import KEYS, SKIP, Value
-from lumina.errors import UserError
+from lumina.errors import DiskRefused, UserError
 from lumina.events import EventWriter
 from lumina.orchestrator.protocol import Controls, Decision
 from lumina.run.folder import Run
@@ -42,6 +44,10 @@ def decisions(run: Run) -> list[dict[str, Any]]:
     return [event for event in lines if event["t"] == "decision"]
 
 
+def pins(controls: SessionControls) -> dict[int, str]:
+    return retention.pins(controls.session.run.checkpoints)
+
+
 def test_every_key_is_tried_below() -> None:
     assert {key for key, _ in VALUES} == {name for name, key in KEYS.items() if not key.forks_only} | {SKIP}
 
@@ -54,7 +60,7 @@ def test_an_overlay_shows_and_its_undo_is_the_run_that_never_had_it(
 
     def lay(controls: SessionControls) -> None:
         laid = controls.overlay(WHY, key, value)
-        assert retention.pins(controls.session.run.checkpoints) == {4: f"before {laid.id}"}
+        assert pins(controls) == {4: f"before {laid.id}"}
         act(monkeypatch, {8: lambda controls: undo(controls, laid.id)})
 
     def undo(controls: SessionControls, id: str) -> None:
@@ -62,6 +68,7 @@ def test_an_overlay_shows_and_its_undo_is_the_run_that_never_had_it(
         controls.undo(WHY, id)
         assert controls.step == 4
         assert controls.overlays == ()
+        assert pins(controls) == {}
 
     run = trained(tmp_path, keys, monkeypatch, {4: lay})
     steps = [event for event in seen if event[0] == "step"]
@@ -122,7 +129,7 @@ def test_what_is_done_was_journalled_on_the_disk_before(
 
     def refused(controls: SessionControls) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(EventWriter, "sync", crash)
+            patch.setattr(EventWriter, "record", crash)
             for attempt in (
                 lambda: controls.overlay(WHY, "lr.scale", 0.5),
                 lambda: controls.stop(WHY),
@@ -132,6 +139,83 @@ def test_what_is_done_was_journalled_on_the_disk_before(
         assert controls.overlays == ()
 
     require_equal(plain, trained(tmp_path, keys, monkeypatch, {5: refused}))
+
+
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_news_that_the_disk_refuses_are_heard_by_nobody_and_nothing_is_done(
+    on_error: str, keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(controls: SessionControls) -> None:
+        session = controls.session
+        session.secure()
+        session.course.observe()
+        actions: list[Callable[[], object]] = [
+            lambda: controls.overlay(WHY, "lr.scale", 0.5),
+            lambda: controls.rollback(WHY, 3, "skip"),
+            lambda: controls.stop(WHY),
+        ]
+        for action in actions:
+            with full(session.events), pytest.raises(DiskRefused, match="No space left"):
+                action()
+            stands = controls.step, controls.overlays, session.state.attempt, session.events.attempt
+            assert (*stands, session.ending) == (5, (), 0, 0, "")
+        assert pins(controls) == {}
+
+    run = trained(tmp_path, keys | {"checkpoint.on_error": on_error}, monkeypatch, {5: refused})
+    require_equal(plain, run)
+    lines = [json.loads(line) for line in run.event_log.read_text().splitlines()]
+    assert [event["t"] for event in lines if event["t"] in ("run", "decision")] == ["run"]
+    assert {event["attempt"] for event in lines} == {0}
+
+
+def test_a_way_back_stays_for_as_long_as_an_overlay_and_no_longer(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after it was lifted: what it did is part of the run until it is undone."""
+    few = keys | {"checkpoint.every": 1, "checkpoint.keep_last": 1}
+
+    def lay(controls: SessionControls) -> None:
+        for key, value in (("lr.scale", 0.5), ("clip", 0.1)):
+            controls.overlay(WHY, key, value)
+        assert pins(controls) == {4: "before lr.scale=0.5@5, clip=0.1@5"}
+
+    def lift(controls: SessionControls) -> None:
+        controls.lift(WHY, "lr.scale=0.5@5")
+        assert pins(controls) == {4: "before lr.scale=0.5@5, clip=0.1@5"}
+
+    def undo(controls: SessionControls) -> None:
+        assert 4 in controls.session.saver.saved()
+        controls.undo(WHY, "clip=0.1@5")
+        assert (controls.step, pins(controls)) == (4, {4: "before lr.scale=0.5@5"})
+        act(monkeypatch, {9: undo_all})
+
+    def undo_all(controls: SessionControls) -> None:
+        controls.undo(WHY, "lr.scale=0.5@5")
+        assert (controls.step, pins(controls)) == (4, {})
+
+    run = trained(tmp_path / "undone", few, monkeypatch, {4: lay, 7: lift, 8: undo})
+    require_equal(trained(tmp_path / "plain", few, monkeypatch), run)
+    assert {4} & {store.step_of(path) for path in store.checkpoints(run.checkpoints)} == set()
+
+
+def test_an_overlay_can_be_undone_after_the_run_went_back_before_it(
+    keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays in force, and where it begins again the way back is another checkpoint."""
+
+    def back(controls: SessionControls) -> None:
+        controls.rollback(WHY, 3)
+        assert pins(controls) == {}
+        act(monkeypatch, {8: undo})
+
+    def undo(controls: SessionControls) -> None:
+        assert pins(controls) == {4: "before lr.scale=0.5@5"}
+        controls.undo(WHY, "lr.scale=0.5@5")
+        assert controls.step == 4
+
+    few = keys | {"checkpoint.keep_last": 1}
+    at = {3: lambda c: c.snapshot(), 4: lambda c: c.overlay(WHY, "lr.scale", 0.5), 7: back}
+    require_equal(plain, trained(tmp_path, few, monkeypatch, at))
 
 
 def test_save_and_stop(keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -22,6 +23,7 @@ from lumina.events import Event, read_events
 from lumina.run.folder import Run
 from lumina.telemetry.console import Console
 from lumina.training.evaluate import Evaluation
+from lumina.training.session import Stopped
 from lumina.training.trainer import Trainer, resume
 
 SMALL = {"model.width": 16, "model.layers": 2, "model.heads": 2, "model.kv_heads": 1, "model.head_dim": 8,
@@ -138,6 +140,24 @@ def test_a_last_save_that_fails_is_an_error_in_either_mode(disk: Path, tmp_path:
     run = only_run(disk)
     assert not run.finished
     assert store.verify((run.checkpoints / "latest").resolve()) == []
+
+
+def test_a_stop_while_lines_of_the_log_wait_says_how_many_are_lost(tmp_path: Path) -> None:
+    root, told, said = tmp_path / "runs", list[Event](), list[str]()
+
+    def go() -> None:
+        only_run(root).event_log.unlink()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    listeners = [told.append, Console(show=said.append), at(3, go)]
+    with pytest.raises(Stopped):
+        Trainer("tiny", root=root, listeners=listeners, **keys(tmp_path, checkpoint__on_error="continue")).fit()
+    heard = [(event["t"], event.get("kind")) for event in told]
+    assert ("incident", "log refused") in heard
+    assert heard[-1] == ("incident", "log lost")
+    waited = told[told.index(next(e for e in told if e["t"] == "step" and e["step"] == 3)) + 1 : -1]
+    assert told[-1]["error"].endswith(f"lines that waited for it are lost: {len(waited)}")
+    assert said[-1] == f"! {told[-1]['error']}"
 
 
 @pytest.mark.parametrize("mode", ["stop", "continue"])

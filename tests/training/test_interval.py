@@ -124,6 +124,13 @@ def test_what_is_kept_at_the_same_time_is_counted(keys: dict[str, Any], most: in
     assert room.at_once(resolve("tiny", {"train.steps": 100, **keys}).config) == most
 
 
+def test_what_is_kept_to_undo_overlays_is_counted_besides(tmp_path: Path) -> None:
+    told = room.facts(resolve("tiny", {"train.steps": 100, "checkpoint.every": 10}).config, tmp_path, pinned=2)
+    assert (told["most"], told["pinned"]) == (6, 2)
+    assert "at most 6 x" in disk_lines(told, "")[0]
+    assert "(2 to undo overlays)" in disk_lines(told, "")[0]
+
+
 def test_the_disk_use_is_told_and_counted_right(tmp_path: Path) -> None:
     keys = settings(tmp_path, checkpoint__every=1, checkpoint__keep_every=2)
     seen = 0
@@ -182,7 +189,7 @@ def test_what_stays_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert fits(one)
     assert not fits(one - 1)
     assert fits(0, abandoned=[store.folder(tmp_path, 3)])
-    retention.pin(tmp_path, 3, "before overlay 1")
+    retention.pin(tmp_path, {3: "before overlay 1"})
     assert not fits(one - 1, abandoned=[store.folder(tmp_path, 3)])
     (tmp_path / f"step-000004.tmp-{os.getpid()}" / "half").write_bytes(bytes(100))  # of a killed save
     assert fits(one - 100)

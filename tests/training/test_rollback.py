@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forks import STEPS, WHY, Act, act, crash, history, request, require_equal, tensors, trained
 
 from lumina.checkpoint import store
@@ -112,9 +113,30 @@ def test_a_crash_right_after_going_back_keeps_to_it(
         (run,) = (Run(path) for path in (tmp_path / str(number)).iterdir())
         assert [path.name for path in abandoned(run.checkpoints, lineage.lineage(run).counts)] == ["step-000006"]
         assert engine.load(run).step == 3
+        assert os.readlink(run.checkpoints / "latest") == "step-000006"  # nobody came to point it elsewhere
+        with pytest.raises(RuntimeError, match="power cut"):
+            resume(run, [crash])
+        assert os.readlink(run.checkpoints / "latest") == "step-000003"
         again = resume(run)
-        assert [event["parent_step"] for event in starts(again)] == [None, 3, 3]
+        assert [event["parent_step"] for event in starts(again)] == [None, 3, 3, 3]
         require_equal(went, again)
+
+
+def test_a_lost_log_forgets_no_overlay_on_the_way_back(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        act(patch, {4: lambda controls: controls.overlay(WHY, "lr.scale", 0.5), 8: crash})
+        with pytest.raises(RuntimeError, match="power cut"):
+            Trainer("tiny", root=tmp_path / "lost", **keys).fit()
+    (run,) = (Run(path) for path in (tmp_path / "lost").iterdir())
+    run.event_log.unlink()
+    resume(run, back=Back(3))
+    (begun,) = starts(run)
+    assert [one["id"] for one in begun["overlays"]] == ["lr.scale=0.5@5"]
+    laid = trained(tmp_path / "laid", keys, monkeypatch, {4: lambda c: c.overlay(WHY, "lr.scale", 0.5)})
+    wanted, found = tensors(laid), tensors(run)
+    assert [name for name, tensor in wanted.items() if not torch.equal(tensor, found[name])] == []
 
 
 def test_a_crash_later_on_keeps_the_quarantine(keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +146,7 @@ def test_a_crash_later_on_keeps_the_quarantine(keys: Keys, tmp_path: Path, monke
 
     went = trained(tmp_path / "went", keys, monkeypatch, {4: snapshot, 8: back(4, "skip")})
     crashing = [0]
-    for crashing[0], parent in ((5, 3), (8, 6)):  # before the first checkpoint of the new attempt, and after it
+    for crashing[0], parent in ((5, 4), (8, 6)):  # 4 was in memory only, until a quarantine began there
         with monkeypatch.context() as patch:
             act(patch, {4: snapshot, 8: go})
             with pytest.raises(RuntimeError, match="power cut"):

@@ -24,7 +24,9 @@ from lumina.errors import UserError
 from lumina.inference.engine import load
 from lumina.parallel.world import World
 from lumina.run.folder import Run
+from lumina.telemetry.console import Console
 from lumina.training import machine, memory
+from lumina.training.session import Back
 from lumina.training.trainer import Trainer, resume
 
 
@@ -236,7 +238,7 @@ def change_state(**keys: Any) -> Any:
     ],
 )
 def test_what_nobody_can_go_on_from_is_passed_over_and_said(change: Any, reason: str, tmp_path: Path) -> None:
-    run = cut_after(tmp_path, 5)
+    run = crashed(tmp_path / "runs", settings(tmp_path, "dense"))
     path = store.folder(run.checkpoints, 4)
     change(path)
     reseal(path)
@@ -247,23 +249,23 @@ def test_what_nobody_can_go_on_from_is_passed_over_and_said(change: Any, reason:
     assert re.search(reason, dict(started["skipped_checkpoints"])["step-000004"])
 
 
-def cut_after(folder: Path, step: int, name: str = "runs", **keys: Any) -> Run:
-    """A run that saves every second step, killed after this one."""
+def crashed(folder: Path, keys: dict[str, Any], step: int = 5) -> Run:
+    """A run that died right after this step was told."""
 
     def stop(event: dict[str, Any]) -> None:
         if event["t"] == "step" and event["step"] == step and event["attempt"] == 0:
             raise RuntimeError("power cut")
 
-    with pytest.raises(RuntimeError):
-        Trainer("tiny", root=folder / name, listeners=[stop], **settings(folder, "dense", **keys)).fit()
-    (path,) = (folder / name).iterdir()
-    return Run(path)
+    with pytest.raises(RuntimeError, match="power cut"):
+        Trainer("tiny", root=folder, listeners=[stop], **keys).fit()
+    (run,) = (Run(path) for path in folder.iterdir())
+    return run
 
 
 def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
     """Of another seed: the data, the tokenizer and the shapes are the same."""
     other = Trainer("tiny", root=tmp_path / "other", **settings(tmp_path, "dense", train__seed=7)).fit()
-    run = cut_after(tmp_path, 3)
+    run = crashed(tmp_path / "runs", settings(tmp_path, "dense"), 3)
     shutil.copytree(store.folder(other.checkpoints, 6), store.folder(run.checkpoints, 6))
     assert load(run).step == 2
     assert resume(run).finished
@@ -274,7 +276,8 @@ def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_where_all_are_of_another_run_it_is_not_begun_again(tmp_path: Path) -> None:
-    run, other = cut_after(tmp_path, 3), cut_after(tmp_path, 3, "other", train__seed=7)
+    run = crashed(tmp_path / "runs", settings(tmp_path, "dense"), 3)
+    other = crashed(tmp_path / "other", settings(tmp_path, "dense", train__seed=7), 3)
     shutil.rmtree(run.checkpoints)
     shutil.copytree(other.checkpoints, run.checkpoints, symlinks=True)
     with pytest.raises(UserError, match=r"damaged or of another run(.|\n)*step-000002: it is of another run"):
@@ -282,10 +285,66 @@ def test_where_all_are_of_another_run_it_is_not_begun_again(tmp_path: Path) -> N
 
 
 def test_a_run_that_was_copied_as_a_whole_goes_on(tmp_path: Path) -> None:
-    run = cut_after(tmp_path, 3)
+    run = crashed(tmp_path / "runs", settings(tmp_path, "dense"), 3)
     shutil.copytree(run.path, tmp_path / "copy", symlinks=True)
     copy = resume(Run(tmp_path / "copy"))
     assert [event["skipped_checkpoints"] for event in copy.events() if event["t"] == "run"] == [[], []]
+
+
+@pytest.mark.parametrize("came", [False, True])
+def test_what_a_killed_save_was_replacing_has_its_name_again(came: bool, tmp_path: Path) -> None:
+    """Killed between two renames; or after them, and what came in its place is damaged."""
+    keys = settings(tmp_path, "dense")
+    run = crashed(tmp_path / "runs", keys)
+    latest, old = store.folder(run.checkpoints, 4), run.checkpoints / "step-000004.old"
+    latest.rename(old)
+    if came:
+        shutil.copytree(old, latest)
+        nan_in_a_weight(latest)
+    with pytest.raises(RuntimeError, match="power cut"):
+        resume(run, [cut])
+    assert os.readlink(run.checkpoints / "latest") == "step-000004"
+    assert store.verify(latest) == []
+    assert not old.exists()
+    assert (run.checkpoints / "step-000004.damaged").exists() is came
+    whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
+    assert history(resume(run)) == history(whole)
+
+
+def cut(event: dict[str, Any]) -> None:
+    raise RuntimeError("power cut")
+
+
+def cut_in_a_step(event: dict[str, Any]) -> None:
+    if event["t"] == "step":
+        cut(event)
+
+
+def skipped(run: Run) -> list[list[str]]:
+    started: list[list[str]] = [event for event in run.events() if event["t"] == "run"][-1]["skipped_checkpoints"]
+    return started
+
+
+def test_a_run_that_lost_its_checkpoints_says_that_it_begins_again(tmp_path: Path) -> None:
+    keys = settings(tmp_path, "dense", checkpoint__keep_last=9)
+    early = crashed(tmp_path / "early", keys, step=1)
+    assert skipped(resume(early)) == []  # there was none
+    run = crashed(tmp_path / "runs", keys)
+    with pytest.raises(RuntimeError, match="power cut"):  # before the new attempt has saved anything
+        resume(run, [cut_in_a_step], back=Back(2))
+    shutil.rmtree(store.folder(run.checkpoints, 2))
+    said: list[str] = []
+    assert resume(run, [Console(show=said.append)]).finished
+    assert skipped(run) == [["step-000002", "gone: it was saved"]]
+    assert f"resume {run.path} from step 0" in said
+    assert "! skipped step-000002: gone: it was saved" in said
+
+
+def test_a_run_that_went_back_to_its_start_misses_nothing(tmp_path: Path) -> None:
+    run = crashed(tmp_path / "runs", settings(tmp_path, "dense"))
+    with pytest.raises(RuntimeError, match="power cut"):
+        resume(run, [cut], back=Back(0))
+    assert skipped(resume(run)) == []
 
 
 def test_a_copy_needs_room_for_weights_and_moments_beside_what_a_cpu_trains(monkeypatch: pytest.MonkeyPatch) -> None:
