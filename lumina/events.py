@@ -206,10 +206,18 @@ def merged(events: Iterable[Event]) -> list[Event]:
     def holds(event: Event) -> bool:
         if "step" not in event or event["t"] == "incident":
             return True
-        undone = any(event["attempt"] < attempt and event["step"] > parent for attempt, parent in resumed)
-        return not undone and event["attempt"] == teller[event["t"], event["step"]]
+        told_last = event["attempt"] == teller[event["t"], event["step"]]
+        return told_last and not undone(event["attempt"], event["step"], resumed)
 
     return [event for event in events if holds(event)]
+
+
+def undone(attempt: int, step: int, resumed: Iterable[tuple[int, int]]) -> bool:
+    """Whether what an attempt did at a step is no part of the run: a later one began before it.
+
+    `resumed` are the attempts that went on from an earlier one, each with the step it went on from.
+    """
+    return any(attempt < later and parent < step for later, parent in resumed)
 
 
 def require_plain(value: Any, where: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from support import KINDS, history, model_config, same_tensors, settings, tensors
 
+from lumina.checkpoint.phases import Buffers
 from lumina.config.resolve import read, resolve
 from lumina.data.loader import Batch
 from lumina.model.transformer import Transformer
@@ -192,6 +193,14 @@ def test_both_ways_to_write_leave_the_same_run(tmp_path: Path) -> None:
     assert same_tensors(inline, background)
     assert {event["verified"] for event in background.events() if event["t"] == "checkpoint"} == {True}
     assert all(tensor.isfinite().all() for tensor in tensors(background).values())
+
+
+def test_memory_for_copies_is_locked_where_it_lies_and_takes_no_more_than_they() -> None:
+    named = {"w": torch.ones(5_000_000, device="cuda"), "b": torch.ones(3, device="cuda")}
+    copies = Buffers().copy("model", named)
+    assert all(copy.is_pinned() for copy in copies.values())
+    assert torch.equal(copies["w"], named["w"].cpu())
+    assert copies["w"].untyped_storage().nbytes() == 4 * 5_000_003
 
 
 def test_memory_that_runs_out_splits_the_batch_and_changes_nothing_else(tmp_path: Path) -> None:

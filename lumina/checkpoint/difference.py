@@ -12,8 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lumina.checkpoint.store import MODEL, OPTIM, Checkpoint
-
-SHARDING = "DCP_SHARDING_INFO"  # in a file's header: where in its tensor each piece begins
+from lumina.checkpoint.tensors import OFFSETS, SHARDING
 
 
 def difference(before: Checkpoint, after: Checkpoint) -> dict[str, Any]:
@@ -64,7 +63,7 @@ def _tensors(folder: Path) -> dict[str, list[tuple[int, Path]]]:
         with safe_open(path, framework="pt") as file:
             placed = json.loads((file.metadata() or {}).get(SHARDING, "{}"))
             for name in file.keys():  # noqa: SIM118 - it is no mapping
-                first = placed[name]["saved_offsets"][0] if name in placed else 0
+                first = placed[name][OFFSETS][0] if name in placed else 0
                 found.setdefault(name, []).append((first, path))
     return found
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lumina.checkpoint.catalogue import LOSS
+from lumina.checkpoint.catalogue import LOSS, RUN
 
 State = dict[str, Any]
 
 
 def _to_2(state: State) -> None:
-    """A checkpoint had no held-out loss, precision, attempt or overlays; its files were torch's distributed
-    checkpoint's, and known by their SHA-256."""
-    state |= {LOSS: None, "precision": None, "attempt": 0, "overlays": []}
+    """A checkpoint did not say of which run it is, had no held-out loss, precision, attempt or overlays; its files were
+    those of torch's distributed checkpoint, and known by their SHA-256."""
+    state |= {RUN: "", LOSS: None, "precision": None, "attempt": 0, "overlays": []}
     state["progress"]["eval_tokens"] = 16384
 
 

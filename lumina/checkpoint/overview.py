@@ -18,7 +18,7 @@ Problems = Mapping[Path, Sequence[str]]  # by folder: what verifying found
 
 
 def rows(
-    root: Path, keep: CheckpointConfig, abandoned: Collection[int] = (), found: Problems | None = None
+    root: Path, keep: CheckpointConfig, abandoned: Collection[Path] = (), found: Problems | None = None
 ) -> list[dict[str, Any]]:
     """Every checkpoint below `root`, newest first, as plain values. `found`: what reading every byte showed, if done.
 
@@ -37,8 +37,7 @@ def rows(
 
 def every(root: Path) -> list[Path]:
     """All checkpoint folders, those included that were set aside as damaged, newest first."""
-    aside = root.glob(f"step-*{places.DAMAGED}") if root.is_dir() else ()
-    return sorted([*places.checkpoints(root), *aside], key=lambda path: path.name, reverse=True)
+    return sorted([*places.checkpoints(root), *places.aside(root)], key=lambda path: (_step(path), path.name))[::-1]
 
 
 def find(root: Path, name: str) -> Path:
@@ -51,12 +50,16 @@ def find(root: Path, name: str) -> Path:
     return root / path.name
 
 
-def doomed(root: Path, keep: CheckpointConfig, abandoned: Collection[int], found: Problems) -> dict[Path, str]:
+def doomed(root: Path, keep: CheckpointConfig, abandoned: Collection[Path], found: Problems) -> dict[Path, str]:
     """What pruning by hand deletes, after every byte was read, and why: what nothing keeps, and what is damaged."""
     damaged = [path for path, problems in found.items() if problems]
     reasons = retention.kept(root, keep.keep_last, keep.keep_best, keep.keep_every, abandoned, damaged)
     useless = {path: "nothing keeps it" for path, why in reasons.items() if not why}
     return useless | {path: f"damaged: {found[path][0]}" for path in damaged}
+
+
+def _step(path: Path) -> int:
+    return places.step_of(path.with_name(path.name.removesuffix(places.DAMAGED)))
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def _facts(path: Path) -> dict[str, Any]:
         written = time.time()
     return {
         "name": path.name,
-        "step": places.step_of(path.with_name(path.name.removesuffix(places.DAMAGED))),
+        "step": _step(path),
         "attempt": state.get("attempt"),
         "age": max(0.0, time.time() - written),  # of a folder from a machine whose clock is ahead
         "bytes": sum(sizes.values()) if sizes else None,
@@ -76,7 +79,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _state(
-    path: Path, reasons: Mapping[Path, object], problems: Sequence[str] | None, abandoned: Collection[int]
+    path: Path, reasons: Mapping[Path, object], problems: Sequence[str] | None, abandoned: Collection[Path]
 ) -> str:
     if problems or path.suffix == places.DAMAGED:
         return "damaged"
@@ -84,6 +87,6 @@ def _state(
         return "incomplete"
     if path not in reasons:
         return "damaged"  # so the notes say
-    if places.step_of(path) in abandoned:
+    if path in abandoned:
         return "undone"
     return "complete" if problems is None else "verified"

@@ -3,7 +3,7 @@
     stage    tensors that can be written: in memory that nothing changes meanwhile
     write    the files of this process, in a folder under another name, hashed meanwhile; `flush` sends them to the disk
     seal     COMPLETE, which vouches for all files, and everything flushed
-    publish  one rename, and the link `latest`
+    publish  one rename, and the link `latest`; what it replaces goes once the new one is known to last
 
 Of several processes each stages and writes its own rows; the main one seals and publishes.
 """
@@ -27,8 +27,9 @@ from torch import Tensor
 from xxhash import xxh3_128_hexdigest
 
 from lumina.checkpoint import places, tensors
+from lumina.checkpoint.host import alike
 from lumina.checkpoint.migrations import FORMAT
-from lumina.checkpoint.places import COMPLETE, MODEL, OLD, OPTIM, STATE, disk
+from lumina.checkpoint.places import COMPLETE, MODEL, OPTIM, STATE, disk
 from lumina.checkpoint.tensors import Entry, Shard
 from lumina.events import require_plain
 from lumina.parallel.sharding import local, own_rows
@@ -51,22 +52,23 @@ class Buffers:
     """Memory of the host that tensors are copied into, taken at the first save and used again at every other one."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, str], Tensor] = {}
+        self._held: dict[str, dict[str, Tensor]] = {}
 
     def copy(self, kind: str, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies; from a GPU into page-locked memory, all under way at once."""
-        copies = {name: self._buffer((kind, name), tensor) for name, tensor in rows.items()}
+        copies = self._held.get(kind, {})
+        if _shapes(copies) != _shapes(rows):
+            self._held.pop(kind, None)  # before there is another
+            copies = self._held[kind] = alike(rows)
         for name, tensor in rows.items():
             copies[name].copy_(tensor, non_blocking=tensor.is_cuda)
         if any(tensor.is_cuda for tensor in rows.values()):
             torch.cuda.synchronize()
         return copies
 
-    def _buffer(self, key: tuple[str, str], like: Tensor) -> Tensor:
-        held = self._held.get(key)
-        if held is None or held.shape != like.shape or held.dtype != like.dtype:
-            held = self._held[key] = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-        return held
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def stage(
@@ -150,20 +152,20 @@ def seal(root: Path, aside: Path, step: int, files: Files) -> str:
 def publish(root: Path, aside: Path, step: int) -> Path:
     """Renames `aside` to what readers look for and points `latest` at it.
 
-    At every instant the checkpoint that it replaces, or the new one, can be found. Raises `UserError` if the disk
+    At every instant the checkpoint that it replaces, or the new one, can be found. The replaced one is kept under
+    another name until `places.settle`, or until this one is set aside. Raises `UserError` if the disk
     refuses.
     """
     final = places.folder(root, step)
-    old = final.with_name(final.name + OLD)
+    old = places.replaced(final)
     with disk(refused(root, step)):
         if os.path.lexists(final):  # a dangling link is in the way, too
-            if os.path.lexists(old):
-                places.discard(old)
-            final.rename(old)
+            if os.path.lexists(old):  # then what took its place did not last
+                places.discard(final)
+            else:
+                final.rename(old)
         aside.rename(final)
         places.sync(root)
-        if os.path.lexists(old):
-            places.discard(old)
     places.point(root, "latest", step)
     return final
 

@@ -14,7 +14,7 @@ from lumina.errors import DiskRefused, UserError
 COMPLETE = "COMPLETE"
 STATE = "state.json"
 MODEL, OPTIM = "model", "optim"
-OLD = ".old"  # a checkpoint too: the one that a save of the same step was replacing when it was killed
+OLD = ".old"  # a checkpoint too: what one of the same step replaced that is not yet known to last
 DAMAGED = ".damaged"  # no checkpoint any more: what was read back from the disk was not what was written
 STEP = re.compile(r"step-\d{6,}(\.old)?")
 
@@ -35,6 +35,12 @@ def checkpoints(root: Path) -> list[Path]:
         raise UserError(f"{root}: a file where the folder of checkpoints belongs", fix="move it away")
     found = [path for path in root.iterdir() if STEP.fullmatch(path.name)] if root.is_dir() else []
     return sorted(found, key=lambda path: (step_of(path), path.suffix != OLD), reverse=True)
+
+
+def aside(root: Path) -> list[Path]:
+    """Every checkpoint folder that was set aside as damaged."""
+    found = root.glob(f"step-*{DAMAGED}") if root.is_dir() else ()
+    return [path for path in found if STEP.fullmatch(path.name.removesuffix(DAMAGED))]
 
 
 def temporary(path: Path) -> Path:
@@ -60,15 +66,20 @@ def discard(path: Path) -> None:
 
     Raises `UserError` if the disk refuses.
     """
-    aside = temporary(path)
+    aside = temporary(path.with_name(f"{path.name}.gone"))  # at `temporary(path)` one of its step may be written
     with disk(f"{path}: not deleted"):
         remove(aside)
         path.rename(aside)
         remove(aside)
 
 
+def replaced(path: Path) -> Path:
+    """Where the checkpoint is, if there is one, that the one at `path` replaced."""
+    return path.with_name(path.name + OLD)
+
+
 def put_back(root: Path) -> None:
-    """Where a killed save had moved away what it was replacing, and its own never came, the old one has its name again.
+    """What was replaced has its name again, where nothing has it: a save was killed, or its own was damaged.
 
     Raises `UserError` if the disk refuses.
     """
@@ -79,18 +90,32 @@ def put_back(root: Path) -> None:
                 sync(root)
 
 
-def set_aside(path: Path) -> None:
-    """Renames a damaged checkpoint so that nobody takes it for one, and points `latest` at the newest that is left.
+def settle(path: Path) -> None:
+    """What a checkpoint replaced goes: this one lasts. Raises `UserError` if the disk refuses."""
+    if os.path.lexists(old := replaced(path)):
+        discard(old)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint so that nobody takes it for one; returns where it is.
 
     Raises `UserError` if the disk refuses.
     """
+    aside = path.with_name(path.name + DAMAGED)
     with disk(f"{path}: damaged, and not set aside"):
-        remove(path.with_name(path.name + DAMAGED))
-        path.rename(path.with_name(path.name + DAMAGED))
-        remove(path.parent / "latest")
+        remove(aside)
+        path.rename(aside)
         sync(path.parent)
-    if left := [other for other in checkpoints(path.parent) if other.suffix != OLD]:
-        point(path.parent, "latest", step_of(left[0]))
+    return aside
+
+
+def point_latest(root: Path) -> None:
+    """`latest` points at the newest that is there, or is gone. Raises `UserError` if the disk refuses."""
+    if there := [path for path in checkpoints(root) if path.suffix != OLD]:
+        point(root, "latest", step_of(there[0]))
+    else:
+        with disk(f"{root / 'latest'}: not deleted"):
+            remove(root / "latest")
 
 
 def remove(path: Path) -> None:

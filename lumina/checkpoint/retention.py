@@ -24,19 +24,41 @@ LEFTOVER = re.compile(r".+\.tmp-(\d+)")  # what a process was writing or deletin
 
 
 def prune(
-    root: Path, keep_last: int, keep_best: int = 1, keep_every: int = 0, abandoned: Collection[int] = ()
+    root: Path,
+    keep_last: int,
+    keep_best: int = 1,
+    keep_every: int = 0,
+    abandoned: Collection[Path] = (),
+    damaged: Collection[Path] = (),
 ) -> list[int]:
     """Deletes the checkpoints that nothing keeps; returns their steps, oldest first. See `kept`.
 
-    `abandoned` are the steps that a later attempt went back before: they count for nothing. Leftovers of dead processes
-    are swept away, and this one's: no save may be under way in it. Something that counts always stays.
+    `abandoned` are those that a later attempt went back before: they count for nothing. Something that counts always
+    stays. Raises `UserError` if the notes are damaged or the disk refuses.
     """
-    _sweep(root)
-    reasons = kept(root, keep_last, keep_best, keep_every, abandoned)
+    reasons = kept(root, keep_last, keep_best, keep_every, abandoned, damaged)
     doomed = [path for path in reversed(reasons) if not reasons[path]]
     for path in doomed:
         places.discard(path)
     return [step_of(path) for path in doomed]
+
+
+def sweep(root: Path) -> None:
+    """Removes what killed processes were writing, deleting or replacing; no save may be under way in this one.
+
+    Raises `UserError` if the notes are damaged or the disk refuses.
+    """
+    for path in leftovers(root):
+        with places.disk(f"{path}: not deleted"):
+            places.remove(path)
+    for path in counting(root):
+        places.settle(path)
+
+
+def leftovers(root: Path) -> list[Path]:
+    """What dead processes were writing or deleting. It is this one's, too, whose id an earlier one may have had."""
+    found = ((path, LEFTOVER.fullmatch(path.name)) for path in root.iterdir())
+    return [path for path, match in found if match and not _another_lives(int(match[1]))]
 
 
 def kept(
@@ -44,7 +66,7 @@ def kept(
     keep_last: int,
     keep_best: int = 1,
     keep_every: int = 0,
-    abandoned: Collection[int] = (),
+    abandoned: Collection[Path] = (),
     damaged: Collection[Path] = (),
 ) -> dict[Path, list[str]]:
     """What keeps each checkpoint that counts, newest first: `newest`, `best`, `every 500`, `latest`, `pinned: why`.
@@ -54,7 +76,7 @@ def kept(
     `damaged` does not count.
     """
     whole = [path for path in counting(root) if path not in damaged]
-    own = [path for path in whole if step_of(path) not in abandoned] or whole[:1]
+    own = [path for path in whole if path not in abandoned] or whole[:1]
     losses = {path: loss for path in own if (loss := catalogue.heldout_loss(path)) is not None}
     links = {name: os.readlink(root / name) for name in LINKS if (root / name).is_symlink()}
     pinned = pins(root)
@@ -73,13 +95,13 @@ def kept(
     return reasons
 
 
-def delete(root: Path, paths: Iterable[Path], abandoned: Collection[int] = ()) -> None:
+def delete(root: Path, paths: Iterable[Path], abandoned: Collection[Path] = ()) -> None:
     """Deletes these checkpoints, damaged or not; a link to one of them is pointed at the newest left, or goes (`best`).
 
     Raises `UserError`, and deletes nothing, if no other checkpoint would be left; `DiskRefused` if the disk refuses.
     """
     doomed = set(paths)
-    left = [path for path in counting(root) if path not in doomed and step_of(path) not in abandoned]
+    left = [path for path in counting(root) if path not in doomed and path not in abandoned]
     if doomed and not left:
         fix = "keep more, or delete the folder of the run yourself"
         raise UserError(f"{root}: nothing would be left to go on from", fix)
@@ -137,7 +159,7 @@ def _notes(root: Path) -> dict[str, dict[str, str]]:
     """`pinned`, by step, and `damaged`, by folder: the fingerprint that the damaged one has."""
     path = root / NOTES
     try:
-        notes = json.loads(path.read_bytes()) if path.exists() else {}
+        notes = catalogue.read_json(path) if os.path.lexists(path) else {}
         found = {kind: {str(k): str(v) for k, v in notes.get(kind, {}).items()} for kind in ("pinned", "damaged")}
         for step in found["pinned"]:
             int(step)
@@ -155,16 +177,6 @@ def _write(root: Path, notes: dict[str, dict[str, str]]) -> None:
         places.sync(aside)
         aside.replace(root / NOTES)
         places.sync(root)
-
-
-def _sweep(root: Path) -> None:
-    """Removes the leftovers of killed writers, and of killed deleters."""
-    for path in list(root.iterdir()):
-        match = LEFTOVER.fullmatch(path.name)
-        if match and not _another_lives(int(match[1])):
-            places.remove(path)
-        elif path.suffix == places.OLD and catalogue.sizes(path.with_suffix("")) is not None:
-            places.discard(path)
 
 
 def _another_lives(pid: int) -> bool:

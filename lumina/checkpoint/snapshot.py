@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumina.checkpoint.host import alike
 from lumina.parallel.sharding import local
 
 Tensors = Mapping[str, Tensor]
@@ -37,7 +38,7 @@ def take(tensors: Tensors, state: Any, into: Snapshot | None = None) -> Snapshot
     """
     parts = {name: local(tensor) for name, tensor in tensors.items()}
     if into is None:
-        into = Snapshot({name: _memory(part) for name, part in parts.items()}, None)
+        into = Snapshot(alike(parts), None)
     for _, part, copy in _paired(parts, into.copies):
         copy.copy_(part)
     into.state = deepcopy(state)
@@ -54,12 +55,6 @@ def restore(snapshot: Snapshot, tensors: Tensors) -> Any:
     for _, part, copy in _paired(parts, snapshot.copies):
         part.copy_(copy)
     return deepcopy(snapshot.state)
-
-
-def _memory(part: Tensor) -> Tensor:
-    if part.device.type == "cpu":
-        return torch.empty_like(part)
-    return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.device.type == "cuda")
 
 
 def _paired(parts: dict[str, Tensor], copies: dict[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:

@@ -12,8 +12,6 @@ every name, header and value is checked before a tensor is copied.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import stat
 import time
 import warnings
@@ -27,7 +25,8 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from lumina.checkpoint import phases, tensors
+from lumina.checkpoint import phases, places, tensors
+from lumina.checkpoint.catalogue import RUN, read_json
 from lumina.checkpoint.migrations import migrate, unreadable
 from lumina.checkpoint.phases import Tensors
 from lumina.checkpoint.places import (
@@ -53,11 +52,10 @@ from lumina.progress import Tell, silent, tracked
 
 __all__ = [
     "COMPLETE", "MODEL", "OLD", "OPTIM", "STATE", "STEP", "Checkpoint", "Receipt", "Unsound", "checkpoints", "discard",
-    "fingerprint", "folder", "load", "newest", "point", "read", "remove", "save", "step_of", "temporary", "verify",
+    "folder", "load", "newest", "point", "read", "remove", "save", "step_of", "temporary", "verify",
 ]  # fmt: skip
 
 SHOWN = 10  # differences between a checkpoint and a model that an error lists
-LARGEST_JSON = 1 << 26  # bytes of COMPLETE or of the state: a thousand times what a run has
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,10 @@ class Receipt:
     stall: float
     waited: float = 0.0
     way: str = "inline"
-    problems: tuple[str, ...] | None = None  # what was wrong when it was read back, or why it was not; None: not tried
-    damaged: bool = False  # read back, it was not what was written: it is set aside
-
-    @property
-    def verified(self) -> bool:
-        """Whether the disk gave back what was written."""
-        return self.problems == ()
+    verified: bool = False  # whether the disk gave back what was written
+    damaged: bool = False  # whether it gave back something else; it is set aside then, unless that was `refused`
+    problems: tuple[str, ...] = ()  # what was wrong with it, or with reading it back
+    refused: UserError | None = None  # what the disk did not do once that was known
 
     @property
     def bandwidth(self) -> float:
@@ -123,7 +118,9 @@ def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str,
 
     def publish() -> Path:
         phases.seal(root, aside, step, files)
-        return phases.publish(root, aside, step)
+        path = phases.publish(root, aside, step)
+        places.settle(path)
+        return path
 
     try:
         files = {name: entry for own in world.collect(world.each(write)) for name, entry in own.items()}
@@ -138,15 +135,13 @@ def save(root: Path, step: int, model: Tensors, optim: Tensors, state: dict[str,
 # -- finding and verifying ----------------------------------------------------------------------------------
 
 
-def fingerprint(path: Path) -> str:
-    """Names the content of a complete checkpoint."""
-    return hashlib.sha256((path / COMPLETE).read_bytes()).hexdigest()
+def verify(path: Path, progress: Tell = silent, own: str = "") -> list[str]:
+    """What is wrong with a checkpoint: one sentence for each thing that is not as COMPLETE says, or cannot be.
 
-
-def verify(path: Path, progress: Tell = silent) -> list[str]:
-    """What is wrong with a checkpoint: one sentence for each thing that is not as COMPLETE says, or cannot be."""
+    `own`: the id of the run that it should be of.
+    """
     try:
-        content = _read_json(path / COMPLETE)
+        content = read_json(path / COMPLETE)
         version, step = content["format"], content["step"]
         hash = "sha256" if version == 1 else "xxh3_128"
         files = {name: (entry["size"], entry[hash]) for name, entry in content["files"].items()}
@@ -171,7 +166,7 @@ def verify(path: Path, progress: Tell = silent) -> list[str]:
     what, total = f"verifying {path.name}", sum(files[name][0] for name in files)
     checking = tracked(sorted(files), what, total, progress, lambda name: files[name][0])
     problems = [p for name in checking for p in damage(path / name, name, *files[name], hash)]
-    return problems or _lies(path)
+    return problems or _lies(path, version, own)
 
 
 def _is_ours(name: str) -> bool:
@@ -182,7 +177,7 @@ def _is_ours(name: str) -> bool:
     )
 
 
-def _lies(path: Path) -> list[str]:
+def _lies(path: Path, version: int, own: str) -> list[str]:
     """What cannot be, in a checkpoint whose every byte is as COMPLETE says."""
     problems = []
     for kind in (MODEL, OPTIM):
@@ -191,56 +186,59 @@ def _lies(path: Path) -> list[str]:
         except (ValueError, OSError) as error:
             problems.append(str(error))
     try:
-        if not isinstance(_read_json(path / STATE), dict):
-            problems.append(f"{STATE} is not a mapping")
-    except (ValueError, RecursionError, OSError) as error:
-        problems.append(f"{STATE} cannot be read: {error!r:.200}")
-    return problems
+        run = _state(path, version).get(RUN)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+        return [*problems, f"{STATE} cannot be read: {error!r:.200}"]
+    return problems + [f"it is of another run, {run!r:.50}"] * bool(own and run and run != own)
 
 
-def _read_json(path: Path) -> Any:
-    """Raises `ValueError`, `RecursionError` or `OSError` if it is no JSON, or more than a checkpoint ever has."""
-    if not stat.S_ISREG(mode := path.lstat().st_mode):  # opening a pipe would wait for ever
-        raise ValueError(f"not a plain file (mode {mode:o})")
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise ValueError(f"{size} bytes")
-    return json.loads(path.read_bytes())
+def _state(path: Path, version: int) -> dict[str, Any]:
+    """The plain values, brought up to date. Raises whatever reading what somebody else wrote can raise."""
+    state = read_json(path / STATE)
+    if not isinstance(state, dict):
+        raise TypeError("not a mapping")
+    return migrate(state, version)
 
 
 def newest(
-    root: Path, world: World = ALONE, progress: Tell = silent, without: Collection[Path] = ()
+    root: Path, world: World = ALONE, progress: Tell = silent, without: Collection[Path] = (), own: str = ""
 ) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the newer ones passed over, each with the reason.
 
     The main process of `world` reads, telling all of them how far it is, and decides; it does not look at those in
-    `without`.
+    `without`. With `own`, the id of a run, those of another are passed over.
     """
-    return world.follow(lambda tell: _newest(root, tell, without), progress)
+    return world.follow(lambda tell: _newest(root, tell, without, own), progress)
 
 
-def _newest(root: Path, progress: Tell, without: Collection[Path]) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
+def _newest(
+    root: Path, progress: Tell, without: Collection[Path], own: str
+) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     skipped: list[tuple[Path, str]] = []
     for path in (path for path in checkpoints(root) if path not in without):
-        problems = verify(path, progress)
+        problems = verify(path, progress, own)
         if not problems:
             return _open(path), skipped
         skipped.append((path, "; ".join(problems)))
     return None, skipped
 
 
-def read(path: Path, progress: Tell = silent) -> Checkpoint:
-    """The checkpoint in a folder, or behind a link to one. Raises `UserError` with all that is wrong."""
+def read(path: Path, progress: Tell = silent, own: str = "") -> Checkpoint:
+    """The checkpoint in a folder, or behind a link to one. Raises `UserError` with all that is wrong.
+
+    `own`: as in `verify`.
+    """
     path = path.resolve()
     if not STEP.fullmatch(path.name) or not path.is_dir():
         raise UserError(f"{path}: no such checkpoint", fix="name a step-… folder below a run's checkpoints/")
-    if problems := verify(path, progress):
+    if problems := verify(path, progress, own):
         raise UserError.collect(problems, f"{path}: damaged checkpoint", "restore it, or name another one")
     return _open(path)
 
 
 def _open(path: Path) -> Checkpoint:
-    version = _read_json(path / COMPLETE)["format"]
-    return Checkpoint(path, step_of(path), migrate(_read_json(path / STATE), version))
+    version = read_json(path / COMPLETE)["format"]
+    return Checkpoint(path, step_of(path), _state(path, version))
 
 
 # -- loading ------------------------------------------------------------------------------------------------

@@ -34,14 +34,32 @@ Way = Literal["inline", "background"]
 LOOK = 1.0  # seconds between two looks at a save that is waited for
 
 
+class Unread(Exception):  # noqa: N818 - not an error: somebody else has to look
+    """Raised where no other process read a checkpoint back; says why."""
+
+
+def nothing(*_: object) -> None:
+    """What is done around a save by default."""
+
+
 class Writer:
     """Saves checkpoints below `root`; every process of `world` calls the same methods at the same steps.
 
     A context: leaving it with an error lets what is under way land if it can, and at once if it was an interrupt.
     """
 
-    def __init__(self, root: Path, world: World = ALONE, way: Way = "inline") -> None:
-        self.root, self.world, self.way = root, world, way
+    def __init__(
+        self,
+        root: Path,
+        world: World = ALONE,
+        way: Way = "inline",
+        before: Callable[[], object] = nothing,
+        after: Callable[[Path], object] = nothing,
+    ) -> None:
+        """`before` a checkpoint is published something may have to be on the disk; `after` it was read back as it was
+        written, others may go. Both are called in the thread of the main process's save.
+        """
+        self.root, self.world, self.way, self.before, self.after = root, world, way, before, after
         self._buffers = Buffers() if way == "background" else None
         self._under_way: Save | None = None
         self._receipts: list[Receipt] = []
@@ -62,7 +80,7 @@ class Writer:
         waited, self._waited, start = self._waited, 0.0, time.perf_counter()
         staged = self.world.each(lambda: phases.stage(step, model, optim, state, self.world, self._buffers))
         aside = self.world.decide(lambda: phases.begin(self.root, step))
-        save = Save(self.root, aside, staged, self.world, start)
+        save = Save(self, aside, staged, start)
         try:
             if self.way == "inline":
                 self.world.each(save.write)
@@ -135,10 +153,11 @@ class Writer:
 class Save:
     """One save under way, in this process: a thread takes its parts, the caller asks how it stands."""
 
-    def __init__(self, root: Path, aside: Path, staged: Staged, world: World, start: float) -> None:
-        self.root, self.aside, self.staged, self.world, self.start = root, aside, staged, world, start
+    def __init__(self, writer: Writer, aside: Path, staged: Staged, start: float) -> None:
+        self.root, self.world, self.before, self.after = writer.root, writer.world, writer.before, writer.after
+        self.aside, self.staged, self.start = aside, staged, start
         self.files: Files | None = None
-        self.receipt = Receipt(places.folder(root, staged.step), staged.step, 0.0, 0, 0.0)
+        self.receipt = Receipt(places.folder(self.root, staged.step), staged.step, 0.0, 0, 0.0)
         self.far = (0, 1)  # bytes read back, of how many
         self._cancelled = threading.Event()
         self._reader: subprocess.Popen[str] | None = None
@@ -197,20 +216,46 @@ class Save:
         return self.publish(self.files) if self.world.size == 1 else self.files
 
     def publish(self, files: Files) -> Receipt:
-        """Makes `files`, all processes' together, a checkpoint, and reads it back."""
+        """Makes `files`, all processes' together, a checkpoint, reads it back, and does what is due then."""
         step = self.staged.step
         seal = phases.seal(self.root, self.aside, step, files)
-        if self._cancelled.is_set():
-            raise tensors.Abandoned
+        self._go_on()
+        self.before()
         path = phases.publish(self.root, self.aside, step)
         seconds, size = time.perf_counter() - self.start, sum(entry.size for entry in files.values())
-        problems, damaged = self._read_back(path, seal, size)
-        if damaged:
-            places.set_aside(path)
-        return replace(self.receipt, path=path, seconds=seconds, bytes=size, problems=tuple(problems), damaged=damaged)
+        found, how = self._look(path, seal, size)
+        receipt = replace(
+            self.receipt,
+            path=path,
+            seconds=seconds,
+            bytes=size,
+            verified=not found,
+            damaged=bool(found),
+            problems=(*found, *how),
+        )
+        try:
+            if receipt.damaged:
+                receipt = replace(receipt, path=places.set_aside(path))
+                places.put_back(self.root)
+                places.point_latest(self.root)
+            else:
+                places.settle(path)
+                self.after(path)
+        except UserError as error:
+            receipt = replace(receipt, refused=error)
+        return receipt
 
-    def _read_back(self, path: Path, seal: str, size: int) -> tuple[list[str], bool]:
-        """What is wrong on the disk, and whether that is damage: else it could not be looked at."""
+    def _look(self, path: Path, seal: str, size: int) -> tuple[list[str], list[str]]:
+        """What is wrong on the disk; and, where this process had to look itself, why: unread, it would be of no use."""
+        try:
+            return self._read_back(path, seal, size), []
+        except Unread as why:
+            self._go_on()
+            found = list(readback.problems(str(path), seal, self._go_on))
+            return found, [f"read back by the training itself: {why}"]
+
+    def _read_back(self, path: Path, seal: str, size: int) -> list[str]:
+        """What is wrong on the disk. Raises `Unread` if no process could be asked, or it did not answer."""
         library = str(Path(xxhash.__file__).parents[1])
         command = [sys.executable, "-I", "-S", readback.__file__, str(path), seal, str(os.getpid()), library]
         try:
@@ -218,7 +263,7 @@ class Save:
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         except OSError as error:
-            return [f"not read back: {error.strerror}"], False
+            raise Unread(f"no process for it: {error.strerror}") from error
         last = "nothing"
         with self._reader as reader:
             for line in map(str.strip, reader.stdout or ()):
@@ -226,6 +271,10 @@ class Save:
                 if line.isdecimal():
                     self.far = min(int(line), size), size
         if code := reader.returncode:
-            return [f"not read back: its process ended with {code} and said: {last}"], False
+            raise Unread(f"its process ended with {code} and said: {last}")
         found: list[str] = json.loads(last)
-        return found, bool(found)
+        return found
+
+    def _go_on(self) -> None:
+        if self._cancelled.is_set():
+            raise tensors.Abandoned

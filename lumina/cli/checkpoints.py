@@ -58,7 +58,7 @@ def _list(run: Run, keep: CheckpointConfig, verify: bool, json: bool) -> None:
     from lumina.checkpoint.overview import rows
 
     folder = run.checkpoints
-    listed = rows(folder, keep, _abandoned(run), found=_read_all(folder) if verify else None)
+    listed = rows(folder, keep, _abandoned(run), found=_read_all(run) if verify else None)
     if json:
         print_json(listed)
     elif listed:
@@ -88,21 +88,24 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _read_all(folder: Path) -> dict[Path, list[str]]:
+def _read_all(run: Run) -> dict[Path, list[str]]:
     """What is wrong with each checkpoint, after reading every byte."""
     from lumina.checkpoint import places, store
     from lumina.checkpoint.overview import every
 
     aside = ["it was set aside: other bytes were read back than were written"]
-    return {path: aside if path.suffix == places.DAMAGED else store.verify(path) for path in every(folder)}
+    return {
+        path: aside if path.suffix == places.DAMAGED else store.verify(path, own=run.id)
+        for path in every(run.checkpoints)
+    }
 
 
-def _abandoned(run: Run) -> set[int]:
-    """The steps whose checkpoints a later attempt went back before."""
-    from lumina.checkpoint import places
-    from lumina.run.lineage import abandoned
+def _abandoned(run: Run) -> list[Path]:
+    """The checkpoints that a later attempt went back before."""
+    from lumina.checkpoint import catalogue
+    from lumina.run.lineage import lineage
 
-    return {places.step_of(path) for path in abandoned(run) if path.suffix != places.OLD}
+    return catalogue.abandoned(run.checkpoints, lineage(run).counts)
 
 
 def _prune(run: Run, keep: CheckpointConfig, yes: bool, json: bool) -> None:
@@ -112,7 +115,7 @@ def _prune(run: Run, keep: CheckpointConfig, yes: bool, json: bool) -> None:
 
     folder = run.checkpoints
     with RunLock(run.lock):  # a run that trains deletes its own
-        goes = doomed(folder, keep, _abandoned(run), _read_all(folder))
+        goes = doomed(folder, keep, _abandoned(run), _read_all(run))
         if yes:
             retention.delete(folder, goes, _abandoned(run))
     if json:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lumina.checkpoint import store
+from lumina.checkpoint.catalogue import abandoned
 from lumina.config.resolve import read
 from lumina.data.tokenizer import Tokenizer
 from lumina.errors import UserError
@@ -15,7 +16,7 @@ from lumina.inference.cache import Cache
 from lumina.inference.sampler import Sampler
 from lumina.model.transformer import Transformer
 from lumina.run.folder import Run
-from lumina.run.lineage import abandoned
+from lumina.run.lineage import lineage
 
 
 @dataclass
@@ -104,7 +105,8 @@ def load(run: Run) -> Model:
     Raises `UserError` if there is none yet, or if the run's tokenizer is not the one the weights were trained with.
     """
     while True:
-        found, skipped = store.newest(run.checkpoints, without=abandoned(run))
+        out = abandoned(run.checkpoints, lineage(run).counts)
+        found, skipped = store.newest(run.checkpoints, without=out, own=run.id)
         if found is None:
             raise UserError(
                 f"{run.path}: no complete checkpoint" + "".join(f"\n  {path.name}: {why}" for path, why in skipped),

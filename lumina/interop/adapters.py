@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from lumina.checkpoint import store
+from lumina.checkpoint.catalogue import RUN, abandoned
 from lumina.config.resolve import Resolved, read, settle, write
 from lumina.errors import UserError
 from lumina.events import EventWriter, as_line
 from lumina.model.lora import merge
 from lumina.model.transformer import Transformer
 from lumina.run.folder import Run
-from lumina.run.lineage import abandoned
+from lumina.run.lineage import lineage
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def load(run: Run) -> Adapted:
             f"{run.path}: this run has no adapters, it trained the whole model",
             fix="name a run that was started with train.lora.rank above 0",
         )
-    found, skipped = store.newest(run.checkpoints, without=abandoned(run))
+    out = abandoned(run.checkpoints, lineage(run).counts)
+    found, skipped = store.newest(run.checkpoints, without=out, own=run.id)
     if found is None:
         raise UserError(
             f"{run.path}: no complete checkpoint" + "".join(f"\n  {path.name}: {why}" for path, why in skipped),
@@ -80,9 +82,9 @@ def _write(run: Run, adapted: Adapted, merged: Run) -> None:
     merged.path.mkdir(parents=True)
     write(settle(adapted.resolved, {"train.lora.rank": (0, f"adapters merged, from {run.path.name}")}), merged.config)
     shutil.copytree(run.tokenizer, merged.tokenizer)
-    facts = {key: value for key, value in run.read_meta().items() if key not in ("created", "request")}
+    facts = {key: value for key, value in run.read_meta().items() if key not in ("created", "id", "request")}
     merged.write_meta(facts | {"merged_from": run.path.name})
-    store.save(merged.checkpoints, step, adapted.transformer.tensors(), {}, adapted.checkpoint.state)
+    store.save(merged.checkpoints, step, adapted.transformer.tensors(), {}, adapted.checkpoint.state | {RUN: merged.id})
     _write_events(run, step, merged)
 
 

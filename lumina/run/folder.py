@@ -124,9 +124,18 @@ class Run:
         wrong = "its last line is no event: `t` must be a text, `attempt` a whole number"
         raise UserError(f"{self.event_log}: {wrong}", fix="restore the log, or delete the line")
 
+    @property
+    def id(self) -> str:
+        """What tells this run from all others, also when its folder is copied or renamed.
+
+        Raises `UserError` if meta.json is damaged. A run begun before there were ids has the time when it was created.
+        """
+        meta = self.read_meta()
+        return str(meta.get("id") or meta.get("created", ""))
+
     def write_meta(self, facts: dict[str, Any]) -> None:
-        """Writes meta.json: when the run was created (seconds since 1970), and `facts`."""
-        write_json(self.meta, {"created": time.time(), **facts})
+        """Writes meta.json: when the run was created (seconds since 1970), an id that no other has, and `facts`."""
+        write_json(self.meta, {"created": time.time(), "id": secrets.token_hex(8), **facts})
 
     def read_meta(self) -> dict[str, Any]:
         """What `write_meta` wrote. Raises `UserError` if the file is damaged, or when a fact that it lacks is asked."""

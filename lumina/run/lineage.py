@@ -1,18 +1,15 @@
 """Which of a run's attempts led to where it stands, after it was resumed or went back. No torch.
 
-What attempt a did after step s counts unless a later attempt began before it: the rule of `lumina.events.merged`, for
-checkpoints.
+The rule of `lumina.events.undone`, for checkpoints.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lumina.errors import UserError
-from lumina.events import parse
+from lumina.events import parse, undone
 from lumina.run.folder import Run
 
 
@@ -29,7 +26,7 @@ class Lineage:
         """
         if attempt is None:
             return not any(back and parent < step for _, parent, back in self.begins)
-        return not any(attempt < later and parent < step for later, parent, _ in self.begins)
+        return not undone(attempt, step, ((later, parent) for later, parent, _ in self.begins))
 
     def after(self, attempt: int, parent: int) -> Lineage:
         """With an attempt that goes back to `parent`."""
@@ -51,25 +48,6 @@ def overlays(run: Run) -> list[dict[str, Any]] | None:
     said = (event for line in reversed(_lines(run)) if b'"overlays"' in line and (event := parse(line)))
     found: list[dict[str, Any]] | None = next((event["overlays"] for event in said if "overlays" in event), None)
     return found
-
-
-def abandoned(run: Run, known: Lineage | None = None) -> list[Path]:
-    """The checkpoint folders that do not count; one whose attempt cannot be read is damaged, which is another matter.
-
-    `known` spares reading the log.
-    """
-    known = known or lineage(run)
-    folders = run.checkpoints.glob("step-*") if known.begins else ()
-    return sorted(path for path in folders if not _counts(path, known))
-
-
-def _counts(path: Path, known: Lineage) -> bool:
-    try:
-        attempt = json.loads((path / "state.json").read_bytes()).get("attempt")
-        step = int(path.name.split("-")[1].removesuffix(".old"))
-        return known.counts(attempt, step)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return True
 
 
 def _lines(run: Run) -> list[bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina.errors import UserError
-from lumina.events import Event, merged, parse
+from lumina.events import Event, merged, parse, undone
 from lumina.run.folder import Run, missing
 from lumina.run.lock import is_held
 
@@ -103,6 +103,6 @@ def _notable(log: Path) -> list[Event]:
     resumed = [(event["attempt"], event["parent_step"]) for event in events if event.get("parent_step") is not None]
     for line in reversed(steps):
         step = parse(line)
-        if step and not any(step["attempt"] < attempt and step["step"] > parent for attempt, parent in resumed):
+        if step and not undone(step["attempt"], step["step"], resumed):
             return [step, *events]
     return events

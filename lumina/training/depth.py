@@ -16,6 +16,7 @@ from lumina.model.mod import SUMS
 from lumina.model.transformer import RoutingStats, Transformer
 
 COUNTS = len(SUMS)  # of a row's figures; the others are states
+WIDTH = COUNTS + 2
 
 
 def rows(model: Transformer, routing: RoutingStats) -> Tensor:

@@ -32,6 +32,11 @@ def rows(model: Transformer, routing: RoutingStats) -> Tensor:
     return torch.cat([routing.load_LE, routing.sums_LX, active_LE, range_L1], dim=1)
 
 
+def width(slots: int) -> int:
+    """How many figures a row has."""
+    return 2 * slots + len(SUMS) + 1
+
+
 def counts(width: int) -> int:
     """How many of a row's figures are counts, E + X of E + X + E + 1; the others are states."""
     return (width + len(SUMS) - 1) // 2

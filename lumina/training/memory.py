@@ -11,7 +11,7 @@ from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.model.cost import StateBytes, state_bytes
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
 SHAPE = ("vocab", "width", "layers", "ffn", "heads", "kv_heads", "head_dim", "moe.experts", "moe.ffn", "moe.shared")
 SAME = ("model.kind", "train.optimizer", "precision.mode", "parallel.device")  # what a smaller preset keeps
 GIB = 2**30
@@ -24,11 +24,34 @@ def usable(device: str = "cpu") -> int:
 
         return torch.cuda.mem_get_info()[1]
     memory: int = psutil.virtual_memory().total
+    limit = _limit()
+    return memory if limit is None else min(memory, limit)
+
+
+def available() -> int:
+    """Bytes of main memory that nobody uses now; what only holds files again counts, for it makes way."""
+    memory: int = psutil.virtual_memory().available
+    limit = _limit()
+    return memory if limit is None else min(memory, max(0, limit - _used()))
+
+
+def _limit() -> int | None:
+    """What this container may use; None outside of one, or if it may use all."""
     try:
-        limit = CGROUP_LIMIT.read_text().strip()
+        limit = (CGROUP / "memory.max").read_text().strip()
     except OSError:
-        return memory
-    return min(memory, int(limit)) if limit.isdigit() else memory
+        return None
+    return int(limit) if limit.isdigit() else None
+
+
+def _used() -> int:
+    """What this container uses, without what only holds files again."""
+    try:
+        used = int((CGROUP / "memory.current").read_text())
+        held = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return used - int(held["inactive_file"]) - int(held["active_file"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def needed(config: Config, processes: int = 1, local: int = 1) -> StateBytes:
@@ -47,11 +70,11 @@ def fits(config: Config, processes: int = 1, local: int = 1) -> bool:
 
 
 def room_for_copy(config: Config, processes: int = 1, local: int = 1) -> bool:
-    """Whether main memory holds a copy of weights and moments, beside what a training on CPUs has there."""
+    """Whether the main memory that is free holds a copy of weights and moments, beside a training on CPUs."""
     whole = state_bytes(config.model, config.train.optimizer, config.precision.mode, config.train.lora.rank)
     copy = (whole.weights + whole.moments) * local // processes
     beside = 0 if _is_cuda(config.parallel.device) else needed(config, processes, local).total
-    return beside + copy <= usable()
+    return beside + copy <= available()
 
 
 def require(resolved: Resolved, processes: int = 1, local: int = 1) -> None:

@@ -90,12 +90,12 @@ class Observer:
     def _count(self, progress: Progress, rows: Sequence[float]) -> None:
         """Adds what the routers did to what they did since they were last told of."""
         moes, routers = self.layers
-        end = len(rows) - routers * (depth.COUNTS + 2)
+        end = len(rows) - routers * depth.WIDTH
         if moes:
             width = end // moes
             progress.experts = _added(progress.experts, rows[:end], width, experts.counts(width))
         if routers:
-            progress.depth = _added(progress.depth, rows[end:], depth.COUNTS + 2, depth.COUNTS)
+            progress.depth = _added(progress.depth, rows[end:], depth.WIDTH, depth.COUNTS)
 
     def _tell(self, progress: Progress) -> None:
         moes, routers = self.layers

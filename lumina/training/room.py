@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lumina.checkpoint import retention
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.model.cost import state_bytes
@@ -36,19 +38,25 @@ def at_once(config: Config) -> int:
 
 
 def facts(config: Config, checkpoints: Path, pinned: int = 0) -> dict[str, Any]:
-    """What the run will take of the disk of its `checkpoints` (there or not yet), what it has taken, what is free.
+    """What the run will take of the disk of its `checkpoints` (there or not), what of it is there, what is free.
 
     `pinned`: how many are kept besides, so that overlays can be undone.
     """
-    used = sum(file.stat().st_size for file in checkpoints.glob("step-*/**/*") if file.is_file())
+    counts = [*retention.counting(checkpoints), *retention.leftovers(checkpoints)] if checkpoints.is_dir() else []
     return {
         "every": config.checkpoint.every,
         "bytes": checkpoint_bytes(config),
         "most": at_once(config) + pinned,
         "pinned": pinned,
-        "used": used,
+        "used": sum(map(size, counts)),
         "free": free(checkpoints),
     }
+
+
+def size(path: Path) -> int:
+    """Bytes of the files in a folder."""
+    files = () if path.is_symlink() else path.rglob("*")
+    return sum(file.lstat().st_size for file in files)
 
 
 def free(path: Path) -> int:
@@ -57,16 +65,23 @@ def free(path: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def require(config: Config, checkpoints: Path) -> None:
-    """Raises `UserError` where not even two checkpoints fit: the next one is complete before the older one goes."""
-    disk = facts(config, checkpoints)
-    least = min(2, disk["most"])
-    if least * disk["bytes"] <= disk["used"] + disk["free"]:
+def require(config: Config, checkpoints: Path, abandoned: Collection[Path] = ()) -> None:
+    """Raises `UserError` where not even two checkpoints fit: the next one is complete before the older one goes.
+
+    What is there is one of the two; `abandoned` are those that count for nothing when the run goes on.
+    """
+    one, space, keep = checkpoint_bytes(config), free(checkpoints), config.checkpoint
+    there, goes = {}, []
+    if checkpoints.is_dir():
+        there = retention.kept(checkpoints, keep.keep_last, keep.keep_best, keep.keep_every, abandoned)
+        goes = [*retention.leftovers(checkpoints), *(path for path, why in there.items() if not why)]
+    least = min(2, at_once(config))
+    if (1 if there else least) * one <= space + sum(map(size, goes)):
         return
     where = next(parent for parent in (checkpoints.absolute(), *checkpoints.absolute().parents) if parent.is_dir())
     two = "two of them have" if least == 2 else "it has"
     raise UserError(
-        f"{where}: a checkpoint of this model takes {disk['bytes'] / MIB:,.1f} MiB, and {two} to fit; "
-        f"{disk['free'] / MIB:,.1f} MiB are free here",
+        f"{where}: a checkpoint of this model takes {one / MIB:,.1f} MiB, and {two} to fit; "
+        f"{space / MIB:,.1f} MiB are free here",
         fix="free space there, choose another folder with --root, or a smaller model",
     )

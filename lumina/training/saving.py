@@ -6,26 +6,27 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import safe_open
 from torch import Tensor
 
-from lumina.checkpoint import places, retention, store
-from lumina.checkpoint.catalogue import LOSS
+from lumina.checkpoint import catalogue, places, retention, store
+from lumina.checkpoint.catalogue import LOSS, RUN
 from lumina.checkpoint.writer import Writer
 from lumina.config import overlay
 from lumina.config.overlay import Overlay
 from lumina.errors import DiskRefused, UserError
 from lumina.progress import Tell, whole
 from lumina.run.folder import Run
-from lumina.run.lineage import Lineage, abandoned, lineage
+from lumina.run.lineage import Lineage, lineage
 from lumina.training import machine, memory, setup
 from lumina.training.evaluate import Evaluation
 from lumina.training.precision import LossScale
 from lumina.training.setup import Parts
-from lumina.training.state import State, state_problems
+from lumina.training.state import State
 
 T = TypeVar("T")
 STEPS_REMEMBERED = 100  # that no writer stood beside: what the others are compared with
@@ -47,12 +48,14 @@ class Saver:
             "tokenizer": parts.corpus.tokenizer.fingerprint,
             "data": parts.corpus.fingerprint,
             "kind": self.config.model.kind,
+            RUN: self.world.decide(lambda: run.id),
         }
         way, parallel = self.config.checkpoint.write, self.config.parallel
         if way == "auto":  # the run was begun by a version that did not ask
             room = memory.room_for_copy(self.config, self.world.size, self.world.local_size)
             way, _ = machine.choose_writing(parallel.device, int(parallel.threads), room, self.world)
-        self.writer = Writer(run.checkpoints, self.world, way)
+        self.writer = Writer(run.checkpoints, self.world, way, self._keep_log, self._tidy)
+        self.damaged: set[Path] = set()  # what the disk kept from being set aside
         self.saved_step: int | None = None  # published, or under way
         self.judged = False  # whether that one holds an evaluation of its step
         self.best_before: tuple[float | None, int | None] = (None, None)  # the last save
@@ -81,7 +84,7 @@ class Saver:
     def poll(self, step_seconds: float) -> None:
         """Tells what was published since, after a step that took so long.
 
-        Older checkpoints go once a newer one was read back. Raises the `UserError` of a save that failed.
+        Raises the `UserError` of a save that failed, or that left behind what the disk did not let go.
         """
         (self.beside if self.writer.busy else self.alone).append(step_seconds)
         self._tell()
@@ -131,11 +134,20 @@ class Saver:
             self._unsaved()
         if events := [self._event(receipt) for receipt in receipts]:
             self.world.decide(lambda: self._emit_all(events))
-        if any(receipt.damaged for receipt in receipts):
-            self.world.decide(self.link)
-        if any(receipt.verified for receipt in receipts):
-            with whole(f"saving step {receipts[-1].step}: older ones go", self.told):
-                self.world.decide(self._tidy)
+            self.world.decide(lambda: self._distrust(receipts))
+        for receipt in receipts:
+            if receipt.refused:
+                receipt.refused.told = not self.world.main
+                raise receipt.refused
+
+    def _distrust(self, receipts: list[store.Receipt]) -> None:
+        """A damaged checkpoint counts for nothing, also where the disk lets nobody rename it."""
+        damaged = {receipt.path for receipt in receipts if receipt.damaged}
+        self.damaged |= {path for path in damaged if path.suffix != places.DAMAGED}
+        with suppress(DiskRefused):  # it is known here; the next time the disk may take a note of it
+            retention.note_damaged(self.run.checkpoints, self.damaged)
+        if damaged:
+            self.link()
 
     def _emit_all(self, events: list[dict[str, Any]]) -> None:
         for event in events:
@@ -164,17 +176,32 @@ class Saver:
             raise DiskRefused(f"{self.run.path}: checkpoint not written: the folder of the run is gone", fix)
 
     def tidy(self) -> None:
-        """What earlier attempts left goes, where nothing keeps it. Raises `DiskRefused` if the disk refuses."""
-        self.world.decide(self._tidy)
+        """What earlier attempts left goes, where nothing keeps it; a save that is under way is waited for.
 
-    def _tidy(self) -> None:
+        Raises `UserError` if the disk refuses.
+        """
+        self.finish()
+
+        def work() -> None:
+            if self.run.checkpoints.is_dir():
+                retention.sweep(self.run.checkpoints)
+                self._tidy()
+
+        self.world.decide(work)
+
+    def _tidy(self, saved: Path | None = None) -> None:
+        """Older checkpoints go, once a newer one was `saved`: in its thread, while nothing that it asks can change."""
         self._require_folder()
-        if not self.run.checkpoints.is_dir():
-            return
+        self.damaged -= {saved}
         self._link_best()
         keep = self.config.checkpoint
-        out = {store.step_of(path) for path in abandoned(self.run, self.lineage) if path.suffix != store.OLD}
-        retention.prune(self.run.checkpoints, keep.keep_last, keep.keep_best, keep.keep_every, out)
+        kinds = keep.keep_last, keep.keep_best, keep.keep_every
+        retention.prune(self.run.checkpoints, *kinds, self.abandoned(), self.damaged)
+
+    def _keep_log(self) -> None:
+        """A checkpoint is never ahead of the log on the disk: what was told before it would be told by nobody again."""
+        with places.disk(f"{self.run.event_log}: not flushed"), suppress(FileNotFoundError):
+            places.sync(self.run.event_log)
 
     def _link_best(self) -> None:
         """Points `best` where the state says it is: also after a crash between a save and its link."""
@@ -193,13 +220,15 @@ class Saver:
         """Loads the newest complete checkpoint that counts; returns those it had to pass over, with the reason.
 
         The run begins again where none is left; what was saved then is among those passed over.
-        Raises `UserError` if there are some and all are damaged: to begin again is for the user to say.
+        Raises `UserError` if there are some, all damaged or of another run: to begin again is for the user to say.
         """
-        out = self.world.decide(lambda: abandoned(self.run, self.lineage))
+        out = self.world.decide(self.abandoned)
         skipped: list[tuple[Path, str]] = []
         while True:
             without = [path for path, _ in skipped]
-            found, damaged = store.newest(self.run.checkpoints, self.world, self.told, [*out, *without])
+            found, damaged = store.newest(
+                self.run.checkpoints, self.world, self.told, [*out, *without], self.identity[RUN]
+            )
             skipped += [one for one in damaged if one[0] not in without]
             if found is None or not (problem := self._load(found)):
                 break
@@ -207,7 +236,7 @@ class Saver:
         if found is None and skipped:
             reasons = [f"{path.name}: {reason}" for path, reason in skipped]
             raise UserError(
-                "\n  - ".join([f"{self.run.checkpoints}: every checkpoint is damaged", *reasons]),
+                "\n  - ".join([f"{self.run.checkpoints}: every checkpoint is damaged or of another run", *reasons]),
                 fix="restore one, or start another: lumina train … --fresh",
             )
         self.world.decide(lambda: self._leave_in_order(found, [path for path, _ in skipped]))
@@ -215,6 +244,10 @@ class Saver:
             setup.load_origin(self.parts)
             return self.world.decide(lambda: self._lost(out))
         return skipped
+
+    def abandoned(self) -> list[Path]:
+        """The checkpoints that the run went back before; for the main process."""
+        return catalogue.abandoned(self.run.checkpoints, self.lineage.counts)
 
     def _leave_in_order(self, found: store.Checkpoint | None, damaged: list[Path]) -> None:
         """Names, notes and links as they would be if nobody had been killed."""
@@ -228,7 +261,7 @@ class Saver:
 
     def _lost(self, undone: list[Path]) -> list[tuple[Path, str]]:
         """What was there to go on from, by the log, of a run that has to begin again."""
-        saved = [e["step"] for e in self.run.events() if e["t"] == "checkpoint" and not e.get("problems")]
+        saved = [e["step"] for e in self.run.events() if e["t"] == "checkpoint" and e.get("verified", True)]
         if not saved:
             return []
         gone = store.folder(self.run.checkpoints, saved[-1])
@@ -236,13 +269,13 @@ class Saver:
 
     def overlays(self) -> tuple[Overlay, ...]:
         """What lay over the plan in the newest checkpoint that counts: for a run whose log does not say."""
-        out = self.world.decide(lambda: abandoned(self.run, self.lineage))
-        found, _ = store.newest(self.run.checkpoints, self.world, self.told, out)
+        out = self.world.decide(self.abandoned)
+        found, _ = store.newest(self.run.checkpoints, self.world, self.told, out, self.identity[RUN])
         return overlay.unpack(found.state.get("overlays", ()), str(found.path)) if found else ()
 
     def saved(self) -> list[int]:
         """The steps of the checkpoints that count, newest first; for the main process."""
-        out = abandoned(self.run, self.lineage)
+        out = {*self.abandoned(), *self.damaged}
         there = [path for path in retention.counting(self.run.checkpoints) if path not in out]
         return [store.step_of(path) for path in there if path.suffix != store.OLD]
 
@@ -263,11 +296,11 @@ class Saver:
         """The checkpoint of `step`. Raises `UserError` if there is none that counts, or if it is damaged."""
 
         def look(tell: Tell) -> store.Checkpoint:
-            out = abandoned(self.run, self.lineage)
+            out = self.abandoned()
             there = [path for path in store.checkpoints(self.run.checkpoints) if path not in out]
             for path in there:
                 if store.step_of(path) == step:
-                    return store.read(path, tell)
+                    return store.read(path, tell, own=self.identity[RUN])
             steps = ", ".join(str(store.step_of(path)) for path in reversed(there))
             raise UserError(
                 f"{self.run.path}: no checkpoint of step {step} to go back to",
@@ -294,9 +327,8 @@ class Saver:
     def _load(self, found: store.Checkpoint) -> str:
         """Writes a checkpoint into the state; or says why nobody can go on from it."""
         retention.check_links(self.run.checkpoints)
-        if problems := state_problems(found.state, self.identity):
+        if problems := self.state.problems(found.state, self.identity, found.step) or self._foreign(found):
             return "; ".join(problems)
-        self._require_own(found)
         optim = self.state.optim_tensors()
         recast = self.recast and found.state.get("precision") != self.config.precision.mode
         if recast:
@@ -310,13 +342,13 @@ class Saver:
         self.saved_step, self.judged = found.step, found.state[LOSS] is not None
         return ""
 
-    def _require_own(self, found: store.Checkpoint) -> None:
-        for what, value in self.identity.items():
-            if found.state[what] != value:
-                raise UserError(
-                    f"{found.path}: saved with another {what} ({found.state[what]}) than the run now has ({value})",
-                    fix=f"restore the run's {what}, or start another: lumina train … --fresh",
-                )
+    def _foreign(self, found: store.Checkpoint) -> list[str]:
+        """What shows that a checkpoint is of another run. One of an earlier format does not say of which it is."""
+        return [
+            f"saved with another {what} ({found.state[what]}) than the run now has ({value})"
+            for what, value in self.identity.items()
+            if found.state[what] != value and (what != RUN or found.state[RUN])
+        ]
 
 
 def _with_the_loss_scale_of(found: store.Checkpoint, optim: dict[str, Tensor], device: str) -> dict[str, Tensor]:

@@ -232,7 +232,7 @@ class Session:
 
     def _stood(self) -> int:
         """The last step that the run is known to have taken."""
-        out = lineage.abandoned(self.run, self.saver.lineage)
+        out = self.saver.abandoned()
         saved = [store.step_of(path) for path in store.checkpoints(self.run.checkpoints) if path not in out]
         told = [int(event["step"]) for event in self.run.events() if "step" in event]
         return max([0, *saved, *told])

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from lumina.checkpoint import store
+from lumina.checkpoint.catalogue import abandoned
 from lumina.checkpoint.writer import Way
 from lumina.config.resolve import Resolved, adopt, read, settle
 from lumina.config.schema.config import Config
@@ -31,7 +32,7 @@ from lumina.parallel import sharding
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent, tracked
 from lumina.run.folder import Run
-from lumina.run.lineage import abandoned
+from lumina.run.lineage import lineage
 from lumina.training import interval, machine
 from lumina.training.optim import Optimizer
 from lumina.training.precision import DTYPES, LossScale, Precision
@@ -119,7 +120,12 @@ def origin(config: Config) -> Origin | None:
     path = Path(config.train.init_from).expanduser()
     is_checkpoint = store.STEP.fullmatch(path.resolve().name) is not None
     run = Run.open(path.resolve().parent.parent if is_checkpoint else path)
-    found = store.read(path) if is_checkpoint else store.newest(run.checkpoints, without=abandoned(run))[0]
+    found: store.Checkpoint | None
+    if is_checkpoint:
+        found = store.read(path, own=run.id)
+    else:
+        out = abandoned(run.checkpoints, lineage(run).counts)
+        found, _ = store.newest(run.checkpoints, without=out, own=run.id)
     if found is None:
         raise UserError(f"train.init_from: {run.path}: no complete checkpoint", fix="let it train until it saves one")
     if read(run.config).config.train.lora.rank:

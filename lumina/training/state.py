@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
+from lumina.checkpoint.catalogue import LOSS
 from lumina.config import overlay
 from lumina.config.overlay import Overlay
+from lumina.errors import UserError
 from lumina.model.transformer import Transformer
+from lumina.training import depth, experts
 from lumina.training.optim import Optimizer
 from lumina.training.probe import Probe
+from lumina.training.step import METRICS
 
 EVAL_TOKENS = 16384
 
@@ -67,6 +71,16 @@ class State:
             "overlays": overlay.pack(self.overlays),
         }
 
+    def problems(self, state: Mapping[str, Any], identity: Mapping[str, str], step: int) -> list[str]:
+        """What is not as `pack` and the run's `identity` write it at `step`: a file on disk may hold anything."""
+        return list(_mistyped(state, identity)) or list(_impossible(state, step, self._figures()))
+
+    def _figures(self) -> dict[str, int]:
+        """How many figures the lists of the progress have."""
+        of_experts = sum(experts.width(moe.router.bias_E.numel()) for moe in self.model.moes)
+        of_depth = depth.WIDTH * len(self.model.routers)
+        return {"pending": len(METRICS) + of_experts + of_depth, "experts": of_experts, "depth": of_depth}
+
     def unpack(self, state: dict[str, Any]) -> None:
         """Restores what `pack` gave, but for the attempt; the tensors are loaded separately."""
         self.optimizer.steps_taken = state["optimizer_steps"]
@@ -74,26 +88,47 @@ class State:
         self.overlays = overlay.unpack(state["overlays"], "state.json")
 
 
-def state_problems(state: dict[str, Any], identity: Mapping[str, str]) -> list[str]:
-    """What is not as `pack` and the run's `identity` write it: a file on disk may hold anything."""
+def _mistyped(state: Mapping[str, Any], identity: Mapping[str, str]) -> Iterator[str]:
     wanted: dict[str, Any] = {
         **dict.fromkeys(identity, str),
+        LOSS: float | None,
         "optimizer_steps": int,
         "attempt": int,
         "overlays": list,
         "progress": dict,
     }
-    problems = [
-        f"its state has no {key} of type {kind.__name__}"
-        for key, kind in wanted.items()
-        if type(state.get(key)) is not kind
-    ]
-    if not problems:
-        kinds = get_type_hints(Progress)
-        for key, value in state["progress"].items():
+    for key, kind in wanted.items():
+        if key not in state or not _fits(state[key], kind):
+            yield f"its state has no {key} of type {getattr(kind, '__name__', kind)}"
+    progress, kinds = state.get("progress"), get_type_hints(Progress)
+    if type(progress) is dict:
+        yield from (f"its progress has no {key}" for key in kinds if key not in progress)
+        for key, value in progress.items():
             if key not in kinds or not _fits(value, kinds[key]):
-                problems.append(f"its progress has {str(key)[:50]}={str(value)[:50]}")
-    return problems
+                yield f"its progress has {str(key)[:50]}={str(value)[:50]}"
+
+
+def _impossible(state: Mapping[str, Any], step: int, figures: Mapping[str, int]) -> Iterator[str]:
+    """What no run has at `step`, in values of the right types; `figures`: how many each list of them has."""
+    progress = Progress(**state["progress"])
+    if progress.step != step:
+        yield f"its progress is at step {progress.step}"
+    if not 0 <= state["optimizer_steps"] <= step:
+        yield f"its state has optimizer_steps={state['optimizer_steps']}"
+    if state["attempt"] < 0:
+        yield f"its state has attempt={state['attempt']}"
+    for name, least in (("tokens", 0), ("wall", 0.0), ("step_seconds", 0.0), ("eval_tokens", 1)):
+        if not getattr(progress, name) >= least:  # nor is nan
+            yield f"its progress has {name}={getattr(progress, name)}"
+    if progress.best_step is not None and not 0 < progress.best_step <= step:
+        yield f"its progress has best_step={progress.best_step}"
+    for name, length in figures.items():
+        if (found := getattr(progress, name)) is not None and len(found) != length:
+            yield f"its progress has {len(found)} figures of {name}, where {length} belong"
+    try:
+        overlay.unpack(state["overlays"], "its state")
+    except UserError as error:
+        yield error.message
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lumina.checkpoint import store
+from lumina.checkpoint import catalogue
+from lumina.checkpoint.places import checkpoints, step_of
 from lumina.config.change import RESUME, change, differences
 from lumina.config.resolve import Resolved, read, request_hash, resolve, settle, write
 from lumina.data.corpus import Corpus
@@ -22,6 +23,7 @@ from lumina.parallel.world import World, join
 from lumina.progress import Tell, silent, whole
 from lumina.run import index
 from lumina.run.folder import Run
+from lumina.run.lineage import lineage
 from lumina.run.lock import RunLock
 from lumina.training import machine, memory, oom, room, setup
 from lumina.training.session import Back, Listener, Session
@@ -103,7 +105,7 @@ class Trainer:
         if data.tokenizer != "bpe":
             content += Tokenizer.load(data.tokenizer).fingerprint
         if start:
-            content += store.fingerprint(start.checkpoint.path)
+            content += catalogue.seal(start.checkpoint.path)
         request = request_hash(asked, content)
         known, status = (None, "none") if self.fresh else index.newest(self.root, request)
         return request, known, status == "finished"
@@ -144,7 +146,7 @@ def resume(
     before = world.each(lambda: read(run.config))
     resolved = _changed(run, before, settings, world)
     world.decide(lambda: memory.require(resolved, world.size, world.local_size))
-    world.decide(lambda: room.require(resolved.config, run.checkpoints))
+    world.decide(lambda: room.require(resolved.config, run.checkpoints, _undone(run, back)))
     with world.holding(RunLock(run.lock)), oom.ending_alone(world), _machine_of(run), _memory_of(run):
         meta = world.each(run.read_meta)
         world.each(lambda: machine.check_settled(resolved.config, str(run.path), world))
@@ -158,6 +160,12 @@ def resume(
         session = Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress, changed)
         session.train(back)
     return run
+
+
+def _undone(run: Run, back: Back | None) -> list[Path]:
+    """The checkpoints that count for nothing when the run goes on."""
+    after = [path for path in checkpoints(run.checkpoints) if back and step_of(path) > back.step]
+    return after + catalogue.abandoned(run.checkpoints, lineage(run).counts)
 
 
 def _memory_of(run: Run) -> AbstractContextManager[None]:

@@ -15,7 +15,7 @@ from lumina.events import Event, as_line
 from lumina.run.folder import Run
 
 # What the clock or the history of attempts determines, not training.
-NOT_TRAINED_STATE = frozenset({"attempt", "wall", "step_seconds"})
+NOT_TRAINED_STATE = frozenset({"run", "attempt", "wall", "step_seconds"})
 NOT_TRAINED = frozenset({"attempt", "wall", "tok_s", "mfu", "mem", "seconds"})  # fields of events
 TOLD = ("step", "eval", "moe", "mod", "probe", "phase", "decision")  # types of events
 

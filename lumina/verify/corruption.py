@@ -73,7 +73,7 @@ def _examine(damage: Damage, run: Run, whole: Run) -> Finding:
 def _problems(damage: Damage, run: Run, whole: Run, said: list[str]) -> Iterator[str]:
     """Whatever is not as it has to be; fills `said` with the reasons given. Resuming comes last: it changes the run."""
     before = _contents(run.path)
-    found, skipped = store.newest(run.checkpoints)
+    found, skipped = store.newest(run.checkpoints, own=run.id)
     said += [reason for _, reason in skipped]
     step = found.step if found else None
     if step != damage.left:
@@ -81,7 +81,7 @@ def _problems(damage: Damage, run: Run, whole: Run, said: list[str]) -> Iterator
     if not said or not all(said):
         yield "nothing is said of what is passed over"
     for path, _ in skipped:
-        if not path.is_symlink() and _opens(path):
+        if not path.is_symlink() and _opens(path, run.id):
             yield f"{path.name} is passed over, but opened when it is named"
     if damage.left is None:
         yield from _refusal(run)
@@ -91,9 +91,9 @@ def _problems(damage: Damage, run: Run, whole: Run, said: list[str]) -> Iterator
         yield from _resumed(run, whole, damage.left)
 
 
-def _opens(path: Path) -> bool:
+def _opens(path: Path, own: str) -> bool:
     try:
-        store.read(path)
+        store.read(path, own=own)
     except UserError:
         return False
     return True

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lumina.checkpoint import store
+from lumina.checkpoint.catalogue import RUN
+from lumina.checkpoint.readback import fingerprint
 
 SAVED = (6, 4, 2)  # the steps whose checkpoints the run has
 Hurt = Callable[[Path, Path], object]  # something of the newest checkpoint, and the same of the one before it
@@ -77,6 +79,14 @@ def _renamed(path: Path, _: Path) -> None:
     path.rename(store.folder(path.parent, SAVED[0] + 1))
 
 
+def _of_another_run(path: Path, _: Path) -> None:
+    """As if it had been copied from a run of another seed: sound, sealed, and of the same data and model."""
+    state = path / store.STATE
+    state.write_text(json.dumps(json.loads(state.read_bytes()) | {RUN: "another"}))
+    entry = dict(zip(("size", "xxh3_128"), fingerprint(state), strict=True))
+    _sealed(lambda seal: seal | {"files": seal["files"] | {store.STATE: entry}})(path, path)
+
+
 def _both(path: Path, other: Path) -> None:
     for one in (path, other):
         (one / store.COMPLETE).unlink()
@@ -113,6 +123,7 @@ TO_A_CHECKPOINT = (
     Damage("COMPLETE names no files", _sealed(lambda seal: seal | {"files": {}})),
     Damage("COMPLETE of a later format", _sealed(lambda seal: seal | {"format": 10**6})),
     Damage("folder named as another step", _renamed, resumed=True),
+    Damage("a checkpoint of another run", _of_another_run, resumed=True),
     Damage("an empty folder instead", _instead(lambda path, _: path.mkdir()), resumed=True),
     Damage("a file instead", _instead(lambda path, _: path.touch()), resumed=True),
     Damage("a dangling link instead", _instead(lambda path, _: path.symlink_to("nowhere")), resumed=True),

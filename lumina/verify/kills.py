@@ -227,7 +227,7 @@ def _look(root: Path) -> dict[str, Any]:
     run, problems = runs[0], ["the same command began another run"] if len(runs) > 1 else []
     read(run.config)
     events = list(read_events(run.event_log)) if run.event_log.exists() else []
-    found, skipped = store.newest(run.checkpoints)
+    found, skipped = store.newest(run.checkpoints, own=run.id)
     torn = [(path.name, reason) for path, reason in skipped if store.step_of(path) != DAMAGED]
     problems += [f"a kill left a checkpoint that is passed over: {name}: {reason}" for name, reason in torn]
     sound = (event for event in events if event["t"] == "checkpoint" and event["step"] != DAMAGED)
@@ -244,5 +244,5 @@ def _verdict(whole: str, killed: str) -> list[str]:
     left = sorted(path for pattern in LEFTOVERS for path in run.path.rglob(pattern))
     problems = [f"left behind: {path.relative_to(run.path)}" for path in left]
     for path in store.checkpoints(run.checkpoints):
-        problems += [f"{path.name}: {problem}" for problem in store.verify(path)]
+        problems += [f"{path.name}: {problem}" for problem in store.verify(path, own=run.id)]
     return problems or differences(expected, run)

@@ -147,7 +147,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
         both(head(rows(0)), head(rows(1) | {"w": {"dtype": "I32", "shape": [1], "data_offsets": [0, 4]}}, name=SECOND)),
         "has rows of different shapes or dtypes",
     ),
-    "state of another type": (text("state.json", "[]"), "state.json is not a mapping"),
+    "state of another type": (text("state.json", "[]"), "not a mapping"),
     "deep state": (text("state.json", DEEP), "state.json cannot be read: RecursionError"),
     "giant state": (lambda path: os.truncate(path / "state.json", 2**27), f"state.json cannot be read.*{2**27} bytes"),
 }  # fmt: skip

@@ -15,6 +15,7 @@ import pytest
 
 from lumina.checkpoint import catalogue, retention, store
 from lumina.checkpoint.migrations import FORMAT, MIGRATIONS
+from lumina.checkpoint.readback import fingerprint
 from lumina.cli import main
 from lumina.events import Event, read_events
 from lumina.run.folder import Run
@@ -73,3 +74,20 @@ def test_it_has_the_values_that_are_saved_today(run: Run) -> None:
         return set(values) | {f"{key}.{name}" for key, value in inner.items() for name in value}
 
     assert names(migrated) == names(store.read(new).state)
+
+
+def test_one_that_cannot_be_brought_up_to_date_is_passed_over(run: Run) -> None:
+    """Sealed as it should be, but without what every run of its format had; an older one is tried."""
+    (old,) = store.checkpoints(run.checkpoints)
+    bad = store.folder(run.checkpoints, 4)
+    shutil.copytree(old, bad)
+    seal, state = json.loads((bad / store.COMPLETE).read_text()), json.loads((bad / store.STATE).read_text())
+    del state["progress"]
+    (bad / store.STATE).write_text(json.dumps(state))
+    size, digest = fingerprint(bad / store.STATE, "sha256")
+    seal |= {"step": 4, "files": seal["files"] | {store.STATE: {"size": size, "sha256": digest}}}
+    (bad / store.COMPLETE).write_text(json.dumps(seal))
+    found, skipped = store.newest(run.checkpoints)
+    assert found is not None
+    assert found.path == old
+    assert skipped == [(bad, "state.json cannot be read: KeyError('progress')")]

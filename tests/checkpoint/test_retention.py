@@ -28,6 +28,10 @@ def steps(root: Path) -> list[int]:
     return sorted(map(store.step_of, store.checkpoints(root)))
 
 
+def folders(root: Path, *steps: int) -> list[Path]:
+    return [store.folder(root, step) for step in steps]
+
+
 def dead_pid() -> int:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
@@ -112,13 +116,13 @@ def test_a_link_is_never_pointed_at_a_name_that_is_not_there(root: Path) -> None
 def test_what_a_later_attempt_undid_goes_first(root: Path) -> None:
     evaluated(root, {4: 0.1, 5: 0.2})
     store.point(root, "latest", 3)  # the run went back to 3
-    assert prune(root, keep_last=2, keep_every=1, abandoned={4, 5}) == [4, 5]
+    assert prune(root, keep_last=2, keep_every=1, abandoned=folders(root, 4, 5)) == [4, 5]
     assert steps(root) == [1, 2, 3]
 
 
 def test_something_that_counts_always_stays(root: Path) -> None:
     (root / "latest").unlink()
-    assert prune(root, keep_last=1, abandoned={1, 2, 3, 4, 5}) == [1, 2, 3, 4]
+    assert prune(root, keep_last=1, abandoned=folders(root, 1, 2, 3, 4, 5)) == [1, 2, 3, 4]
     assert prune(root, keep_last=0) == []
     (store.folder(root, 5) / store.STATE).unlink()
     assert prune(root, keep_last=1) == []
@@ -139,7 +143,7 @@ def test_leftovers_of_dead_processes_and_of_our_own_are_swept(root: Path) -> Non
         (root / f"best.tmp-{pid}").symlink_to("step-000001")
     (root / f"step-000006.tmp-{os.getppid()}").mkdir()  # alive: somebody is writing it
     (root / "notes.txt").touch()
-    prune(root, keep_last=5)
+    retention.sweep(root)
     assert {path.name for path in root.iterdir()} - {path.name for path in store.checkpoints(root)} == {
         "latest",
         "notes.txt",
@@ -150,11 +154,11 @@ def test_leftovers_of_dead_processes_and_of_our_own_are_swept(root: Path) -> Non
 
 def test_a_replaced_one_goes_once_its_successor_is_complete(root: Path) -> None:
     store.folder(root, 2).rename(root / "step-000002.old")  # killed before the new one was published
-    prune(root, keep_last=9)
+    retention.sweep(root)
     assert (root / "step-000002.old").is_dir()
     store.folder(root, 3).rename(root / "step-000003.old")
     store.save(root, 3, {}, {}, {})
-    prune(root, keep_last=9)
+    retention.sweep(root)
     assert not (root / "step-000003.old").exists()
     assert steps(root) == [1, 2, 3, 4, 5]
 
@@ -170,5 +174,5 @@ def test_what_is_being_deleted_is_no_checkpoint_from_the_first_moment(
         with pytest.raises(KeyboardInterrupt):
             prune(root, keep_last=4)
     assert steps(root) == [2, 3, 4, 5]
-    prune(root, keep_last=4)
+    retention.sweep(root)
     assert not list(root.glob("*.tmp-*"))

@@ -434,7 +434,7 @@ def test_a_kill_at_any_instant_leaves_the_one_before_or_the_new_one(
         assert checkpoint is not None
         assert skipped == []
         seen.append(checkpoint.state["tag"])
-        retention.prune(root, keep_last=9)
+        retention.sweep(root)
         assert store.newest(root)[0] is not None
         save(root, 20)
         assert sorted(os.listdir(root)) == ["latest", "step-000010", "step-000020"]

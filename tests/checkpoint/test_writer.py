@@ -20,9 +20,9 @@ import xxhash
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lumina.checkpoint import phases, readback, store, tensors
+from lumina.checkpoint import catalogue, phases, readback, retention, store, tensors
 from lumina.checkpoint.writer import Way, Writer
-from lumina.errors import UserError
+from lumina.errors import DiskRefused, UserError
 
 WAYS: tuple[Way, ...] = ("inline", "background")
 both_ways = pytest.mark.parametrize("way", WAYS)
@@ -211,7 +211,7 @@ def flip(path: Path) -> None:
 @pytest.fixture
 def bad_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], object]], None]:
     """A disk that harms a checkpoint the moment it is published."""
-    publish = phases.publish
+    publish = phases.publish  # as it was before the test
 
     def harm_with(harm: Callable[[Path], object]) -> None:
         def published(*arguments: Any) -> Path:
@@ -247,14 +247,111 @@ def test_what_the_disk_does_not_give_back_is_set_aside(
     assert os.readlink(tmp_path / "latest") == "step-000010"
 
 
-def test_what_could_not_be_looked_at_is_neither_verified_nor_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@both_ways
+def test_what_a_damaged_one_replaced_has_its_name_again(way: Way, tmp_path: Path, bad_disk: Any) -> None:
+    """The same step twice, as after a run went back, or when a signal saved it before it was evaluated."""
+    writer = Writer(tmp_path, way=way)
+    before = content(save(writer, 10).path)
+    bad_disk(flip)
+    assert save(writer, 10).damaged
+    assert content(store.folder(tmp_path, 10)) == before
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-000010", "step-000010.damaged"]
+    assert os.readlink(tmp_path / "latest") == "step-000010"
+
+
+@both_ways
+def test_a_killed_replacement_leaves_both_until_one_is_known_to_last(way: Way, tmp_path: Path, bad_disk: Any) -> None:
+    writer = Writer(tmp_path, way=way)
+    before = content(save(writer, 10).path)
+
+    def killed(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    bad_disk(killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(writer, 10)
+    assert content(tmp_path / "step-000010.old") == before
+    retention.note_damaged(tmp_path, [store.folder(tmp_path, 10)])
+    retention.prune(tmp_path, keep_last=1)
+    assert content(tmp_path / "step-000010.old") == before
+    bad_disk(lambda _: None)
+    assert save(Writer(tmp_path, way=way), 10).verified
+    assert sorted(os.listdir(tmp_path)) == ["latest", "notes.json", "step-000010"]
+
+
+@both_ways
+@pytest.mark.parametrize("python", ["no-python", "dies"])
+def test_where_no_other_process_reads_it_back_this_one_does(
+    way: Way, python: str, tmp_path: Path, bad_disk: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
-    receipt = save(Writer(tmp_path), 1)
-    assert (receipt.verified, receipt.damaged) == (False, False)
-    assert receipt.problems == ("not read back: No such file or directory",)
-    assert store.read(receipt.path).step == 1
+    """Else nothing would ever count as verified, nothing older would go, and the disk would fill."""
+    (tmp_path / "dies").write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
+    (tmp_path / "dies").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / python))
+    writer = Writer(tmp_path / "root", way=way)
+    receipt = save(writer, 1)
+    assert (receipt.verified, receipt.damaged) == (True, False)
+    why = {
+        "no-python": "no process for it: No such file or directory",
+        "dies": "its process ended with 3 and said: out of memory",
+    }
+    assert receipt.problems == (f"read back by the training itself: {why[python]}",)
+    bad_disk(flip)
+    receipt = save(writer, 2)
+    assert (receipt.verified, receipt.damaged) == (False, True)
+    assert "has other bytes" in receipt.problems[0]
+    assert sorted(os.listdir(tmp_path / "root")) == ["latest", "step-000001", "step-000002.damaged"]
+
+
+@both_ways
+def test_what_has_to_be_done_around_a_save_is_done_in_its_order(way: Way, tmp_path: Path, bad_disk: Any) -> None:
+    done: list[str] = []
+
+    def before() -> None:
+        done.append(f"before {len(store.checkpoints(tmp_path))}")
+        assert threading.current_thread() is not threading.main_thread()
+
+    def after(path: Path) -> None:
+        done.append(f"after {path.name}")
+        assert threading.current_thread() is not threading.main_thread()
+        if path.name == "step-000002":
+            raise DiskRefused("step-000001: not deleted", "mend the disk")
+
+    writer = Writer(tmp_path, way=way, before=before, after=after)
+    assert save(writer, 1).refused is None
+    receipt = save(writer, 2)
+    assert receipt.verified  # it lasts; what did not go is another matter
+    assert str(receipt.refused).startswith("step-000001: not deleted")
+    bad_disk(flip)
+    save(writer, 3)  # then nothing else goes
+    assert done == ["before 0", "after step-000001", "before 1", "after step-000002", "before 2"]
+
+
+@both_ways
+def test_what_has_to_be_on_the_disk_before_and_is_not_fails_the_save(way: Way, tmp_path: Path) -> None:
+    def refused() -> None:
+        raise DiskRefused("events.jsonl: not flushed", "mend the disk")
+
+    with pytest.raises(DiskRefused, match="not flushed"):
+        save(Writer(tmp_path, way=way, before=refused), 1)
+    assert os.listdir(tmp_path) == []
+
+
+@both_ways
+def test_a_damaged_one_that_cannot_be_set_aside_is_said_to_be_damaged(
+    way: Way, tmp_path: Path, bad_disk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(tmp_path, way=way)
+    save(writer, 10)
+
+    def harm(path: Path) -> None:
+        flip(path)
+        monkeypatch.setattr(os, "rename", refuse)
+
+    bad_disk(harm)
+    receipt = save(writer, 20)
+    assert (receipt.verified, receipt.damaged) == (False, True)
+    assert "damaged, and not set aside: No space left" in str(receipt.refused)
 
 
 @pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP])
@@ -308,7 +405,7 @@ def test_a_disk_that_cannot_be_read_is_not_read_through_memory(tmp_path: Path, m
 
 def test_reading_back_needs_only_the_standard_library_and_ends_with_who_asked(tmp_path: Path) -> None:
     path = save(Writer(tmp_path), 1).path
-    seal = store.fingerprint(path)
+    seal = catalogue.seal(path)
     code = f"import sys; sys.path[:] = {[p for p in sys.path if 'site-packages' not in p]}; import runpy; "
     library = str(Path(xxhash.__file__).parents[1])
     code += f"sys.argv = ['readback', {str(path)!r}, {seal!r}, sys.argv[1], {library!r}]; "

@@ -160,9 +160,13 @@ def test_processes_share_what_does_not_fit_one(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     free = memory.usable()
     limit.write_text("1000000\n")
+    assert memory.usable() == memory.available() == 1000000
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 200000\ninactive_file 100000\nactive_file 50000\n")
     assert memory.usable() == 1000000
+    assert memory.available() == 250000
     limit.write_text("max\n")
     assert memory.usable() == free

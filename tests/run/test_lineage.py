@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lumina.checkpoint import catalogue
 from lumina.errors import UserError
 from lumina.events import EventWriter, merged
 from lumina.run.folder import Run
-from lumina.run.lineage import Lineage, abandoned, lineage, overlays
+from lumina.run.lineage import Lineage, lineage, overlays
+
+
+def abandoned(run: Run) -> list[Path]:
+    return catalogue.abandoned(run.checkpoints, lineage(run).counts)
 
 
 def begun(run: Run, attempt: int, parent: int | None, **fields: Any) -> None:
@@ -25,7 +31,7 @@ def begun(run: Run, attempt: int, parent: int | None, **fields: Any) -> None:
 def saved(run: Run, name: str, attempt: int | None) -> None:
     path = run.checkpoints / name
     path.mkdir(parents=True)
-    (path / "state.json").write_text(json.dumps({} if attempt is None else {"attempt": attempt}))
+    (path / "state.json").write_text(json.dumps({"kind": "dense"} | ({} if attempt is None else {"attempt": attempt})))
 
 
 @given(st.lists(st.integers(0, 9), max_size=4), st.integers(0, 4), st.integers(0, 9))
@@ -76,6 +82,8 @@ def test_what_cannot_be_read_is_not_abandoned(tmp_path: Path) -> None:
         (run.checkpoints / name).mkdir(parents=True)
         (run.checkpoints / name / "state.json").write_text(content)
     (run.checkpoints / "step-000005.tmp-1").mkdir()
+    (run.checkpoints / "step-000006").mkdir()
+    os.mkfifo(run.checkpoints / "step-000006" / "state.json")
     assert abandoned(run) == []
 
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from support import settings, write_chats
 
 from lumina.checkpoint import store
+from lumina.checkpoint.catalogue import abandoned
 from lumina.orchestrator.protocol import Decision
 from lumina.run.folder import Run
-from lumina.run.lineage import abandoned
+from lumina.run.lineage import lineage
 from lumina.training.controls import SessionControls
 from lumina.training.session import Session
 from lumina.training.trainer import Trainer
@@ -57,7 +58,7 @@ def trained(root: Path, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, a
 
 def last(run: Run) -> store.Checkpoint:
     """The newest checkpoint that counts, of the last step."""
-    newest, skipped = store.newest(run.checkpoints, without=abandoned(run))
+    newest, skipped = store.newest(run.checkpoints, without=abandoned(run.checkpoints, lineage(run).counts))
     assert newest is not None
     assert not skipped
     assert newest.step == STEPS

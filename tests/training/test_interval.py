@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -13,9 +14,10 @@ from typing import Any, Self
 from unittest.mock import Mock
 
 import pytest
+import torch
 from support import settings
 
-from lumina.checkpoint import store
+from lumina.checkpoint import retention, store
 from lumina.checkpoint.writer import Way
 from lumina.config.resolve import read, resolve
 from lumina.errors import UserError
@@ -280,5 +282,31 @@ def test_a_disk_too_small_is_said_before_anything_is_written(tmp_path: Path, mon
     assert disk_lines(told, "")[-1].startswith("! the checkpoints will not all fit")
     set_free(3 * one)
     assert len(disk_lines(told | {"free": 3 * one}, "")) == 1
-    set_free(0)  # what the run has written is room of its own
-    room.require(resolve("tiny", keys).config, run.checkpoints)
+
+
+def test_what_stays_is_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on needs room for one, beside what only goes once that was read back."""
+    config = resolve("tiny", settings(tmp_path, checkpoint__keep_last=2)).config
+    one, weights = room.checkpoint_bytes(config), {"w": torch.zeros(room.checkpoint_bytes(config) // 4)}
+    for step in (1, 2, 3):
+        store.save(tmp_path, step, weights, {}, {})
+    (tmp_path / f"step-000004.tmp-{os.getpid()}").mkdir()
+    store.point(tmp_path, "latest", 2)
+    store.folder(tmp_path, 1).rename(tmp_path / "step-000001.damaged")
+
+    def fits(free: int, **more: Any) -> bool:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10 * one, 0, free))
+        try:
+            room.require(config, tmp_path, **more)
+        except UserError:
+            return False
+        return True
+
+    assert fits(one)
+    assert not fits(one - 1)
+    assert fits(0, abandoned=[store.folder(tmp_path, 3)])
+    retention.pin(tmp_path, {3: "before overlay 1"})
+    assert not fits(one - 1, abandoned=[store.folder(tmp_path, 3)])
+    (tmp_path / f"step-000004.tmp-{os.getpid()}" / "half").write_bytes(bytes(100))  # of a killed save
+    assert fits(one - 100)
+    assert one < room.facts(config, tmp_path)["used"] - one < 1.1 * one  # what was set aside is none of `most`

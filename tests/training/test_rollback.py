@@ -12,6 +12,7 @@ import torch
 from forks import STEPS, WHY, Act, act, crash, history, request, require_equal, tensors, trained
 
 from lumina.checkpoint import store
+from lumina.checkpoint.catalogue import abandoned
 from lumina.cli import main
 from lumina.errors import UserError
 from lumina.inference import engine
@@ -110,7 +111,7 @@ def test_a_crash_right_after_going_back_keeps_to_it(
             with pytest.raises(RuntimeError, match="power cut"):
                 Trainer("tiny", root=tmp_path / str(number), **keys).fit()
         (run,) = (Run(path) for path in (tmp_path / str(number)).iterdir())
-        assert [path.name for path in lineage.abandoned(run)] == ["step-000006"]
+        assert [path.name for path in abandoned(run.checkpoints, lineage.lineage(run).counts)] == ["step-000006"]
         assert engine.load(run).step == 3
         assert os.readlink(run.checkpoints / "latest") == "step-000006"  # nobody came to point it elsewhere
         with pytest.raises(RuntimeError, match="power cut"):
@@ -205,7 +206,7 @@ def test_links_and_deleting_follow_what_counts(keys: Keys, tmp_path: Path, monke
 
     run = trained(tmp_path, few, monkeypatch, {9: go})
     assert links == [("step-000004", "step-000004"), ("step-000006", "step-000006")]
-    assert lineage.abandoned(run) == []
+    assert abandoned(run.checkpoints, lineage.lineage(run).counts) == []
     assert engine.load(run).step == STEPS
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,11 @@ import torch
 from support import settings
 from test_resume import history
 
-from lumina.checkpoint import phases, store
+from lumina.checkpoint import phases, places, retention, store
 from lumina.checkpoint.readback import fingerprint
 from lumina.config.resolve import resolve
 from lumina.errors import UserError
+from lumina.inference.engine import load
 from lumina.parallel.world import World
 from lumina.run.folder import Run
 from lumina.telemetry.console import Console
@@ -107,6 +111,62 @@ def test_older_ones_stay_until_a_newer_one_was_read_back(tmp_path: Path, monkeyp
     assert (run.checkpoints / "step-000004.damaged").is_dir()
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_damaged_one_that_the_disk_keeps_in_place_counts_for_nothing(
+    noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else good ones would go in its favour, and it would stay `latest`."""
+    harm(monkeypatch, 4)
+    rename, replace, seen = Path.rename, Path.replace, dict[int, str]()
+
+    def refuse(self: Path, target: Path) -> Path:
+        if str(target).endswith(".damaged"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return rename(self, target)
+
+    def refuse_notes(self: Path, target: Path) -> Path:
+        if str(target).endswith("notes.json") and not noted:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return replace(self, target)
+
+    def look(event: dict[str, Any]) -> None:
+        if event["t"] == "step":
+            (path,) = (tmp_path / "runs").iterdir()
+            seen[event["step"]] = os.readlink(path / "checkpoints" / "latest") if event["step"] > 4 else ""
+            while event["step"] == 4 and any(t.name.startswith("checkpoint") for t in threading.enumerate()):
+                time.sleep(0.01)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(Path, "replace", refuse_notes)
+    keys = settings(tmp_path, "dense", checkpoint__keep_last=2, checkpoint__on_error="continue", train__steps=10)
+    run = Trainer("tiny", root=tmp_path / "runs", listeners=[look], **keys).fit()
+    assert [(event["step"], event["verified"]) for event in saves(run)] == [
+        (2, True), (4, False), (6, True), (8, True), (10, True)
+    ]  # fmt: skip
+    refused = [event for event in run.events() if event["t"] == "incident"]
+    assert [event["step"] for event in refused] == [5]
+    assert "step-000004: damaged, and not set aside" in refused[0]["error"]
+    assert seen[5] == "step-000002"  # told while step 6 is under way
+    assert [store.step_of(path) for path in store.checkpoints(run.checkpoints)] == [10, 8, 4]  # it is evidence
+    assert (4 in map(store.step_of, retention.counting(run.checkpoints))) is not noted
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a run that goes on from a checkpoint knows what was told before it."""
+    done: list[str] = []
+    sync, publish = places.sync, phases.publish
+    monkeypatch.setattr(places, "sync", lambda path: (done.append(path.name), sync(path)))
+
+    def published(*arguments: Any) -> Path:
+        done.append("publish")
+        return publish(*arguments)
+
+    monkeypatch.setattr(phases, "publish", published)
+    Trainer("tiny", root=tmp_path / "runs", **settings(tmp_path, "dense")).fit()
+    order = [name for name in done if name in ("events.jsonl", "publish", "COMPLETE")]
+    assert order == ["COMPLETE", "events.jsonl", "publish"] * 3
+
+
 def test_a_run_whose_last_save_did_not_last_is_not_called_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = settings(tmp_path)
     with monkeypatch.context() as patch:
@@ -166,17 +226,20 @@ def change_state(**keys: Any) -> Any:
         (change_state(progress__step="4"), "its progress has step=4"),
         (change_state(progress__pending=[1.0, "x"]), "its progress has pending="),
         (change_state(progress__surprise=1), "its progress has surprise=1"),
+        (change_state(progress__step=3), "its progress is at step 3"),
+        (change_state(progress__tokens=-1), "its progress has tokens=-1"),
+        (change_state(progress__wall=float("nan")), "its progress has wall=nan"),
+        (change_state(progress__best_step=5), "its progress has best_step=5"),
+        (change_state(progress__pending=[1.0]), "its progress has 1 figures of pending, where 8 belong"),
+        (change_state(progress__experts=[1.0]), "its progress has 1 figures of experts, where 0 belong"),
+        (change_state(optimizer_steps=-1), "its state has optimizer_steps=-1"),
+        (change_state(attempt=-1), "its state has attempt=-1"),
+        (change_state(overlays=[{"key": "lr.scale"}]), "damaged overlays"),
+        (change_state(heldout_loss="1"), "its state has no heldout_loss of type float | None"),
     ],
 )
 def test_what_nobody_can_go_on_from_is_passed_over_and_said(change: Any, reason: str, tmp_path: Path) -> None:
-    def stop(event: dict[str, Any]) -> None:
-        if event["t"] == "step" and event["step"] == 5 and event["attempt"] == 0:
-            raise RuntimeError("power cut")
-
-    keys = settings(tmp_path, "dense")
-    with pytest.raises(RuntimeError):
-        Trainer("tiny", root=tmp_path / "runs", listeners=[stop], **keys).fit()
-    (run,) = (Run(path) for path in (tmp_path / "runs").iterdir())
+    run = crashed(tmp_path / "runs", settings(tmp_path, "dense"))
     path = store.folder(run.checkpoints, 4)
     change(path)
     reseal(path)
@@ -198,6 +261,35 @@ def crashed(folder: Path, keys: dict[str, Any], step: int = 5) -> Run:
         Trainer("tiny", root=folder, listeners=[stop], **keys).fit()
     (run,) = (Run(path) for path in folder.iterdir())
     return run
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
+    """Of another seed: the data, the tokenizer and the shapes are the same."""
+    other = Trainer("tiny", root=tmp_path / "other", **settings(tmp_path, "dense", train__seed=7)).fit()
+    run = crashed(tmp_path / "runs", settings(tmp_path, "dense"), 3)
+    shutil.copytree(store.folder(other.checkpoints, 6), store.folder(run.checkpoints, 6))
+    assert load(run).step == 2
+    assert resume(run).finished
+    started = [event for event in run.events() if event["t"] == "run"][-1]
+    assert started["parent_step"] == 2
+    assert "another run" in dict(started["skipped_checkpoints"])["step-000006"]
+    assert store.read(store.folder(run.checkpoints, 6), own=run.id).state["run"] == run.id
+
+
+def test_where_all_are_of_another_run_it_is_not_begun_again(tmp_path: Path) -> None:
+    run = crashed(tmp_path / "runs", settings(tmp_path, "dense"), 3)
+    other = crashed(tmp_path / "other", settings(tmp_path, "dense", train__seed=7), 3)
+    shutil.rmtree(run.checkpoints)
+    shutil.copytree(other.checkpoints, run.checkpoints, symlinks=True)
+    with pytest.raises(UserError, match=r"damaged or of another run(.|\n)*step-000002: it is of another run"):
+        resume(run)
+
+
+def test_a_run_that_was_copied_as_a_whole_goes_on(tmp_path: Path) -> None:
+    run = crashed(tmp_path / "runs", settings(tmp_path, "dense"), 3)
+    shutil.copytree(run.path, tmp_path / "copy", symlinks=True)
+    copy = resume(Run(tmp_path / "copy"))
+    assert [event["skipped_checkpoints"] for event in copy.events() if event["t"] == "run"] == [[], []]
 
 
 @pytest.mark.parametrize("came", [False, True])
@@ -244,8 +336,7 @@ def test_a_run_that_lost_its_checkpoints_says_that_it_begins_again(tmp_path: Pat
     shutil.rmtree(store.folder(run.checkpoints, 2))
     said: list[str] = []
     assert resume(run, [Console(show=said.append)]).finished
-    gone, undone = ["step-000002", "gone: it was saved"], ["step-000004", "the run went back before it"]
-    assert skipped(run) == [gone, undone]
+    assert skipped(run) == [["step-000002", "gone: it was saved"]]
     assert f"resume {run.path} from step 0" in said
     assert "! skipped step-000002: gone: it was saved" in said
 
@@ -261,7 +352,7 @@ def test_a_copy_needs_room_for_weights_and_moments_beside_what_a_cpu_trains(monk
     config = resolve("tiny", {"parallel.device": "cpu"}).config
     need = memory.needed(config)
     for have, fits in ((need.total + need.weights + need.moments, True), (need.total + need.weights, False)):
-        monkeypatch.setattr(memory, "usable", lambda have=have: have)
+        monkeypatch.setattr(memory, "available", lambda have=have: have)
         assert memory.room_for_copy(config) is fits
 
 

@@ -59,7 +59,7 @@ def test_a_failure_that_nobody_foresaw_is_a_finding(tmp_path: Path, monkeypatch:
     ((finding,), _) = corruption.verify()
     assert finding.problem == "nothing is said of what is passed over"
     run = Trainer("tiny", data=str(write_text(tmp_path)), root=tmp_path / "runs").fit()
-    monkeypatch.setattr(store, "newest", lambda _: 1 / 0)
+    monkeypatch.setattr(store, "newest", lambda *_, **__: 1 / 0)
     monkeypatch.setattr(corruption, "_runs", lambda _: (run, run))
     ((finding,), _) = corruption.verify()
     assert finding.problem.startswith("ZeroDivisionError")
