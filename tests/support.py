@@ -189,6 +189,23 @@ def same_tensors(one: Run, other: Run) -> bool:
     return tensors_of(one) == tensors_of(other)
 
 
+# `python -m lumina`, each batch of which takes its time: whoever watches it and sends signals is never too late.
+SLOWLY = """
+import sys, time
+from lumina.cli import main
+from lumina.data.loader import Loader
+
+batch = Loader.batch
+
+def slowly(*which):
+    time.sleep(0.05)
+    return batch(*which)
+
+Loader.batch = slowly
+sys.exit(main())
+"""
+
+
 def until(found: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> Any:
     """What `found` returns once it is true. If the process ends before, or that takes too long, the test fails."""
     end = time.monotonic() + seconds
@@ -206,3 +223,4 @@ def ended(process: subprocess.Popen[str], seconds: float = 120) -> tuple[str, st
         return process.communicate(timeout=seconds)
     finally:
         process.kill()
+        process.wait()

@@ -12,12 +12,13 @@ import pytest
 import lumina
 
 ROOT = Path(lumina.__file__).parent
-LEAVES = {"errors", "events", "compat", "config", "progress", "visible"}
+LEAVES = {"errors", "events", "compat", "config", "progress", "standard", "visible"}
 ALLOWED = {
     "errors": set(),
     "events": {"errors"},
     "compat": set(),
     "progress": set(),
+    "standard": set(),
     "visible": set(),
     "config": {"errors"},
     "data": LEAVES,
@@ -25,7 +26,7 @@ ALLOWED = {
     "checkpoint": LEAVES | {"parallel"},
     "parallel": LEAVES,
     "run": LEAVES,
-    "telemetry": {"events", "errors"},
+    "telemetry": {"events", "errors", "standard"},
     "inference": LEAVES | {"model", "data", "checkpoint", "run"},
     "interop": LEAVES | {"model", "data", "checkpoint", "run"},
     "training": LEAVES | {"model", "data", "checkpoint", "orchestrator", "parallel", "run", "lumina"},

@@ -3,14 +3,15 @@
     python -I -S readback.py <folder> <SHA-256 of its COMPLETE> <process that asks> <where xxhash is>
 
 It imports the standard library and xxhash only: it starts in milliseconds, holds no lock and no GPU, writes nothing,
-and ends when the process that asked is gone. It prints a JSON list of what is wrong. It is the disk that is read, not
-what the writer left in memory.
+and ends when the process that asked is gone. It prints how many bytes it has read, a line now and then, and a JSON list
+of what is wrong. It is the disk that is read, not what the writer left in memory.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -26,7 +27,10 @@ Look = Callable[["str | os.PathLike[str]", str], "tuple[int, str]"]
 HASHES: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 Sign = Callable[[], object]
 CHUNK = 1 << 22
+WORD = 64  # chunks
 NICEST = 19
+# How file systems refuse to go past the memory: some when a file is opened, others not before it is read.
+NOT_PAST_MEMORY = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 def fingerprint(path: str | os.PathLike[str], hash: str = "xxh3_128") -> tuple[int, str]:
@@ -36,14 +40,23 @@ def fingerprint(path: str | os.PathLike[str], hash: str = "xxh3_128") -> tuple[i
         return file.tell(), digest
 
 
-def fingerprint_on_disk(path: str | os.PathLike[str], hash: str = "xxh3_128") -> tuple[int, str]:
-    """The same past the memory that the writer left, and without filling it again, where the file system can."""
+def fingerprint_on_disk(
+    path: str | os.PathLike[str], hash: str = "xxh3_128", sign: Sign = lambda: None
+) -> tuple[int, str]:
+    """The same past the memory that the writer left, and without filling it again, where the file system can.
+
+    A `sign` is given for every chunk.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        return _read(path, getattr(os, "O_DIRECT", 0), hash, sign)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in NOT_PAST_MEMORY:
             raise
-        descriptor = os.open(path, os.O_RDONLY)  # it lives in memory, or elsewhere
+        return _read(path, 0, hash, sign)  # it lives in memory, or elsewhere
+
+
+def _read(path: str | os.PathLike[str], how: int, hash: str, sign: Sign) -> tuple[int, str]:
+    descriptor = os.open(path, os.O_RDONLY | how)
     try:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -52,6 +65,7 @@ def fingerprint_on_disk(path: str | os.PathLike[str], hash: str = "xxh3_128") ->
             while size < end and (count := os.readv(descriptor, [buffer])):
                 digest.update(buffer[:count])
                 size += count
+                sign()
         return size, digest.hexdigest()
     finally:
         os.close(descriptor)
@@ -73,10 +87,14 @@ def damage(
 
 
 def problems(folder: str, seal: str, sign: Sign) -> Iterator[str]:
-    """What is not on the disk as it was written. Gives a `sign` before each file."""
+    """What is not on the disk as it was written. Gives a `sign` for every chunk that it reads."""
+
+    def look(path: str | os.PathLike[str], hash: str) -> tuple[int, str]:
+        return fingerprint_on_disk(path, hash, sign)
+
     complete = os.path.join(folder, "COMPLETE")
     try:
-        found = fingerprint_on_disk(complete, "sha256")[1]
+        found = look(complete, "sha256")[1]
     except OSError as error:
         yield f"COMPLETE cannot be read: {error.strerror}"
         return
@@ -86,14 +104,18 @@ def problems(folder: str, seal: str, sign: Sign) -> Iterator[str]:
     with open(complete, "rb") as file:
         files = json.load(file)["files"]
     for name, entry in files.items():
-        sign()
-        yield from damage(os.path.join(folder, name), name, entry["size"], entry["xxh3_128"], look=fingerprint_on_disk)
+        yield from damage(os.path.join(folder, name), name, entry["size"], entry["xxh3_128"], look=look)
 
 
 def main(folder: str, seal: str, asked_by: str) -> None:
+    """Prints now and then how many bytes were read, then what is wrong."""
+    chunks = itertools.count(1)
+
     def sign() -> None:
         if os.getppid() != int(asked_by):
             sys.exit(1)
+        if (read := next(chunks)) % WORD == 0:
+            print(read * CHUNK, flush=True)
 
     print(json.dumps(list(problems(folder, seal, sign))))
 

@@ -205,10 +205,10 @@ def newest(
 ) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
     """The newest checkpoint that verifies, and the newer ones passed over, each with the reason.
 
-    The main process of `world` reads and decides; it does not look at those in `without`. With `own`, the id of a run,
-    those of another are passed over.
+    The main process of `world` reads, telling all of them how far it is, and decides; it does not look at those in
+    `without`. With `own`, the id of a run, those of another are passed over.
     """
-    return world.decide(lambda: _newest(root, progress, without, own))
+    return world.follow(lambda tell: _newest(root, tell, without, own), progress)
 
 
 def _newest(

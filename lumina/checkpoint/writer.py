@@ -28,8 +28,10 @@ from lumina.checkpoint.phases import Buffers, Files, Staged, Tensors
 from lumina.checkpoint.store import Receipt
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
+from lumina.progress import Tell, silent
 
 Way = Literal["inline", "background"]
+LOOK = 1.0  # seconds between two looks at a save that is waited for
 
 
 class Unread(Exception):  # noqa: N818 - not an error: somebody else has to look
@@ -62,6 +64,7 @@ class Writer:
         self._under_way: Save | None = None
         self._receipts: list[Receipt] = []
         self._waited = 0.0
+        self._far = (0, 1)  # bytes that were read back of the save under way, of how many
 
     @property
     def busy(self) -> bool:
@@ -98,19 +101,26 @@ class Writer:
         receipts, self._receipts = self._receipts, []
         return receipts
 
-    def finish(self) -> None:
-        """Waits for the save that is under way; the next one's receipt says how long. Raises its error."""
-        start = time.perf_counter()
-        while self._under_way:
-            self._under_way.join()
+    def finish(self, tell: Tell = silent) -> None:
+        """Waits for the save that is under way; the next one's receipt says how long. Raises its error.
+
+        All processes hear how far the main one has read it back: whoever waits for that is alive.
+        """
+        start, heard = time.perf_counter(), 0
+        while save := self._under_way:
+            save.join(LOOK)
             self._advance()
+            if self._far[0] > heard:
+                heard = self._far[0]
+                tell(f"reading step {save.staged.step} back", *self._far)
         self._waited += time.perf_counter() - start
 
     def _advance(self) -> None:
         """Learns where the save stands in every process, and takes the next part if all are ready for it."""
         if (save := self._under_way) is None:
             return
-        stands = self.world.collect(save.stands())
+        stands, far = zip(*self.world.collect((save.stands(), save.far)), strict=True)
+        self._far = far[0]
         errors = [error for error in stands if isinstance(error, UserError)]
         if errors:
             self._under_way = None
@@ -148,6 +158,7 @@ class Save:
         self.aside, self.staged, self.start = aside, staged, start
         self.files: Files | None = None
         self.receipt = Receipt(places.folder(self.root, staged.step), staged.step, 0.0, 0, 0.0)
+        self.far = (0, 1)  # bytes read back, of how many
         self._cancelled = threading.Event()
         self._reader: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
@@ -176,9 +187,10 @@ class Save:
             raise outcome
         return outcome
 
-    def join(self) -> None:
+    def join(self, seconds: float | None = None) -> None:
+        """Waits for the part that is under way, at most so many seconds."""
         if self._thread:
-            self._thread.join()
+            self._thread.join(seconds)
 
     def cancel(self) -> None:
         """Ends what is under way soon; nobody asks for it any more."""
@@ -211,7 +223,7 @@ class Save:
         self.before()
         path = phases.publish(self.root, self.aside, step)
         seconds, size = time.perf_counter() - self.start, sum(entry.size for entry in files.values())
-        found, how = self._look(path, seal)
+        found, how = self._look(path, seal, size)
         receipt = replace(
             self.receipt,
             path=path,
@@ -233,30 +245,37 @@ class Save:
             receipt = replace(receipt, refused=error)
         return receipt
 
-    def _look(self, path: Path, seal: str) -> tuple[list[str], list[str]]:
+    def _look(self, path: Path, seal: str, size: int) -> tuple[list[str], list[str]]:
         """What is wrong on the disk; and, where this process had to look itself, why: unread, it would be of no use."""
-        try:
-            return self._read_back(path, seal), []
-        except Unread as why:
-            self._go_on()
-            found = list(readback.problems(str(path), seal, self._go_on))
-            return found, [f"read back by the training itself: {why}"]
 
-    def _read_back(self, path: Path, seal: str) -> list[str]:
+        def sign() -> None:
+            self._go_on()
+            self.far = min(self.far[0] + readback.CHUNK, size), size
+
+        try:
+            return self._read_back(path, seal, size), []
+        except Unread as why:
+            return list(readback.problems(str(path), seal, sign)), [f"read back by the training itself: {why}"]
+
+    def _read_back(self, path: Path, seal: str, size: int) -> list[str]:
         """What is wrong on the disk. Raises `Unread` if no process could be asked, or it did not answer."""
         library = str(Path(xxhash.__file__).parents[1])
         command = [sys.executable, "-I", "-S", readback.__file__, str(path), seal, str(os.getpid()), library]
         try:
             self._reader = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
         except OSError as error:
             raise Unread(f"no process for it: {error.strerror}") from error
-        out, err = self._reader.communicate()
-        if self._reader.returncode:
-            last = (err.strip().splitlines() or ["nothing"])[-1]
-            raise Unread(f"its process ended with {self._reader.returncode} and said: {last}")
-        found: list[str] = json.loads(out)
+        last = "nothing"
+        with self._reader as reader:
+            for line in map(str.strip, reader.stdout or ()):
+                last = line or last
+                if line.isdecimal():
+                    self.far = min(int(line), size), size
+        if code := reader.returncode:
+            raise Unread(f"its process ended with {code} and said: {last}")
+        found: list[str] = json.loads(last)
         return found
 
     def _go_on(self) -> None:

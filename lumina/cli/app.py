@@ -27,9 +27,11 @@ from lumina.cli import (
     train,
     verify,
 )  # fmt: skip
+from lumina.cli.output import say
 from lumina.errors import OutOfMemory, Told, UserError
 from lumina.run import supervised, watchdog
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, OUT_OF_MEMORY, USER_ERROR
+from lumina.standard import discard, lost
 
 Verb = Callable[..., None]
 VERBS: dict[str, Verb | dict[str, Verb]] = {
@@ -97,10 +99,12 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
             _say(error, bool(options.get("json")))
             raise typer.Exit(OUT_OF_MEMORY) from None
         except KeyboardInterrupt:
-            print("\nstopped at once; checkpoints saved before are complete", file=sys.stderr)
+            say("\nstopped at once; checkpoints saved before are complete", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:  # the reader of a pipe went away: nobody is left to tell
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:
+            if not lost(sys.stdout):  # another pipe broke, which is a bug of ours
+                raise
+            discard(sys.stdout)  # its reader went away: nobody is left to tell
             raise typer.Exit(DONE) from None
         except OSError as error:  # what no room foresaw: a name too long, a disk that fails or fills
             where = f"{error.filename}: " if error.filename else ""
@@ -117,7 +121,7 @@ def _say(error: Told, as_json: bool) -> None:
     if error.told or not (alone or _joined()):
         return
     text = json.dumps({"error": {"message": error.message, "fix": error.fix}}) if as_json else f"error: {error}"
-    print(text, file=sys.stderr)
+    say(text, err=True)
 
 
 def _tell_torchrun(error: Exception) -> None:
@@ -152,6 +156,8 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def run(arguments: list[str] | None) -> int:
     """Runs a command line; returns the exit code. Of several processes under torchrun the first one speaks."""
+    if arguments is None:  # the process is ours
+        supervised.end_with_parent()
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     try:
@@ -163,6 +169,6 @@ def run(arguments: list[str] | None) -> int:
         _tell_torchrun(error)
         raise
     supervised.tell_exit(code)
-    if arguments is None and "lumina.training.session" in sys.modules:  # the process is ours, and it trained
+    if arguments is None and "lumina.training.session" in sys.modules:  # it trained
         watchdog.expect_exit()
     return code

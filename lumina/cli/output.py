@@ -9,9 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
+from lumina.standard import lasting
 from lumina.visible import visible
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+def say(line: str, err: bool = False) -> None:
+    """A line for whoever listens, which nobody has to: for what does not end when its reader goes away."""
+    with lasting(sys.stderr if err else sys.stdout):
+        typer.echo(line, err=err)
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from lumina.cli.output import say
 from lumina.errors import UserError
 from lumina.events import Event, Listener, as_line
 from lumina.run import supervised
@@ -159,7 +160,7 @@ def start_again(
     from lumina.run.supervisor import RESTARTS, Supervisor
 
     limit = RESTARTS if restarts is None else restarts
-    supervisor = Supervisor(command, lambda line: typer.echo(line, err=True), run, processes or 1, limit)
+    supervisor = Supervisor(command, lambda line: say(line, err=True), run, processes or 1, limit)
     raise typer.Exit(supervisor.supervise())
 
 
@@ -174,7 +175,7 @@ class Voice:
 
     def say(self, line: str) -> None:
         if not (self.quiet or self.json):
-            typer.echo(line)
+            say(line)
 
     def tell_again(self, run: Run) -> None:
         """How a finished run began and ended, for programs: no event comes any more, and silence says nothing."""
@@ -224,19 +225,19 @@ def _finish(train: Callable[[], Run], console: Console, voice: Voice) -> Run:
         voice.say(f"saved  {stop.run.checkpoints / 'latest'} at step {stop.step}")
         voice.say(f"next   lumina resume {shlex.quote(str(stop.run.path))}")
         if voice.quiet:
-            typer.echo(stop.run.path)
+            say(str(stop.run.path))
         raise typer.Exit(STOPPED) from None
     links = ", ".join(name for name in ("latest", "best") if (run.checkpoints / name).exists())
     name = shlex.quote(str(run.path))
     voice.say(f"files  {run.path}/  config.yaml · events.jsonl · log.txt · tokenizer/ · checkpoints/ ({links})")
     voice.say(f'next   lumina generate {name} -p "your prompt"   or   lumina chat {name}')
     if voice.quiet:
-        typer.echo(run.path)
+        say(str(run.path))
     return run
 
 
 def _print_event(event: Event) -> None:
-    typer.echo(as_line(event))
+    say(as_line(event))
 
 
 def _tell_supervisor(event: Event) -> None:

@@ -20,9 +20,17 @@ import torch
 from torch import Tensor
 
 from lumina.errors import UserError
+from lumina.progress import Tell, silent
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # while the main process prepares data, the others wait; if it dies, they hear at once
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What ends what the main process has to say."""
+
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -41,19 +49,42 @@ class World:
 
     def decide(self, work: Callable[[], T]) -> T:
         """What `work` returns in the main process, in all of them; so is its `UserError`. Others do not run it."""
+        return self.follow(lambda tell: work(), silent)
+
+    def follow(self, work: Callable[[Tell], T], progress: Tell) -> T:
+        """The same for what takes long: each word of `work` comes to the `progress` of every process, as it is said.
+
+        Whoever waits knows by that that the main process is alive.
+        """
         if self.size == 1:
-            return work()
-        answer: list[Any] = [None]
+            return work(progress)
         if self.main:
-            try:
-                answer = [work()]
-            except UserError as error:
-                answer = [error]
-        torch.distributed.broadcast_object_list(answer, src=0, group=self.deciding, device=torch.device("cpu"))
-        if isinstance(answer[0], UserError):
-            answer[0].told = not self.main
-            raise answer[0]
-        return cast("T", answer[0])
+            answer = self._tell_all(work, progress)
+        else:
+            while not isinstance(answer := self._broadcast(None), _Answer):
+                progress(*answer)
+        if isinstance(answer.value, UserError):
+            answer.value.told = not self.main
+            raise answer.value
+        return cast("T", answer.value)
+
+    def _tell_all(self, work: Callable[[Tell], Any], progress: Tell) -> _Answer:
+        def tell(*word: Any) -> None:
+            progress(*word)
+            self._broadcast(word)
+
+        try:
+            answer = _Answer(work(tell))
+        except UserError as error:
+            answer = _Answer(error)
+        self._broadcast(answer)
+        return answer
+
+    def _broadcast(self, said: Any) -> Any:
+        """What the main process says, in all of them."""
+        heard = [said]
+        torch.distributed.broadcast_object_list(heard, src=0, group=self.deciding, device=torch.device("cpu"))
+        return heard[0]
 
     def each(self, work: Callable[[], T]) -> T:
         """What `work`, done in every process, returns in this one; a `UserError` of any is raised in all."""

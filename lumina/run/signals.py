@@ -5,6 +5,7 @@
 | SIGINT, SIGTERM | ctrl-C, `kill`, SLURM, Kubernetes, preemptible machines | save and stop; twice: stop at once |
 | SIGHUP | a terminal that closes | save and stop, unless it is ignored (`nohup`) |
 | SIGUSR2, SIGXCPU | SLURM with `--signal`, LSF; grid engines, a limit of processor time | save and stop |
+| SIGUSR2 | this process, when the one that started it is gone (`lumina.run.supervised`) | save and stop |
 | SIGUSR1 | whoever wants a checkpoint now | save and go on |
 
 Only SIGINT and SIGTERM count for "twice": a cluster announces the end with one signal and means it with another, and a
@@ -18,6 +19,8 @@ import signal
 import threading
 from types import FrameType
 from typing import Self
+
+from lumina.standard import complain
 
 AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # the second of these interrupts
 STOP = (*AT_ONCE, signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU)
@@ -59,13 +62,15 @@ class Requests:
             if self.pressed:
                 raise KeyboardInterrupt
             self.pressed = number
+        if self.stop and number not in AT_ONCE:
+            return
         self.stop = self.stop or number
-        # `os.write`: a handler may run inside a print. On a terminal it takes the place of the status line.
-        begin = b"\r\x1b[K" if os.isatty(2) else b"\n"
+        # A handler may run inside a print. On a terminal it takes the place of the status line.
+        begin = "\r\x1b[K" if os.isatty(2) else "\n"
         if number in AT_ONCE:
-            os.write(2, begin + b"stopping after this step; once more stops at once, without saving\n")
+            complain(f"{begin}stopping after this step; once more stops at once, without saving\n")
         else:
-            os.write(2, begin + f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
+            complain(f"{begin}{signal.Signals(number).name}: saving after this step, then stopping\n")
 
 
 def read(asked: int) -> tuple[str, str]:

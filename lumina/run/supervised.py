@@ -3,6 +3,9 @@
 They speak through a folder that the supervisor made, named with its process id in the environment. Without a
 supervisor nothing is told and nothing heard.
 
+Whoever was started by a supervisor or by torchrun does not outlive it. On Linux the system tells a process that its
+parent is gone, in whatever it does; and where it trains, the watchdog looks: at the supervisor too, above torchrun.
+
 folder/
   run              the path of the run, once it has begun
   restart.json     why this attempt was begun, until it is taken
@@ -11,14 +14,19 @@ folder/
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-VARIABLE = "LUMINA_SUPERVISOR"
+VARIABLE, TORCHRUN = "LUMINA_SUPERVISOR", "TORCHELASTIC_RUN_ID"
+LEFT_ALONE = signal.SIGUSR2  # saves and stops, ends who does not train, and does not count as "once more"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -54,8 +62,20 @@ def restart() -> dict[str, Any] | None:
     return facts
 
 
-def abandoned() -> bool:
-    """Whether there was a supervisor and there is none any more."""
+def end_with_parent() -> None:
+    """From now on the process hears `LEFT_ALONE` when its parent dies, if that is a supervisor or torchrun.
+
+    Only Linux does that: elsewhere it is as if nobody had asked.
+    """
+    if VARIABLE in os.environ or TORCHRUN in os.environ:
+        with suppress(AttributeError, OSError):  # another system
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, LEFT_ALONE)
+
+
+def abandoned(parent: int) -> bool:
+    """Whether the `parent` that this process had is gone, if it was torchrun, or the supervisor, if there was one."""
+    if TORCHRUN in os.environ and os.getppid() != parent:
+        return True
     value = os.environ.get(VARIABLE)
     if not value:
         return False

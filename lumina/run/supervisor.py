@@ -32,6 +32,7 @@ from lumina.events import last_event
 from lumina.run import supervised
 from lumina.run.exit_codes import BUG, DONE, HANG, INTERRUPTED, OUT_OF_MEMORY, STOPPED, USER_ERROR
 from lumina.run.folder import Run, write_json
+from lumina.run.lock import is_held
 from lumina.run.signals import SAVE, heard
 
 PROGRAM = "lumina"
@@ -96,9 +97,9 @@ class Supervisor:
             pause = min(LONGEST_PAUSE, PAUSE * 2**self.vain)
             self.restarts, self.vain = self.restarts + 1, self.vain + 1
             self.say(f"! the run ended by {how}; restart {self.vain} of {self.limit} in {pause:g} s")
-            if self._wait(pause):
+            if self._wait(pause) or self._wait_for_others():
                 return STOPPED if self.saved else INTERRUPTED
-            self._tell_why(code, died - max(began, self._saved_at()) + pause)
+            self._tell_why(code, max(0.0, died - max(began, self._saved_at())) + pause)
 
     # -- one start ------------------------------------------------------------------------------------------------
 
@@ -157,6 +158,14 @@ class Supervisor:
         end = time.monotonic() + seconds
         while not self.asked and time.monotonic() < end:
             time.sleep(min(LOOK, seconds))
+        return bool(self.asked)
+
+    def _wait_for_others(self) -> bool:
+        """Waits until processes that outlived a launcher have let go of the run, for they save and stop; as `_wait`."""
+        if self.run and is_held(self.run.lock):
+            self.say("  the run is still in use: waiting for processes that outlived the one that started them")
+            while not self.asked and is_held(self.run.lock):
+                time.sleep(LOOK)
         return bool(self.asked)
 
     # -- how far it came ------------------------------------------------------------------------------------------

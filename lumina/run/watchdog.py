@@ -7,7 +7,7 @@ checkpoint saved or read back. How long the next may take is learned for each ki
 |---|---|---|
 | one of which fewer than three were measured | `FIRST` | compiling takes minutes, and a cold disk or cluster too |
 | steps | 10 x their median, at least `FLOOR` | one slow step must not make all later hangs last longer |
-| saving, reading back | 10 x the longest, at least `FIRST` | a save may wait for a slow disk that the last did not |
+| saving, reading, verifying | 10 x the longest, at least `FIRST` | a slow disk may let it wait that did not before |
 | anything else | 10 x the longest, at least `FLOOR` | the words of one kind are not equally far apart |
 
 Time in which the process itself was stopped (ctrl-Z, a debugger, a suspended machine) is not counted. A thread of
@@ -33,6 +33,7 @@ from typing import IO, Any, Self
 from lumina.progress import Tell
 from lumina.run import supervised
 from lumina.run.exit_codes import HANG
+from lumina.standard import complain
 
 FLOOR = 60.0  # seconds
 FIRST = 1800.0
@@ -41,7 +42,7 @@ FACTOR = 10
 MEASURED = 3  # of a kind, before its limit is learned
 REMEMBERED = 100  # of a kind
 STEP, NEW = "a step", "a step of a new shape"
-PATIENT = ("saving", "reading")  # as what is told begins
+PATIENT = ("saving", "reading", "verifying")  # as what is told begins
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -68,7 +69,7 @@ class Watchdog:
         self.doing, self.since, self.beats = "starting", time.monotonic(), 0
         self.step_seconds = 0.0
         self.seconds: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        self.watched = threading.get_ident()
+        self.watched, self.parent = threading.get_ident(), os.getppid()
         self.over = threading.Event()
         self.over.set()
 
@@ -111,7 +112,7 @@ class Watchdog:
         if len(seconds) < MEASURED:
             return self.first
         usual = statistics.median(seconds) if self.doing == STEP else max(seconds)
-        return max(FACTOR * usual, self.first if self.doing in PATIENT else self.floor)
+        return max(FACTOR * usual, self.first if self.doing.startswith(PATIENT) else self.floor)
 
     def __enter__(self) -> Self:
         self.watched, self.since = threading.get_ident(), time.monotonic()
@@ -143,19 +144,21 @@ class Watchdog:
             if self.beats != seen and now - self.armed > self.limit() / 4:
                 self._arm()
             seen = self.beats
-            if not asked and supervised.abandoned():
+            if not asked and supervised.abandoned(self.parent):
                 asked = True
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), supervised.LEFT_ALONE)
+                complain("! whoever started this process is gone\n")
             if silence > self.limit():
                 self._bite(silence)
                 return
 
     def _bite(self, silence: float) -> None:
         where = _place(sys._current_frames().get(self.watched))
-        said = f"! no sign of life for {silence:.0f} s in {self.doing}: {where}; the stacks of all threads:\n".encode()
+        said = f"! no sign of life for {silence:.0f} s in {self.doing}: {where}; the stacks of all threads:\n"
         try:
+            complain(said)
+            os.write(self._log.fileno(), said.encode())
             for file in (2, self._log.fileno()):
-                os.write(file, said)
                 faulthandler.dump_traceback(file=file)
             self.report({"kind": "hang", "seconds": round(silence, 1), "doing": self.doing, "where": where})
             supervised.tell_exit(HANG)

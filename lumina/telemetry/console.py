@@ -6,6 +6,7 @@ a file, TERM=dumb) there are only whole lines, without carriage returns and colo
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console as Terminal
 from rich.live import Live
 from rich.text import Text
 
+from lumina.standard import lasting
 from lumina.telemetry import incidents
 from lumina.telemetry.figures import count, duration, perplexity, size
 
@@ -321,12 +323,17 @@ class Screen:
         self._drawn = 0.0
 
     def print(self, line: str) -> None:
-        self.terminal.print(Text(line, style=_style(line)), soft_wrap=True)
+        with lasting(sys.stdout):
+            self.terminal.print(Text(line, style=_style(line)), soft_wrap=True)
 
     def status(self, line: str) -> None:
         """Draws the status line, a few times a second at most and never wider than the terminal."""
         if not self.live or (line and self._line and time.monotonic() - self._drawn < REFRESH):
             return
+        with lasting(sys.stdout):
+            self._draw(line)
+
+    def _draw(self, line: str) -> None:
         if not line:
             if self._line:
                 self._line.stop()
@@ -348,5 +355,5 @@ def _style(line: str) -> str:
 
 class _Terminal(Terminal):
     def on_broken_pipe(self) -> None:
-        """Falls silent where rich would exit: a reader that goes away (`| head`) must not take the run along."""
-        self.quiet = True
+        """Leaves it to whoever prints."""
+        raise

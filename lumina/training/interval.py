@@ -12,17 +12,21 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lumina.checkpoint.places import disk
 from lumina.checkpoint.writer import Way, Writer
+from lumina.errors import UserError
+from lumina.run.lock import RunLock
 from lumina.training.machine import Choices
 
 if TYPE_CHECKING:
     from lumina.training.setup import Parts
 
-NAME = ".trial-save-"  # of the folder beside the runs that is written once and deleted
+NAME, LOCK = ".trial-save-", "lock"  # of the folder beside the runs that is written once and deleted
 
 
 def best_interval(stall: float, mtbf: float) -> float:
@@ -62,22 +66,43 @@ def span(seconds: float) -> str:
 
 
 def measure_stall(parts: Parts, root: Path) -> float:
-    """Seconds that training waits for a save of this state, on the disk of `root`; nothing is left there."""
+    """Seconds that training waits for a save of this state, on the disk of `root`; nothing is left there.
+
+    Raises `DiskRefused` if a save cannot be tried.
+    """
     world = parts.world
-    aside = world.decide(lambda: _trial_folder(root))
-    try:
-        with Writer(aside, world, cast("Way", parts.config.checkpoint.write)) as writer:
-            writer.save(0, parts.model.tensors(), parts.optimizer.tensors(), {})
-            writer.finish()
-            (receipt,) = writer.poll()
-    finally:
-        if world.main:
-            shutil.rmtree(aside, ignore_errors=True)
+    with ExitStack() as stack:
+        aside = world.decide(lambda: stack.enter_context(_trial_folder(root)))
+        writer = stack.enter_context(Writer(aside, world, cast("Way", parts.config.checkpoint.write)))
+        writer.save(0, parts.model.tensors(), parts.optimizer.tensors(), {})
+        writer.finish()
+        (receipt,) = writer.poll()
     return receipt.stall
 
 
-def _trial_folder(root: Path) -> Path:
-    """A folder on the disk of `root`, which need not be there yet. Raises `DiskRefused` if it cannot be made."""
+@contextmanager
+def _trial_folder(root: Path) -> Iterator[Path]:
+    """A folder on the disk of `root`, which need not be there yet: locked inside the block, gone after it.
+
+    What killed processes left goes first, also beside a `root` that was made since. Raises `DiskRefused`.
+    """
     parent = next(path for path in (root.absolute(), *root.absolute().parents) if path.is_dir())
-    with disk(f"{parent}: a save cannot be tried here"):
-        return Path(tempfile.mkdtemp(prefix=NAME, dir=parent))
+    for left in (*parent.glob(f"{NAME}*"), *parent.parent.glob(f"{NAME}*")):
+        with suppress(UserError, OSError), RunLock(left / LOCK):  # who is alive holds it
+            shutil.rmtree(left)
+    with ExitStack() as held:
+        with disk(f"{parent}: a save cannot be tried here"):
+            while (path := _own_folder(parent, held)) is None:
+                pass
+        held.callback(shutil.rmtree, path, ignore_errors=True)
+        yield path
+
+
+def _own_folder(parent: Path, held: ExitStack) -> Path | None:
+    """A new folder and its lock, unless another start took it for a leftover before it was locked."""
+    path = Path(tempfile.mkdtemp(prefix=NAME, dir=parent))
+    with suppress(UserError, FileNotFoundError):
+        held.enter_context(RunLock(path / LOCK))
+        if (path / LOCK).exists():
+            return path
+    return None

@@ -32,6 +32,7 @@ from lumina.progress import Tell, whole
 from lumina.run import supervised
 from lumina.run.exit_codes import OUT_OF_MEMORY
 from lumina.run.folder import Run, write_json
+from lumina.standard import lasting
 from lumina.training import machine
 from lumina.training.evaluate import Evaluation, evaluate
 from lumina.training.setup import Parts
@@ -91,8 +92,10 @@ def ending_alone(world: World) -> Iterator[None]:
     except OutOfMemory as error:
         if world.size == 1:
             raise
-        print(f"error: process {world.rank}: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        with lasting(sys.stderr):
+            print(f"error: process {world.rank}: {error}", file=sys.stderr, flush=True)
+        with lasting(sys.stdout):
+            sys.stdout.flush()
         supervised.tell_exit(OUT_OF_MEMORY)
         os._exit(OUT_OF_MEMORY)
 

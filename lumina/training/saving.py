@@ -71,9 +71,8 @@ class Saver:
         if the disk does not take it, or did not take the one before.
         """
         progress = self.state.progress
+        self.finish()
         with whole(f"saving step {progress.step}", self.told):
-            self._or_unsaved(self.writer.finish)
-            self._tell()
             self.world.decide(self._require_folder)
             loss = self._judge(evaluated)
             state = self.identity | {LOSS: loss} | self.state.pack()
@@ -93,7 +92,7 @@ class Saver:
         """Waits for the save that is under way. Raises the `UserError` of a save that failed."""
         if self.writer.busy:
             with whole(f"reading step {self.saved_step} back", self.told):
-                self._or_unsaved(self.writer.finish)
+                self._or_unsaved(lambda: self.writer.finish(self.told))
         self._tell()
 
     def require_saved(self) -> None:
@@ -294,20 +293,19 @@ class Saver:
     def find(self, step: int) -> store.Checkpoint:
         """The checkpoint of `step`. Raises `UserError` if there is none that counts, or if it is damaged."""
 
-        def look() -> store.Checkpoint:
+        def look(tell: Tell) -> store.Checkpoint:
             out = self.abandoned()
             there = [path for path in store.checkpoints(self.run.checkpoints) if path not in out]
             for path in there:
                 if store.step_of(path) == step:
-                    return store.read(path, own=self.identity[RUN])
+                    return store.read(path, tell, self.identity[RUN])
             steps = ", ".join(str(store.step_of(path)) for path in reversed(there))
             raise UserError(
                 f"{self.run.path}: no checkpoint of step {step} to go back to",
                 fix=f"there are those of {steps}; and 0 is the start" if there else "0 is the start; there is no other",
             )
 
-        with whole(f"reading step {step} back", self.told):
-            return self.world.decide(look)
+        return self.world.follow(look, self.told)
 
     def load(self, found: store.Checkpoint) -> None:
         """Writes a verified checkpoint into the state. Raises `UserError` if it is none of this run, or not sound."""
@@ -333,7 +331,8 @@ class Saver:
         if self.recast:
             optim = _with_the_loss_scale_of(found, optim, self.precision.device)
         try:
-            store.load(found, self.state.model_tensors(), optim, self.world, cast=self.recast)
+            with whole(f"reading step {found.step}", self.told):
+                store.load(found, self.state.model_tensors(), optim, self.world, cast=self.recast)
         except store.Unsound as error:
             return error.message.partition(": ")[2]
         self.state.unpack(found.state)

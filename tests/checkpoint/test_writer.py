@@ -354,6 +354,55 @@ def test_a_damaged_one_that_cannot_be_set_aside_is_said_to_be_damaged(
     assert "damaged, and not set aside: No space left" in str(receipt.refused)
 
 
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("refused", ["open", "readv"])
+def test_a_file_system_that_reads_only_through_memory_is_no_damage(
+    refused: str, refusal: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some refuse when the file is opened, others at the first read or a later one."""
+    path, direct, tries = tmp_path / "file", set[int](), 0
+    path.write_bytes(bytes(readback.CHUNK + 7))
+    open_file, read = os.open, os.readv
+
+    def opened(name: Any, flags: int, *rest: Any) -> int:
+        if refused == "open" and flags & os.O_DIRECT:
+            raise OSError(refusal, os.strerror(refusal))
+        descriptor = open_file(name, flags & ~os.O_DIRECT, *rest)
+        direct.discard(descriptor)
+        if flags & os.O_DIRECT:
+            direct.add(descriptor)
+        return descriptor
+
+    def readv(descriptor: int, buffers: Any) -> int:
+        nonlocal tries
+        tries += descriptor in direct
+        if descriptor in direct and tries == 2:
+            raise OSError(refusal, os.strerror(refusal))
+        return read(descriptor, buffers)
+
+    monkeypatch.setattr(os, "O_DIRECT", getattr(os, "O_DIRECT", 1 << 14), raising=False)
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "readv", readv)
+    assert readback.fingerprint_on_disk(path) == readback.fingerprint(path)
+    assert tries == (2 if refused == "readv" else 0)
+
+
+def test_a_disk_that_cannot_be_read_is_not_read_through_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"some")
+    tries = 0
+
+    def broken(*_: object) -> int:
+        nonlocal tries
+        tries += 1
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "readv", broken)
+    assert list(readback.damage(tmp_path / "file", "file", 4, "", look=readback.fingerprint_on_disk)) == [
+        "file cannot be read: Input/output error"
+    ]
+    assert tries == 1
+
+
 def test_reading_back_needs_little_and_ends_with_who_asked(tmp_path: Path) -> None:
     path = save(Writer(tmp_path), 1).path
     seal = catalogue.seal(path)

@@ -80,12 +80,29 @@ def test_a_terminal_is_not_sent_control_characters(
     assert capsys.readouterr().out.startswith(written)
 
 
+# `lumina`, whose answers take their time: an interruption is never too late.
+SLOWLY = """
+import sys, time
+from lumina.cli import main
+from lumina.data.tokenizer import TextStream
+
+feed = TextStream.feed
+
+def slowly(*what):
+    time.sleep(0.05)
+    return feed(*what)
+
+TextStream.feed = slowly
+sys.exit(main())
+"""
+
+
 class Terminal:
     """A program at a terminal of its own: what it wrote so far, and what it is sent."""
 
     def __init__(self, *arguments: str) -> None:
         self._master, slave = pty.openpty()
-        command = [sys.executable, "-m", "lumina", *arguments]
+        command = [sys.executable, "-c", SLOWLY, *arguments]
         self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
         os.close(slave)
         self.text = ""

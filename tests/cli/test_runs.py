@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +74,16 @@ def test_no_runs_says_how_to_start_one(tmp_path: Path, capsys: pytest.CaptureFix
     assert "not a folder" in capsys.readouterr().err
 
 
-def test_looking_does_not_keep_a_trainer_from_its_run(tmp_path: Path) -> None:
-    import fcntl
-
+def test_looking_does_not_keep_a_trainer_from_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "lock"
     path.touch()
     assert not is_held(path)
     assert not is_held(tmp_path / "none")
     looking = path.open()
     fcntl.flock(looking, fcntl.LOCK_SH)
-    threading.Timer(0.1, looking.close).start()
+    monkeypatch.setattr("lumina.run.lock.time.sleep", lambda seconds: looking.close())  # while it waits
     with RunLock(path):
+        assert looking.closed
         assert is_held(path)
         with pytest.raises(UserError, match="in use"), RunLock(path):
             pass

@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import worker
 from safetensors.torch import load_file
-from support import write_text
+from support import ended, until, write_text
 
 from lumina.checkpoint import store
 from lumina.config.resolve import read
@@ -173,13 +172,9 @@ def test_the_example_runs_and_a_signal_saves_in_all_and_is_said_once(tmp_path: P
         ["sh", str(script), "tiny", *keys],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PATH": path},
     )  # fmt: skip
-    for _ in range(600):
-        if any('"t":"step"' in log.read_text() for log in tmp_path.glob("runs/*/events.jsonl")):
-            break
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    until(lambda: any('"t":"step"' in log.read_text() for log in tmp_path.glob("runs/*/events.jsonl")), process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
+    out, err = ended(process)
     (path,) = tmp_path.glob("runs/*")
     assert store.verify((path / "checkpoints" / "latest").resolve()) == []
     assert json.loads((path / "events.jsonl").read_text().splitlines()[-1])["reason"] == "stopped", err

@@ -7,14 +7,23 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import ended, history, settings, tensors_of, until
+from support import SLOWLY, ended, history, settings, tensors_of, until
 
 from lumina.run.folder import Run
 from lumina.run.signals import AT_ONCE, SAVE, STOP, NothingToSave, Requests, read
 from lumina.training.trainer import Trainer, resume
+
+
+@pytest.fixture
+def hearing() -> Iterator[None]:
+    """SIGHUP is not ignored, as it is if these tests run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", AT_ONCE, ids=lambda n: n.name)
@@ -28,8 +37,11 @@ def test_the_first_signal_asks_and_the_second_interrupts(number: signal.Signals)
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("hearing")
 @pytest.mark.parametrize("number", sorted(set(STOP) - set(AT_ONCE)), ids=lambda n: n.name)
-def test_a_notice_may_repeat_and_does_not_make_what_follows_a_second(number: signal.Signals) -> None:
+def test_a_notice_may_repeat_and_does_not_make_what_follows_a_second(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
     with Requests() as requests:
         signal.raise_signal(number)
         signal.raise_signal(number)
@@ -37,6 +49,7 @@ def test_a_notice_may_repeat_and_does_not_make_what_follows_a_second(number: sig
         assert read(requests.take()) == (number.name, "")  # the first one is named
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
+    assert capfd.readouterr().err.count(number.name) == 1
 
 
 def test_to_save_is_asked_once_and_stopping_outranks_it_in_whichever_process() -> None:
@@ -86,9 +99,9 @@ def test_in_another_thread_it_does_nothing() -> None:
 
 
 def test_a_run_saves_and_goes_on_then_saves_and_stops_and_is_resumed_to_the_bit(tmp_path: Path) -> None:
-    keys = settings(tmp_path, "dense") | {"train.steps": 500, "checkpoint.every": 0, "checkpoint.keep_last": 9}
+    keys = settings(tmp_path, "dense") | {"train.steps": 200, "checkpoint.every": 0, "checkpoint.keep_last": 9}
     whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
-    command = [sys.executable, "-m", "lumina", "train", "tiny", *(f"{key}={value}" for key, value in keys.items())]
+    command = [sys.executable, "-c", SLOWLY, "train", "tiny", *(f"{key}={value}" for key, value in keys.items())]
     process = subprocess.Popen(
         [*command, "--root", str(tmp_path / "parts")], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )

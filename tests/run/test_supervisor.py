@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from support import ended, history, settings, tensors_of, until
+from support import SLOWLY, ended, history, settings, tensors_of, until
 
+from lumina.checkpoint import store
 from lumina.events import EventWriter, read_events
 from lumina.run import supervised
 from lumina.run.folder import Run
@@ -139,19 +142,42 @@ def test_without_a_supervisor_nothing_is_told_and_with_a_dead_one_it_is_known(
     supervised.tell_run(tmp_path)
     supervised.tell_exit(3)
     assert supervised.restart() is None
-    assert not supervised.abandoned()
+    assert not supervised.abandoned(os.getppid())
     monkeypatch.setenv(supervised.VARIABLE, supervised.environment(tmp_path)[supervised.VARIABLE])
-    assert not supervised.abandoned()
+    assert not supervised.abandoned(os.getppid())
     gone = subprocess.Popen(["true"])
     gone.wait()
     monkeypatch.setenv(supervised.VARIABLE, f"{gone.pid}:{tmp_path}")
-    assert supervised.abandoned()
+    assert supervised.abandoned(os.getppid())
+
+
+def test_a_parent_that_is_gone_is_known_if_it_was_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(supervised.VARIABLE, raising=False)
+    monkeypatch.delenv(supervised.TORCHRUN, raising=False)
+    had = os.getpid()  # which nobody is the child of any more
+    assert not supervised.abandoned(had)
+    monkeypatch.setenv(supervised.TORCHRUN, "none")
+    assert supervised.abandoned(had)
+    assert not supervised.abandoned(os.getppid())
+
+
+SUPERVISE = """
+import sys
+from lumina.cli import main
+from lumina.run import supervisor
+supervisor.PROGRAM = "lumina_slowly"
+sys.exit(main())
+"""
 
 
 def train(folder: Path, keys: dict[str, Any], *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lumina", "train", "tiny", *(f"{key}={value}" for key, value in keys.items())]
+    folder.mkdir(exist_ok=True)
+    (folder / "lumina_slowly.py").write_text(SLOWLY)
+    command = [sys.executable, "-c", SUPERVISE, "train", "tiny", *(f"{key}={value}" for key, value in keys.items())]
     command += ["--root", str(folder), "--supervise", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def run_below(folder: Path, process: subprocess.Popen[str]) -> Run:
@@ -168,13 +194,14 @@ def holder(run: Run) -> int:
 
 
 def test_killed_twice_and_stopped_it_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
-    keys = settings(tmp_path, "dense") | {"train.steps": 40, "checkpoint.every": 3}
+    keys = settings(tmp_path, "dense") | {"train.steps": 100, "checkpoint.every": 10}
     whole = Trainer("tiny", root=tmp_path / "whole", **keys).fit()
     process = train(tmp_path / "parts", keys, "--fresh")
     run = run_below(tmp_path / "parts", process)
-    for attempt in range(2):
-        until(steps_since(run, attempt), process)
-        os.kill(holder(run), signal.SIGKILL)
+    until(steps_since(run, 0), process)
+    os.kill(holder(run), signal.SIGKILL)
+    until(lambda: [*run.checkpoints.glob("step-*/COMPLETE")], process)
+    os.kill(holder(run), signal.SIGKILL)
     until(steps_since(run, 2), process)
     process.send_signal(signal.SIGTERM)
     out, err = ended(process)
@@ -221,10 +248,62 @@ s.Supervisor(lambda first: [], print).supervise()
     until(ready.exists, process)
     process.kill()
     ended(process)  # until the last of its processes has closed its output
-    assert end.read_text() == "SIGTERM"
+    assert end.read_text() == "SIGUSR2"
 
 
-def test_two_processes_save_and_go_on_and_one_that_is_killed_is_started_again_with_the_other(tmp_path: Path) -> None:
+BEFORE_TRAINING = """
+import sys, time
+from lumina.cli import main
+from lumina.training.trainer import Trainer
+
+def fit(trainer):
+    print("begun", flush=True)
+    time.sleep(600)
+
+Trainer.fit = fit
+sys.argv = ["lumina", "train", "tiny", "--quiet"]
+main()
+"""
+STARTING = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runs on Linux: other systems tell nobody that a parent is gone")
+def test_whoever_has_nothing_to_save_ends_with_the_launcher() -> None:
+    environment = os.environ | {supervised.TORCHRUN: "none"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTING, BEFORE_TRAINING], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    process.kill()
+    ended(process)  # which waits until the other one has closed its output
+
+
+def test_processes_of_a_torchrun_that_is_killed_save_and_stop(tmp_path: Path) -> None:
+    keys = settings(tmp_path, "dense") | {"train.steps": 100000, "checkpoint.every": 0}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lumina"]
+    command += ["train", "tiny", *(f"{key}={value}" for key, value in keys.items()), "--root", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = run_below(tmp_path, process)
+    until(steps_since(run, 0), process)
+    workers = psutil.Process(process.pid).children()
+    try:
+        process.kill()
+        _, err = ended(process)
+        assert psutil.wait_procs(workers, timeout=120)[1] == [], err
+    finally:
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+    last = [*read_events(run.event_log)][-1]
+    assert (last["reason"], last["signal"]) == ("stopped", "SIGUSR2"), err
+    assert store.verify((run.checkpoints / "latest").resolve()) == []
+    assert err.count("SIGUSR2: saving after this step") == 2  # once in each
+
+
+def test_two_processes_are_started_again_when_one_of_them_or_their_launcher_is_killed(
+    tmp_path: Path,
+) -> None:
     keys = settings(tmp_path, "dense") | {"train.steps": 100000, "checkpoint.every": 0}
     process = train(tmp_path, keys, "--processes", "2")
     run = run_below(tmp_path, process)
@@ -233,16 +312,21 @@ def test_two_processes_save_and_go_on_and_one_that_is_killed_is_started_again_wi
     until(lambda: any(event["t"] == "checkpoint" for event in read_events(run.event_log)), process)
     os.kill(holder(run), signal.SIGKILL)
     until(steps_since(run, 1), process)
+    (torchrun,) = psutil.Process(process.pid).children()
+    torchrun.kill()
+    until(steps_since(run, 2), process)
     process.send_signal(signal.SIGTERM)
     _, err = ended(process)
     assert process.returncode == 3, err
     events = [*read_events(run.event_log)]
-    assert [event.get("signal") for event in events if event["t"] in ("checkpoint", "end")] == [
-        "SIGUSR1", "SIGTERM", "SIGTERM",
+    assert [(event["attempt"], event.get("signal")) for event in events if event["t"] in ("checkpoint", "end")] == [
+        (0, "SIGUSR1"), (1, "SIGUSR2"), (1, "SIGUSR2"), (2, "SIGTERM"), (2, "SIGTERM"),
     ]  # fmt: skip
-    (restart,) = (event for event in events if event["t"] == "incident")
-    assert (restart["kind"], restart["code"], restart["attempt"]) == ("restart", 1, 1)
-    assert [event["processes"] for event in events if event["t"] == "run"] == [2, 2]
+    restarts = [event for event in events if event["t"] == "incident"]
+    assert [(event["kind"], event["code"], event["signal"], event["attempt"]) for event in restarts] == [
+        ("restart", 1, None, 1), ("restart", None, "SIGKILL", 2),
+    ]  # fmt: skip
+    assert [event["processes"] for event in events if event["t"] == "run"] == [2, 2, 2]
 
 
 def test_what_a_command_is_to_begin_it_is_told_until_it_has(tmp_path: Path) -> None:

@@ -58,6 +58,10 @@ def test_what_is_too_long_is_learned_for_each_kind_of_work(tmp_path: Path, monke
         known = dog.limit()
     assert known == 90
     assert dog.limit() == 60  # steps again; the evaluation is not part of one
+    for _ in tracked(range(5), "verifying step-000003", 5, tell):
+        known = dog.limit()
+        case.now += 1.0
+    assert known == 1800  # the next file may be large, and not in memory
     dog.step(new=True)
     assert dog.limit() == 1800
     for number in range(4):
@@ -78,6 +82,13 @@ def test_words_of_other_threads_are_no_sign_of_life(tmp_path: Path, monkeypatch:
     assert case.dog.beats == 1
 
 
+@pytest.fixture
+def no_second_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would end these tests with the process, where a machine is so slow that the first comes late."""
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("no_second_line")
 def test_a_hang_is_told_with_its_place(tmp_path: Path) -> None:
     reports: list[dict[str, Any]] = []
     left, codes = threading.Event(), []
@@ -86,15 +97,15 @@ def test_a_hang_is_told_with_its_place(tmp_path: Path) -> None:
         codes.append(code)
         left.set()
 
-    with Watchdog(tmp_path / "log.txt", reports.append, floor=0.6, first=0.6, leave=leave) as dog:
+    with Watchdog(tmp_path / "log.txt", reports.append, floor=2.0, first=2.0, leave=leave) as dog:
         for _ in range(10):  # as long as it lives it is let alone
             dog.step()
             time.sleep(0.06)
-        assert not reports
+        assert not codes
         a_place_to_hang_in(left)
     (report,) = reports
     assert report["kind"] == "hang"
-    assert report["seconds"] >= 0.6
+    assert report["seconds"] >= 2.0
     assert report["doing"] == "a step"
     assert "wait (" in report["where"]
     assert codes == [4]
@@ -105,6 +116,7 @@ def a_place_to_hang_in(left: threading.Event) -> None:
     assert left.wait(30)
 
 
+@pytest.mark.usefixtures("no_second_line")
 def test_a_disk_that_refuses_does_not_keep_it_alive(tmp_path: Path) -> None:
     left = threading.Event()
 
@@ -127,7 +139,7 @@ import lumina.run.watchdog as watchdog
 {change}
 """
 STOPPED = """
-dog = watchdog.Watchdog(__import__("pathlib").Path(sys.argv[1]), print, floor=0.5, first=0.5)
+dog = watchdog.Watchdog(__import__("pathlib").Path(sys.argv[1]), print, floor=1.0, first=1.0)
 with dog:
     os.kill(os.getpid(), getattr(signal, sys.argv[2]))
     time.sleep(0.15)
@@ -136,7 +148,7 @@ with dog:
 """
 HOLDING = """
 import ctypes
-with watchdog.Watchdog(__import__("pathlib").Path(sys.argv[1]), print, floor=0.3, first=0.3):
+with watchdog.Watchdog(__import__("pathlib").Path(sys.argv[1]), print, floor=1.0, first=1.0):
     ctypes.PyDLL(None).sleep(60)  # holds the interpreter
 """
 LINGERING = """
@@ -154,15 +166,14 @@ def python(code: str, *arguments: object, **options: Any) -> subprocess.Popen[st
 def test_a_process_that_was_stopped_is_not_taken_for_one_that_hangs(tmp_path: Path) -> None:
     process = python(STOPPED, tmp_path / "log.txt", "SIGTSTP", process_group=0)
     until_stopped(process)
-    time.sleep(1.2)  # more than twice the limit
+    time.sleep(2.5)  # more than twice the limit
     process.send_signal(18)  # SIGCONT
     out, err = ended(process)
     assert (process.returncode, out) == (0, "alive\n"), err
 
 
 def until_stopped(process: subprocess.Popen[str]) -> None:
-    while os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG | os.WEXITED | os.WNOWAIT) is None:
-        time.sleep(0.02)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def test_who_holds_the_interpreter_is_ended_by_the_second_line(tmp_path: Path) -> None:
@@ -184,7 +195,7 @@ from pathlib import Path
 from lumina.training import session
 from lumina.cli import main
 batch = session.setup.Loader.batch
-session.Watchdog = functools.partial(session.Watchdog, floor=1.0)
+session.Watchdog = functools.partial(session.Watchdog, floor=3.0)
 
 def a_disk_that_never_answers(loader, i, *rest):
     if i == 4 and [*Path(sys.argv[-1]).glob("*/checkpoints/step-000002")]:

@@ -71,7 +71,8 @@ def undisturbed(tmp_path: Path) -> list[tuple[int, float]]:
 
 
 def fill(disk: Path) -> None:
-    """Takes the room that is left, to the last byte."""
+    """Takes the room that is left, to the last byte, when what was saved before has landed."""
+    saved(only_run(disk), 2)
     with (disk / "ballast").open("wb", buffering=0) as file:
         try:
             while True:
@@ -82,7 +83,9 @@ def fill(disk: Path) -> None:
 
 def saved(run: Run, step: int) -> None:
     """Waits until the checkpoint of `step` is there and nobody writes beside it."""
+    end = time.monotonic() + 120
     while not store.folder(run.checkpoints, step).exists() or threads_of_saves():
+        assert time.monotonic() < end, "not saved"
         time.sleep(0.01)
 
 

@@ -6,6 +6,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from lumina.config.resolve import read, resolve
 from lumina.errors import UserError
 from lumina.events import read_events
 from lumina.model.transformer import Transformer
+from lumina.run.lock import RunLock
 from lumina.telemetry.console import disk_lines
 from lumina.training import interval, room
 from lumina.training.optim import Optimizer
@@ -79,7 +82,7 @@ def test_auto_is_settled_once_and_what_is_assumed_matters(mtbf: str, every: int,
     trainer = Trainer("tiny", root=tmp_path / "runs", listeners=[stop], **keys)
     with pytest.raises(RuntimeError):
         trainer.fit()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(interval.NAME)] == []
+    assert trials(tmp_path) == []
     (path,) = (tmp_path / "runs").iterdir()
     saved = read(path / "config.yaml")
     assert saved.config.checkpoint.every == every
@@ -90,6 +93,55 @@ def test_auto_is_settled_once_and_what_is_assumed_matters(mtbf: str, every: int,
     why = saved.origins["checkpoint.every"].removeprefix("resolved: ")
     assert re.match(r"sqrt\(2 x .* x .*s\) = .*s at .*s a step", why)
     assert [event["choices"]["checkpoint.every"] for event in told] == [why, why]
+
+
+KILLED = """
+import os, sys
+from lumina.checkpoint import phases
+from lumina.cli import main
+phases.seal = lambda *_: os.kill(os.getpid(), 9)
+main(sys.argv[1:])
+"""
+
+
+def trials(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.startswith(interval.NAME))
+
+
+def test_what_a_process_that_was_killed_while_it_measured_left_goes_at_the_next_start(tmp_path: Path) -> None:
+    keys = settings(tmp_path, "dense", checkpoint__every="auto")
+    command = ["train", "tiny", *(f"{key}={value}" for key, value in keys.items()), "--root", str(tmp_path / "runs")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    assert len(trials(tmp_path)) == 1
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs").mkdir()  # by another run, meanwhile
+    shutil.copytree(trials(tmp_path)[0], tmp_path / "runs" / f"{interval.NAME}too")
+    alive = tmp_path / f"{interval.NAME}alive"
+    alive.mkdir()
+    with RunLock(alive / interval.LOCK):
+        Trainer("tiny", root=tmp_path / "runs", **keys).fit()
+        assert trials(tmp_path) == [alive]
+    assert trials(tmp_path / "runs") == []
+
+
+def test_a_folder_that_another_start_took_for_a_leftover_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = interval.tempfile.mkdtemp, list[Path]()
+
+    def swept_at_once(**where: Any) -> str:
+        made.append(Path(make(**where)))
+        if len(made) == 1:
+            made[0].rmdir()
+        return str(made[-1])
+
+    monkeypatch.setattr(interval.tempfile, "mkdtemp", swept_at_once)
+    with interval._trial_folder(tmp_path) as path:
+        assert [path] == trials(tmp_path) == made[1:]
+        with pytest.raises(UserError):
+            RunLock(path / interval.LOCK).__enter__()
+    assert trials(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -216,8 +216,14 @@ def test_by_hand_also_behind_a_finished_run(keys: Keys, plain: Run, tmp_path: Pa
         assert main(["resume", str(run.path), "--from", str(where), "--quiet"]) == 0
         assert starts(run)[-1]["parent_step"] == where
         require_equal(plain, run)
+    words = set[str]()
+
+    def told(what: str, done: int, total: int) -> None:
+        words.add(what)
+
     with pytest.raises(RuntimeError, match="power cut"):
-        resume(run, [lambda event: event["t"] == "step" and crash()], back=Back(3))  # type: ignore[func-returns-value]
+        resume(run, [lambda event: event["t"] == "step" and crash()], told, back=Back(3))  # type: ignore[func-returns-value]
+    assert {"verifying step-000003", "reading step 3"} <= words  # which may take long: signs of life
     assert not run.finished
     assert Trainer("tiny", root=tmp_path, **keys).fit() == run  # the same command goes on with it
     require_equal(plain, run)

@@ -1,0 +1,12 @@
+"""A process that waits for the main one hears that it is alive: else its watchdog would take that for a hang."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hearing
+from test_processes import torchrun
+
+
+def test_who_waits_for_the_main_process_hears_how_far_it_is(tmp_path: Path) -> None:
+    torchrun(2, hearing.__file__, str(tmp_path))
