@@ -87,14 +87,14 @@ def damage(
 
 
 def problems(folder: str, seal: str, sign: Sign) -> Iterator[str]:
-    """What is not on the disk as it was written. Gives a `sign` before each file and after each piece of one."""
+    """What is not on the disk as it was written. Gives a `sign` for every chunk that it reads."""
 
     def look(path: str | os.PathLike[str], hash: str) -> tuple[int, str]:
         return fingerprint_on_disk(path, hash, sign)
 
     complete = os.path.join(folder, "COMPLETE")
     try:
-        found = fingerprint_on_disk(complete, "sha256")[1]
+        found = look(complete, "sha256")[1]
     except OSError as error:
         yield f"COMPLETE cannot be read: {error.strerror}"
         return
@@ -104,18 +104,17 @@ def problems(folder: str, seal: str, sign: Sign) -> Iterator[str]:
     with open(complete, "rb") as file:
         files = json.load(file)["files"]
     for name, entry in files.items():
-        sign()
         yield from damage(os.path.join(folder, name), name, entry["size"], entry["xxh3_128"], look=look)
 
 
 def main(folder: str, seal: str, asked_by: str) -> None:
-    """Prints now and then how many bytes were read, then what is wrong; ends when who asked is gone."""
-    chunks = itertools.count()
+    """Prints now and then how many bytes were read, then what is wrong."""
+    chunks = itertools.count(1)
 
     def sign() -> None:
         if os.getppid() != int(asked_by):
             sys.exit(1)
-        if (read := next(chunks)) and read % WORD == 0:
+        if (read := next(chunks)) % WORD == 0:
             print(read * CHUNK, flush=True)
 
     print(json.dumps(list(problems(folder, seal, sign))))

@@ -25,7 +25,7 @@ import xxhash
 
 from lumina.checkpoint import phases, places, readback, tensors
 from lumina.checkpoint.phases import Buffers, Files, Staged, Tensors
-from lumina.checkpoint.store import Receipt
+from lumina.checkpoint.store import Receipt, verify
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
 from lumina.progress import Tell, silent
@@ -236,8 +236,7 @@ class Save:
         try:
             if receipt.damaged:
                 receipt = replace(receipt, path=places.set_aside(path))
-                places.put_back(self.root)
-                places.point_latest(self.root)
+                self._bring_back(path)
             else:
                 places.settle(path)
                 self.after(path)
@@ -245,14 +244,24 @@ class Save:
             receipt = replace(receipt, refused=error)
         return receipt
 
+    def _bring_back(self, path: Path) -> None:
+        """What the damaged one at `path` replaced has its name again, unless it is damaged, too."""
+        if os.path.lexists(old := places.replaced(path)) and verify(old):
+            places.discard(old)
+        places.put_back(self.root)
+        places.point_latest(self.root)
+
     def _look(self, path: Path, seal: str, size: int) -> tuple[list[str], list[str]]:
         """What is wrong on the disk; and, where this process had to look itself, why: unread, it would be of no use."""
+
+        def sign() -> None:
+            self._go_on()
+            self.far = min(self.far[0] + readback.CHUNK, size), size
+
         try:
             return self._read_back(path, seal, size), []
         except Unread as why:
-            self._go_on()
-            found = list(readback.problems(str(path), seal, self._go_on))
-            return found, [f"read back by the training itself: {why}"]
+            return list(readback.problems(str(path), seal, sign)), [f"read back by the training itself: {why}"]
 
     def _read_back(self, path: Path, seal: str, size: int) -> list[str]:
         """What is wrong on the disk. Raises `Unread` if no process could be asked, or it did not answer."""

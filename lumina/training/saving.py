@@ -72,7 +72,7 @@ class Saver:
         if the disk does not take it, or did not take the one before.
         """
         progress = self.state.progress
-        self.finish()  # prunes, which nothing may be under way for
+        self.finish()
         with whole(f"saving step {progress.step}", self.told):
             self.world.decide(self._require_folder)
             loss = self._judge(evaluated)

@@ -120,12 +120,9 @@ def origin(config: Config) -> Origin | None:
     path = Path(config.train.init_from).expanduser()
     is_checkpoint = store.STEP.fullmatch(path.resolve().name) is not None
     run = Run.open(path.resolve().parent.parent if is_checkpoint else path)
-    found: store.Checkpoint | None
-    if is_checkpoint:
-        found = store.read(path, own=run.id)
-    else:
-        out = abandoned(run.checkpoints, lineage(run).counts)
-        found, _ = store.newest(run.checkpoints, without=out, own=run.id)
+    out = abandoned(run.checkpoints, lineage(run).counts)
+    own = run.id
+    found = store.read(path, own=own) if is_checkpoint else store.newest(run.checkpoints, without=out, own=own)[0]
     if found is None:
         raise UserError(f"train.init_from: {run.path}: no complete checkpoint", fix="let it train until it saves one")
     if read(run.config).config.train.lora.rank:

@@ -403,7 +403,7 @@ def test_a_disk_that_cannot_be_read_is_not_read_through_memory(tmp_path: Path, m
     assert tries == 1
 
 
-def test_reading_back_needs_only_the_standard_library_and_ends_with_who_asked(tmp_path: Path) -> None:
+def test_reading_back_needs_little_and_ends_with_who_asked(tmp_path: Path) -> None:
     path = save(Writer(tmp_path), 1).path
     seal = catalogue.seal(path)
     code = f"import sys; sys.path[:] = {[p for p in sys.path if 'site-packages' not in p]}; import runpy; "
