@@ -316,11 +316,6 @@ def cut(event: dict[str, Any]) -> None:
     raise RuntimeError("power cut")
 
 
-def cut_in_a_step(event: dict[str, Any]) -> None:
-    if event["t"] == "step":
-        cut(event)
-
-
 def skipped(run: Run) -> list[list[str]]:
     started: list[list[str]] = [event for event in run.events() if event["t"] == "run"][-1]["skipped_checkpoints"]
     return started
@@ -331,8 +326,8 @@ def test_a_run_that_lost_its_checkpoints_says_that_it_begins_again(tmp_path: Pat
     early = crashed(tmp_path / "early", keys, step=1)
     assert skipped(resume(early)) == []  # there was none
     run = crashed(tmp_path / "runs", keys)
-    with pytest.raises(RuntimeError, match="power cut"):  # before the new attempt has saved anything
-        resume(run, [cut_in_a_step], back=Back(2))
+    with pytest.raises(RuntimeError, match="power cut"):  # before the new attempt has tidied
+        resume(run, [cut], back=Back(2))
     shutil.rmtree(store.folder(run.checkpoints, 2))
     said: list[str] = []
     assert resume(run, [Console(show=said.append)]).finished
