@@ -95,9 +95,9 @@ def choose(config: Config, world: World = ALONE) -> Choices:
         used = choices.get("parallel.threads", (config.parallel.threads, ""))[0]
         room = memory.room_for_copy(config, world.size, world.local_size)
         choices["checkpoint.write"] = choose_writing(device, int(used), room, world)
-    if config.train.tokens is not None:
-        steps = max(1, round(config.train.tokens / config.train.batch_tokens))
-        choices["train.steps"] = (steps, f"train.tokens={config.train.tokens} / train.batch_tokens")
+    if tokens := config.train.known_tokens:
+        steps = max(1, round(tokens / config.train.batch_tokens))
+        choices["train.steps"] = (steps, f"train.tokens={tokens} / train.batch_tokens")
     return choices
 
 
