@@ -22,7 +22,8 @@ class Cost:
     """Parameters in numbers, FLOPs per trained token, bytes of KV cache per token of context."""
 
     total: int
-    embedding: int
+    embedding: int  # the table that ids are looked up in
+    non_embedding: int  # without that and without the output head, tied or not: the N of Kaplan et al. 2020
     active: int
     active_mean: float  # averaged over depth routing; equals `active` without it
     flops_per_token: float
@@ -103,7 +104,8 @@ def count(
         frozen = share * (block.matmul - block.adapters) + block.router
         flops += per * frozen + 6 * share * block.adapters + share * share * attention_flops
         kv_total += share * kv
-    return Cost(total, head, active, mean, flops, kv_total, matrices)
+    tables = head if config.tied else 2 * head
+    return Cost(total, head, total - tables, active, mean, flops, kv_total, matrices)
 
 
 def state_bytes(config: ModelConfig, optimizer: str, precision: str, rank: int = 0) -> StateBytes:
