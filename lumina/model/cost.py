@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
-from lumina.config.schema.model import ModelConfig
+from lumina.config.schema.model import MoDConfig, ModelConfig
+from lumina.config.units import span
 
 PREDICTOR_SHRINK = 4  # the depth predictor's hidden layer is width / 4
 
@@ -106,6 +108,25 @@ def count(
         kv_total += share * kv
     tables = head if config.tied else 2 * head
     return Cost(total, head, total - tables, active, mean, flops, kv_total, matrices)
+
+
+def depth_stages(mod: MoDConfig, steps: int) -> list[tuple[float, int]]:
+    """The capacities of a run of `steps`, in order, each with the number of its steps.
+
+    With `mod.anneal` the capacity begins at 1, the dense model, and is halved in stages of equal length. Few sizes, not
+    many: each is a graph to compile, and on a CPU kernels to generate.
+    """
+    length = min(steps, span(mod.anneal, steps))
+    halvings = math.ceil(-math.log2(mod.capacity) - 1e-9)
+    ends = [length * (k + 1) // halvings for k in range(halvings)] if length else []
+    stages = [(2.0**-k, end - start) for k, (start, end) in enumerate(pairwise([0, *ends]))]
+    return [*stages, (mod.capacity, steps - sum(n for _, n in stages))]
+
+
+def mean_flops(config: ModelConfig, steps: int, rank: int = 0) -> float:
+    """FLOPs of a trained token, averaged over a run of `steps` in which the depth capacity may fall."""
+    stages = depth_stages(config.mod, steps) if config.mod else [(None, steps)]
+    return sum(n * count(config, capacity=c, rank=rank).flops_per_token for c, n in stages) / steps
 
 
 def state_bytes(config: ModelConfig, optimizer: str, precision: str, rank: int = 0) -> StateBytes:
