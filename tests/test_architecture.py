@@ -30,12 +30,13 @@ ALLOWED = {
     "interop": LEAVES | {"model", "data", "checkpoint", "run"},
     "training": LEAVES | {"model", "data", "checkpoint", "orchestrator", "parallel", "run", "lumina"},
     "orchestrator": LEAVES,
+    "planner": LEAVES | {"model"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
     "bench": LEAVES | {"checkpoint", "data", "inference", "model", "parallel", "run", "telemetry", "training"},
     "verify": LEAVES | {"bench", "checkpoint", "data", "model", "run", "telemetry", "training", "lumina"},
     "cli": LEAVES
-    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "run", "telemetry", "training"}
-    | {"verify", "lumina"},
+    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "planner", "run"}
+    | {"telemetry", "training", "verify", "lumina"},
 }
 TORCHLESS = [
     "lumina",
@@ -50,6 +51,10 @@ TORCHLESS = [
     "lumina.events",
     "lumina.model.cost",
     "lumina.orchestrator.protocol",
+    "lumina.planner.fit",
+    "lumina.planner.hyperparameters",
+    "lumina.planner.overtraining",
+    "lumina.planner.repeated",
     "lumina.run.index",
     "lumina.run.lineage",
     "lumina.run.overview",

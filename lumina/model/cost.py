@@ -28,6 +28,7 @@ class Cost:
     flops_per_token: float
     kv_bytes_per_token: float
     matrices: int  # parameters that Muon moves: it keeps one moment of each, AdamW two of the others
+    lookup: int  # of the embedding lookup, where the head has others: 0 if they are tied
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def count(
         frozen = share * (block.matmul - block.adapters) + block.router
         flops += per * frozen + 6 * share * block.adapters + share * share * attention_flops
         kv_total += share * kv
-    return Cost(total, head, active, mean, flops, kv_total, matrices)
+    return Cost(total, head, active, mean, flops, kv_total, matrices, 0 if config.tied else head)
 
 
 def state_bytes(config: ModelConfig, optimizer: str, precision: str, rank: int = 0) -> StateBytes:
