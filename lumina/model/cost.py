@@ -31,6 +31,7 @@ class Cost:
     flops_per_token: float
     kv_bytes_per_token: float
     matrices: int  # parameters that Muon moves: it keeps one moment of each, AdamW two of the others
+    lookup: int  # of the embedding lookup, where the head has others: 0 if they are tied
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def count(
         flops += per * frozen + 6 * share * block.adapters + share * share * attention_flops
         kv_total += share * kv
     tables = head if config.tied else 2 * head
-    return Cost(total, head, total - tables, active, mean, flops, kv_total, matrices)
+    return Cost(total, head, total - tables, active, mean, flops, kv_total, matrices, head * (not config.tied))
 
 
 def depth_stages(mod: MoDConfig, steps: int) -> list[tuple[float, int]]:
