@@ -7,6 +7,7 @@ feed-forward width makes up for what whole heads and layers leave.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def shape_of(wanted: float, size: Size, kind: str | None = None) -> Shape:
     return Shape(name, _changes(base, made), size(count(made)), made)
 
 
+@functools.cache
 def _model(name: str, kind: str | None) -> ModelConfig:
     return resolve(name, {"model.kind": kind} if kind else {}).config.model
 
