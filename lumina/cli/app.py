@@ -21,6 +21,7 @@ from lumina.cli import (
     demo,
     doctor,
     generate,
+    laws,
     lora,
     presets,
     runs,
@@ -42,6 +43,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "runs": runs.runs,
     "checkpoints": checkpoints.checkpoints,
     "presets": presets.presets,
+    "fit-laws": laws.fit_laws,
     "config": {
         "show": config.show,
         "check": config.check,

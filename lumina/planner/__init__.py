@@ -1,2 +1,1 @@
-"""A budget, a model and data go in; what comes out is a forecast (fits or not, how long, what loss) and, after the run,
-how right it was. No torch."""
+"""From a budget to a plan: what a run costs and reaches, told before it begins and held against it afterwards."""

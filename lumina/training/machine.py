@@ -17,11 +17,11 @@ from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
+from lumina.planner import choices as rules
+from lumina.planner.hardware import cpu_name
 from lumina.training import memory
-from lumina.training.host import cpu_name
 from lumina.training.precision import DTYPES
 
-MICRO_TOKENS = 8192  # a micro-batch's activations: larger gains nothing on a CPU and costs memory
 MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # large enough that waiting for the device does not count
 MATMUL_SECONDS = 0.25
 COMPILE_SECONDS, COMPILE_SAVES = 35.0, 0.17  # docs/log.md; measured on a CPU
@@ -89,8 +89,9 @@ def choose(config: Config, world: World = ALONE) -> Choices:
         kernel = ("grouped", "grouped matmul works here") if works else ("loop", "no grouped matmul here")
         choices["model.moe.kernel"] = kernel
     if config.train.micro_batch == "auto":
-        limit = max(1, MICRO_TOKENS // config.model.seq_len)
-        choices["train.micro_batch"] = micro_batch(config, world, limit), f"at most {MICRO_TOKENS} tokens at once"
+        limit = max(1, rules.MICRO_TOKENS // config.model.seq_len)
+        why = f"at most {rules.MICRO_TOKENS} tokens at once"
+        choices["train.micro_batch"] = micro_batch(config, world, limit), why
     if config.checkpoint.write == "auto":
         used = choices.get("parallel.threads", (config.parallel.threads, ""))[0]
         room = memory.room_for_copy(config, world.size, world.local_size)
@@ -131,19 +132,8 @@ def choose_writing(device: str, threads: int, room: bool, world: World = ALONE) 
 
 
 def micro_batch(config: Config, world: World, limit: int) -> int:
-    """The largest number of sequences, at most `limit`, that divides a process's part of the batch.
-
-    Raises `UserError` if the batch does not divide among the processes.
-    """
-    sequences = config.train.batch_tokens // config.model.seq_len
-    own, rest = divmod(sequences, world.size)
-    if rest or not own:
-        raise UserError(
-            f"train.batch_tokens={config.train.batch_tokens}: its {sequences} sequences do not divide among "
-            f"{world.size} processes",
-            fix=f"start {nearest_divisor(world.size, sequences)} processes, or change train.batch_tokens",
-        )
-    return next(n for n in range(min(limit, own), 0, -1) if own % n == 0)
+    """As `planner.choices.micro_batch`, for the processes there are."""
+    return rules.micro_batch(config, world.size, limit)
 
 
 def choose_compile(config: Config, steps: int, flops_per_token: float, rate: float) -> tuple[str, str]:

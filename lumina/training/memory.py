@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
-
 from lumina.config.resolve import Resolved, flatten, presets, resolve
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.model.cost import StateBytes, state_bytes
+from lumina.planner.hardware import main_memory
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 SHAPE = ("vocab", "width", "layers", "ffn", "heads", "kv_heads", "head_dim", "moe.experts", "moe.ffn", "moe.shared")
 SAME = ("model.kind", "train.optimizer", "precision.mode", "parallel.device")  # what a smaller preset keeps
 GIB = 2**30
@@ -23,12 +19,7 @@ def usable(device: str = "cpu") -> int:
         import torch
 
         return torch.cuda.mem_get_info()[1]
-    memory: int = psutil.virtual_memory().total
-    try:
-        limit = CGROUP_LIMIT.read_text().strip()
-    except OSError:
-        return memory
-    return min(memory, int(limit)) if limit.isdigit() else memory
+    return main_memory()
 
 
 def needed(config: Config, processes: int = 1, local: int = 1) -> StateBytes:

@@ -34,7 +34,7 @@ from lumina.run.lineage import abandoned
 from lumina.training import interval, machine
 from lumina.training.optim import Optimizer
 from lumina.training.precision import DTYPES, LossScale, Precision
-from lumina.training.schedule import Part, depth_stages
+from lumina.training.schedule import Part
 from lumina.training.schedule import parts as parts_of_run
 from lumina.training.step import Step, train_step
 
@@ -212,9 +212,7 @@ def matmul_rate(config: Config, world: World) -> float:
 
 def mean_flops(config: Config, steps: int) -> float:
     """FLOPs of a trained token, averaged over a run of `steps` in which the depth capacity may fall."""
-    stages = depth_stages(config.model.mod, steps) if config.model.mod else [(None, steps)]
-    rank = config.train.lora.rank
-    return sum(n * cost.count(config.model, capacity=c, rank=rank).flops_per_token for c, n in stages) / steps
+    return cost.mean_flops(config.model, steps, config.train.lora.rank)
 
 
 def _deadline_choice(config: Config, seconds: float, step_time: float) -> machine.Choices:
