@@ -95,6 +95,15 @@ def data_lines(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def length_lines(event: Event) -> list[str]:
+    """Why the run is so long, if that was chosen, and what text that is read more than once is worth."""
+    lines = [f"       steps {event['steps']}: {why}"] if (why := event["choices"].get("train.steps")) else []
+    read = event.get("epochs", {"epochs": 0, "warnings": []})
+    if read["epochs"] > 1 and not read["warnings"]:
+        lines.append(f"       {read['epochs']:.2g} epochs: a token is worth {read['worth']:.0%} of a fresh one")
+    return lines + [f"! {line}" for line in read["warnings"]]
+
+
 def disk_lines(disk: dict[str, Any], why: str) -> list[str]:
     """How often a run saves (`why`, if that was chosen), and what its checkpoints take beside the room there is."""
     total = disk["most"] * disk["bytes"]
@@ -211,7 +220,8 @@ class Console:
             f"plan   {event['steps']} step{'s' * (event['steps'] > 1)} of {count(event['batch_tokens'])} tokens = "
             f"{count(tokens)} tokens, {tokens / data['tokens']['train']:.2g} passes over the data"
         )
-
+        for line in length_lines(event):
+            self.write(line)
         for line in disk_lines(event["disk"], event["choices"].get("checkpoint.every", "")):
             self.write(line)
 

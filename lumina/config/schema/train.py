@@ -11,6 +11,7 @@ from lumina.config.units import parse_list
 
 Phases = Annotated[tuple["Phase", ...], BeforeValidator(parse_list)]
 LENGTHS = ("train.steps", "train.tokens", "train.time")
+CHINCHILLA = "chinchilla"  # `tokens`: as many as are compute-optimal for the model
 
 
 class LoraConfig(Section):
@@ -75,6 +76,10 @@ class TrainConfig(Section):
         if isinstance(self.tokens, int) and self.tokens < self.batch_tokens:
             message = f"less than one step; use at least {self.batch_tokens}"
             found.append(Problem(("train.tokens", "train.batch_tokens"), message))
+        if self.tokens == CHINCHILLA and (self.lora.rank or self.init_from):
+            other = "train.lora.rank" if self.lora.rank else "train.init_from"
+            message = "the law is of models trained whole and from the beginning; say how many tokens"
+            found.append(Problem(("train.tokens", other), message))
         if not all(0 <= beta < 1 for beta in self.betas):
             found.append(Problem(("train.betas",), "both must be at least 0 and below 1"))
         # Under train.time and chinchilla the steps are not known yet: shares alone count, and `settle` checks again.
