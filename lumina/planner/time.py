@@ -28,6 +28,7 @@ LAUNCH_CPU = (4e-6, 12e-6)
 OF_BANDWIDTH = 0.6  # assumed: what a stream of many small tensors reaches at least of a memory's or a link's rate
 SPREAD = 1.3  # assumed: factor by which one shape's actual / forecast differs from another's on the same device
 Figures = Mapping[str, float]
+BOUNDS = ("arithmetic", "memory", "exchange", "launches")
 
 
 @dataclass(frozen=True)
