@@ -62,13 +62,12 @@ def plan(
     config = _configured(question)
     fleet = parse_gpus(gpus) if gpus else _here(config, store)
     fleet = replace(fleet, count=1) if measure else fleet  # what `lumina train` starts
-    there = _data(question, config)
-    made = make(question, fleet, store, there)
+    made = make(question, fleet, store, _data(question, config))
     for _ in range(REMEASURED):
         if not measure or made.step.measured:
             break
         store = _measured(made, store, progress)
-        made = make(question, fleet, store, there)
+        made = make(question, fleet, store, _data(question, config))  # by now the data is counted
     return replace(made, warnings=(*([store.problem] if store.problem else []), *made.warnings))
 
 

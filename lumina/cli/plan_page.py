@@ -10,7 +10,7 @@ from lumina.telemetry.figures import count, duration, size
 
 if TYPE_CHECKING:
     from lumina.planner.laws import Interval
-    from lumina.planner.plan import Advice, Plan
+    from lumina.planner.plan import Advice, Loss, Plan
 
 COUNTS = {"total": "with the embedding", "non_embedding": "without embedding and head", "active": "without the lookup"}
 BOUNDS = {
@@ -111,19 +111,20 @@ def _cost(plan: Plan) -> Iterator[str]:
 
 
 def _loss(plan: Plan) -> Iterator[str]:
+    first, *others = plan.losses
+    covers = "covers 80 % of its refits" if first.loss.low < first.loss.high else "it has no interval"
+    counted = f"for {count(first.params)} parameters, {COUNTS[first.counts]}"
+    yield f"{_nats(plan, first)} a token of the text of {first.law}, {covers}; {counted}"
+    yield from (f"{first.law}: {note}" for note in first.notes)
+    yield "; ".join(f"{loss.law} {_nats(plan, loss)}" for loss in others)
+
+
+def _nats(plan: Plan, loss: Loss) -> str:
+    """A loss, unless it is more than that of guessing among all ids: then the law says nothing of so small a run."""
     guessing = math.log(plan.config.model.vocab)
-    for number, loss in enumerate(plan.losses):
-        inside = "covers 80 % of its refits" if loss.loss.low < loss.loss.high else "no interval published"
-        value = _interval(loss.loss, "{:.3f}".format)
-        if loss.loss.mid > guessing:
-            value = f"nothing ({loss.loss.mid:.3g}, more than the {guessing:.2f} of guessing among so many ids):"
-        counted = f"{count(loss.params)} parameters, {COUNTS[loss.counts]}"
-        if number == 0:
-            yield f"{value} nats a token of the text of {loss.law}, {inside}; for {counted}"
-            yield from (f"{loss.law}: {note}" for note in loss.notes)
-        else:
-            notes = f"; {loss.notes[0]}" if loss.notes else ""
-            yield f"{loss.law} {value}{notes}"
+    if loss.loss.mid > guessing:
+        return f"nothing ({loss.loss.mid:.1f} nats, and guessing has {guessing:.1f})"
+    return f"{_interval(loss.loss, '{:.3f}'.format)} nats"
 
 
 def _ratio(plan: Plan) -> Iterator[str]:
@@ -195,11 +196,11 @@ def _interval(value: Interval, shown: object) -> str:
 
 def _flop(value: float) -> str:
     """14.7 MFLOP, 6.47 GFLOP."""
-    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP"):
+    for unit in ("FLOP", "kFLOP", "MFLOP", "GFLOP"):
         if value < 1000:
-            break
+            return f"{value:.3g} {unit}"
         value /= 1000
-    return f"{value:.3g} {unit}"
+    return f"{value:.3g} TFLOP"
 
 
 def _long(seconds: float) -> str:

@@ -174,7 +174,7 @@ def parse_gpus(text: str) -> Fleet:
     if number is not None and not (number.isdecimal() and 0 < int(number) <= MOST):
         raise UserError(f"--gpus {text}: {number} is no number of GPUs", fix="such as --gpus 8xH100")
     if (device := device_called(name)) is None:
-        plain = {_plain(known): known for known in DEVICES}
+        plain = {_plain(known): known for known in DEVICES} | {"h100": "H100", "a100": "A100", "v100": "V100"}
         close = [plain[found] for found in difflib.get_close_matches(_plain(name), plain, n=2, cutoff=0.5)]
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError(f"--gpus {text}: unknown GPU {name!r}", fix=f"{hint}known are {', '.join(DEVICES)}")
