@@ -70,6 +70,9 @@ GPU_CASES: Mapping[str, Keys] = {
 class Meter(Protocol):
     """Reads memory in bytes: what is allocated, and the most that was since it was last asked for the most."""
 
+    def begin(self, model: Transformer, optimizer: Optimizer) -> None:
+        """Called once they are built, before the first step."""
+
     def now(self) -> int: ...
 
     def most(self) -> int: ...
@@ -95,8 +98,8 @@ def configure(keys: Keys) -> Config:
     return settle(resolved, machine.choose(resolved.config)).config
 
 
-def walk(config: Config, meter: Meter) -> Walk:
-    """Builds the model of `config`, takes `STEPS` steps and evaluates once; random ids, two documents a sequence."""
+def walk(config: Config, model: Transformer, meter: Meter) -> Walk:
+    """Takes `STEPS` steps with the `model` of `config` and evaluates once; random ids, two documents a sequence."""
     most: dict[str, int] = {}
     end: dict[str, int] = {}
 
@@ -104,12 +107,10 @@ def walk(config: Config, meter: Meter) -> Walk:
         most[moment] = max(most.get(moment, 0), meter.most())
         end[moment] = meter.now()
 
-    meter.most()
     device = config.parallel.device
     precision = Precision.of(config.precision, device)
-    model = setup.build_model(config, precision, ALONE)
-    mark("weights")
     optimizer = Optimizer(model, config.train, ALONE, LossScale(device) if config.precision.mode == "fp16" else None)
+    meter.begin(model, optimizer)
     mark("state")
     sequences = config.train.batch_tokens // config.model.seq_len
     plan = Step(
@@ -126,7 +127,6 @@ def walk(config: Config, meter: Meter) -> Walk:
             mark("backward")
             apply(model, optimizer, batch, 1e-4, plan, found)
             mark("optimizer")
-            optimizer.zero_grad()
             del found
     held_out = random_batch(config, max(1, EVAL_TOKENS // config.model.seq_len)).to(device)
     with precision.evaluating():
@@ -153,7 +153,15 @@ def random_batch(config: Config, sequences: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.model.vocab, (sequences, seq_len + 1), generator=generator)
     segments = (torch.arange(seq_len) >= seq_len // 2).int().expand(sequences, -1).contiguous()
-    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), segments, torch.arange(sequences))
+    return _AllCounted(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), segments, torch.arange(sequences))
+
+
+class _AllCounted(Batch):
+    """Counts its targets without looking at them: they may be fake."""
+
+    @property
+    def targets(self) -> int:
+        return self.targets_BS.numel()
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------------
@@ -161,6 +169,9 @@ def random_batch(config: Config, sequences: int) -> Batch:
 
 class CudaMeter:
     """What PyTorch's allocator handed out."""
+
+    def begin(self, model: Transformer, optimizer: Optimizer) -> None:
+        """It saw them being built."""
 
     def now(self) -> int:
         return torch.cuda.memory_allocated()
@@ -191,7 +202,8 @@ def _on_gpu(keys: Keys) -> dict[str, Any]:
     _empty()
     before = torch.cuda.memory_allocated()  # what libraries keep for themselves: workspaces of products
     config = configure(keys)
-    took = walk(config, CudaMeter())
+    model = setup.build_model(config, Precision.of(config.precision, "cuda"), ALONE)
+    took = walk(config, model, CudaMeter())
     statistics = torch.cuda.memory_stats()
     return {
         "kernel": config.model.moe.kernel if config.model.moe else None,
