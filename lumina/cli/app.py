@@ -66,6 +66,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "tuning": bench.tuning,
         "data": bench.data,
         "checkpoint": bench.checkpoint,
+        "memory": bench.memory,
     },
     "verify": {"resume": verify.resume, "corruption": verify.corruption},
 }

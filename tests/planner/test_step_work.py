@@ -22,13 +22,12 @@ from lumina.training.precision import Precision
 from lumina.training.step import Step, train_step
 
 # What moves no data, or asks nothing of a device.
-VIEWS = frozenset(
-    """
-    view _unsafe_view t transpose slice split split_with_sizes unsqueeze squeeze expand select alias detach
-    permute unbind as_strided reshape lift_fresh empty empty_like empty_strided new_empty _local_scalar_dense
-    is_same_size set_ resize_ sym_size unfold diagonal view_as
-    """.split()
-)
+VIEWS = {
+    "view", "_unsafe_view", "t", "transpose", "slice", "split", "split_with_sizes", "unsqueeze", "squeeze", "expand",
+    "select", "alias", "detach", "permute", "unbind", "as_strided", "reshape", "lift_fresh", "empty", "empty_like",
+    "empty_strided", "new_empty", "_local_scalar_dense", "is_same_size", "set_", "resize_", "sym_size", "unfold",
+    "diagonal", "view_as",
+}  # fmt: skip
 
 
 def config(kind: str = "dense", **keys: Any) -> Config:
