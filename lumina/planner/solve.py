@@ -161,7 +161,12 @@ class Solver:
         if q.compute is not None:
             return q.compute / cost.flops_per_token, f"{q.compute:.3g} FLOP at {cost.flops_per_token:.3g} a token"
         if self._seconds is not None:
-            return self._tokens_in(self._trial(shape, 0.0), self._seconds), self._in_time(self._seconds)
+            read = self.law.tokens_for(self._as_counted(cost))
+            for _ in range(TURNS):  # more tokens are read in larger batches, which are faster
+                read, before = self._tokens_in(self._trial(shape, read), self._seconds), read
+                if abs(math.log(read / before)) < CLOSE:
+                    break
+            return read, self._in_time(self._seconds)
         return self.law.tokens_for(self._as_counted(cost)), f"compute-optimal by {self.law.name}"
 
     def _counted(self) -> tuple[Shape, float, list[str], str]:
@@ -201,14 +206,14 @@ class Solver:
         """The model that is optimal for what the devices do in so many seconds, or that reads all tokens asked for."""
         tokens = self.question.tokens
         wanted, reasons = self._first_guess(seconds), [self._optimal()] if tokens is None else []
+        read = tokens or self.law.tokens_for(wanted)
         for _ in range(TURNS):
             shape = self._shape(wanted, self._as_counted)
-            config = self._trial(shape, tokens or 0.0)
+            config = self._trial(shape, read)
             if tokens is None:
                 read = self._tokens_in(config, seconds)
                 better, reasons = self._params_for(read * count(shape.model).flops_per_token)
             else:
-                read = tokens
                 better = wanted * self._tokens_in(config, seconds) / tokens
             if abs(math.log(better / wanted)) < CLOSE:
                 break
@@ -223,8 +228,7 @@ class Solver:
         return max(1e5, self.law.optimum(seconds * rate).params)
 
     def _trial(self, shape: Shape, tokens: float) -> Config:
-        """The shape's configuration, with the batch that so many tokens (or the law's) would be read in."""
-        tokens = tokens or self.law.tokens_for(self._as_counted(count(shape.model)))
+        """The shape's configuration, with the batch that so many tokens would be read in."""
         base = _resolved(shape.preset, self._settings()).config
         train = base.train.model_copy(update={"batch_tokens": self._batch(shape, tokens)})
         return base.model_copy(update={"model": shape.model, "train": train})
