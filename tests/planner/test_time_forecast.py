@@ -18,8 +18,16 @@ from lumina.planner.hardware import Device, Fleet, parse_gpus
 from lumina.planner.laws import Interval
 
 H200 = parse_gpus("H200")
-# Milliseconds a step of shape P, 4,096 tokens, eager, Muon, on an H200, 2026-11-26: benchmarks/planner/README.md.
+# Milliseconds a step on an H200, Muon, 2026-11-26 (benchmarks/planner): shape P, 4,096 tokens, eager; and 125M active,
+# 8,192 tokens, compiled.
 MEASURED = {"dense": 33.2, "moe": 56.1, "mod": 42.7, "hybrid": 61.9}
+MEASURED_125M = {"dense": 40.5, "moe": 87.2, "mod": 51.5}
+SHAPE_125M = {
+    "model.width": 768, "model.layers": 12, "model.heads": 12, "model.kv_heads": 4, "model.head_dim": 64,
+    "model.vocab": 32768, "model.tied": False, "model.seq_len": 1024, "train.batch_tokens": 8192, "train.compile": "on",
+}  # fmt: skip
+FFN_125M = {"dense": {"model.ffn": 2048}, "mod": {"model.ffn": 2048, "model.mod.capacity": 0.125},
+            "moe": {"model.moe.experts": 16, "model.moe.top_k": 2, "model.moe.ffn": 1024}}  # fmt: skip
 # llm-foundry 8c8dd48, scripts/train/benchmarking, MPT at 2,048 tokens: layers, width, tokens a batch, micro-batch,
 # tokens a second.
 PUBLISHED = {
@@ -41,6 +49,14 @@ def test_a_small_model_on_a_large_gpu_waits_for_launches(kind: str) -> None:
     assert step.bound == "launches"
     assert step.seconds.low < MEASURED[kind] / 1000 < step.seconds.high
     assert step.mfu(settled("debug", H200, **keys), H200).high < 0.02
+
+
+@pytest.mark.parametrize("kind", MEASURED_125M)
+def test_a_compiled_model_of_125m_took_as_long_as_forecast(kind: str) -> None:
+    config = settled("debug", H200, **{"model.kind": kind, **SHAPE_125M, **FFN_125M[kind]})
+    step = time.step_time(config, H200)
+    assert step.seconds.low < MEASURED_125M[kind] / 1000 < step.seconds.high
+    assert step.seconds.high < 4 * step.seconds.low
 
 
 @pytest.mark.parametrize("case", PUBLISHED, ids=" ".join)
