@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from lumina.progress import Tell, silent
 from lumina.run.exit_codes import DONE, USER_ERROR
 
 if TYPE_CHECKING:
+    from lumina.config.resolve import Resolved
     from lumina.training.course import Course
     from lumina.training.setup import Parts
 
@@ -76,8 +78,10 @@ def measure(config: Path, tell: Callable[[str, int], None]) -> Figures:
     tell("trying this machine", 1)
     settled, rate = setup.settle_all(resolved, corpus)
     parts = setup.build(settled.config, corpus)
-    with tempfile.TemporaryDirectory(prefix="lumina-trial-") as folder:
-        course = _course(Path(folder), settled, parts, rate)
+    with (
+        tempfile.TemporaryDirectory(prefix="lumina-trial-") as folder,
+        _on_course(folder, settled, parts, rate) as course,
+    ):
         tell("rehearsing the largest batch", 2)
         course.begin()
         start = time.time() - began - prepared
@@ -95,17 +99,18 @@ def measure(config: Path, tell: Callable[[str, int], None]) -> Figures:
     return figures
 
 
-def _course(folder: Path, settled: Any, parts: Parts, rate: float) -> Course:
+@contextmanager
+def _on_course(folder: str, settled: Resolved, parts: Parts, rate: float) -> Iterator[Course]:
     """What a session steps through, telling its events to a file."""
     from lumina.config.resolve import write
     from lumina.events import EventWriter
     from lumina.run.folder import Run
     from lumina.training.course import Course
 
-    run = Run.create(folder, "trial")
+    run = Run.create(Path(folder), "trial")
     write(settled, run.config)
-    events = EventWriter(run.event_log, 0)
-    return Course(run, settled, parts, rate, events.emit, silent, lambda new: None)
+    with EventWriter(run.event_log, 0) as events:
+        yield Course(run, settled, parts, rate, events.emit, silent, lambda new: None)
 
 
 def _steps(course: Course) -> Figures:
@@ -120,6 +125,7 @@ def _steps(course: Course) -> Figures:
     least = count(model).flops_per_token
     for _ in range(WARM + STEPS):
         if course.state.progress.step == parts.steps:  # a short run is stepped through again
+            course.observe()
             course.state.progress.step = 0
         course.step()
         capacity = parts.model.routers[0].capacity if parts.model.routers else None

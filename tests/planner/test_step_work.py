@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 from support import KINDS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,4 +101,3 @@ def test_processes_exchange_what_they_share_and_nothing_alone() -> None:
     assert alone.exchanged_bytes == 0
     assert two.exchanged_bytes == 3 * 4 * count(settled.model).total * 4 / 2  # 4 micro-batches, half is the other's
     assert eight.launches < two.launches < alone.launches
-    assert torch.get_num_threads() == 1
