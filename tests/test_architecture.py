@@ -32,12 +32,13 @@ ALLOWED = {
     "interop": LEAVES | {"model", "data", "checkpoint", "run"},
     "training": LEAVES | {"model", "data", "checkpoint", "orchestrator", "parallel", "planner", "run", "lumina"},
     "orchestrator": LEAVES,
+    "planning": LEAVES | {"data", "planner", "run", "training"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
     "bench": LEAVES | {"checkpoint", "data", "inference", "model", "parallel", "run", "telemetry", "training"},
     "verify": LEAVES | {"bench", "checkpoint", "data", "model", "planner", "run", "telemetry", "training", "lumina"},
     "cli": LEAVES
-    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "planner", "run", "telemetry"}
-    | {"training", "verify", "lumina"},
+    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "planner", "planning", "run"}
+    | {"telemetry", "training", "verify", "lumina"},
 }
 TORCHLESS = [
     "lumina",
@@ -60,6 +61,7 @@ TORCHLESS = [
     "lumina.planner.plan",
     "lumina.planner.repeated",
     "lumina.planner.time",
+    "lumina.planning",
     "lumina.run.index",
     "lumina.run.lineage",
     "lumina.run.overview",

@@ -23,6 +23,7 @@ from lumina.cli import (
     generate,
     laws,
     lora,
+    plan,
     presets,
     runs,
     train,
@@ -43,6 +44,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "runs": runs.runs,
     "checkpoints": checkpoints.checkpoints,
     "presets": presets.presets,
+    "plan": plan.plan,
     "fit-laws": laws.fit_laws,
     "config": {
         "show": config.show,
@@ -64,6 +66,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "tuning": bench.tuning,
         "data": bench.data,
         "checkpoint": bench.checkpoint,
+        "memory": bench.memory,
     },
     "verify": {"resume": verify.resume, "corruption": verify.corruption},
 }

@@ -196,6 +196,31 @@ def tuning(
     _tell("tuning", table.lstrip(), made, out, json)
 
 
+def memory(
+    device: Annotated[str, typer.Option(help="cuda: this GPU's allocator.")] = "cuda",
+    case: Annotated[list[str] | None, typer.Option(help="Measure this case alone; may be repeated.")] = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """What training takes in memory at each moment of a step, beside what the planner says."""
+    from lumina.bench import memory as walks
+    from lumina.bench import report
+    from lumina.telemetry.console import Console
+    from lumina.training.machine import choose_device
+
+    choose_device(device)
+    if unknown := [name for name in case or () if name not in walks.GPU_CASES]:
+        raise UserError(
+            f"--case {unknown[0]!r}: there is no such case", fix=f"use one of: {', '.join(walks.GPU_CASES)}"
+        )
+    cases = {name: keys for name, keys in walks.GPU_CASES.items() if not case or name in case}
+    with Console(1, quiet=json) as console:
+        found = walks.on_gpu(cases, console.progress)
+    said = walks.said(found["about"], list(cases))
+    page = report.table("Memory of training on a GPU", walks.HEADER, walks.rows(found), said)
+    _tell("memory-cuda", page.lstrip(), found, out, json)
+
+
 def _tell(name: str, page: str, made: dict[str, Any], out: Path | None, json: bool) -> None:
     """Prints a page, or its JSON, and writes both into `out` under today's date, if asked for."""
     from lumina.bench import report

@@ -30,19 +30,24 @@ VERSION = 1  # of the file; another version is another file
 MOST = 500  # entries; the oldest go
 # What changes a step's time, or the memory it takes, beside the model.
 HOW = (
-    "train.batch_tokens", "train.micro_batch", "train.optimizer", "train.recompute", "train.compile", "train.lora.rank",
+    "train.batch_tokens", "train.micro_batch", "train.optimizer", "train.recompute", "train.lora.rank",
     "train.deterministic", "precision.mode", "precision.eval", "parallel.device", "parallel.threads",
 )  # fmt: skip
-WITHOUT = ("model.moe.bias_rate", "model.moe.temperature", "model.mod.anneal", "model.mod.decode", "model.rope_theta")
+# What changes nothing of that, or is found by trying only where the run begins: whether grouped products and the
+# compiler work, and pay.
+WITHOUT = (
+    "model.moe.bias_rate", "model.moe.temperature", "model.moe.kernel", "model.mod.anneal", "model.mod.decode",
+    "model.rope_theta",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entry:
     """One measurement: `figures` are seconds, bytes, nats or ratios by name; `at` is seconds since 1970.
 
-    Names in use: `step`, `step_low`, `step_high`, `start`, `evaluation`, `probe`, `save`, `end` (seconds), `memory`
-    (bytes), `matmul` (FLOP/s of one process), and of finished runs the ratios actual / forecast `time_ratio`,
-    `memory_ratio`, and `loss_residual` (nats, actual - forecast).
+    Names in use: `step`, `step_low`, `step_high`, `start`, `evaluation`, `probe`, `save`, `end` (seconds), `compiled`
+    (0 or 1), `memory` (bytes), `matmul_fp32` and so on (FLOP/s of one process); ratios actual / forecast: of a step
+    by what bounds it (`ratio_arithmetic`, …), `memory_ratio`; and `loss_residual` (nats, actual - forecast).
     """
 
     device: str
@@ -63,10 +68,15 @@ class Store:
     path: Path = field(default_factory=Path)
 
     def lookup(self, device: str, config: Config, processes: int = 1) -> dict[str, float]:
-        """The newest figure of each name that was measured of exactly this; empty if nothing was."""
+        """The newest figure of each name that was measured of exactly this; empty if nothing was.
+
+        Where `train.compile` is on or off, what was measured the other way is of something else.
+        """
         found: dict[str, float] = {}
+        shape, wanted = shape_of(config), {"on": (1.0,), "off": (0.0,)}.get(config.train.compile, (0.0, 1.0))
         for entry in self.entries:
-            if (entry.device, entry.processes, entry.shape) == (device, processes, shape_of(config)):
+            same = (entry.device, entry.processes, entry.shape) == (device, processes, shape)
+            if same and entry.figures.get("compiled", wanted[0]) in wanted:
                 found |= entry.figures
         return found
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 
+from lumina.compat import usable_cores
 from lumina.errors import UserError
 
 GB = 10**9
@@ -173,7 +174,7 @@ def parse_gpus(text: str) -> Fleet:
     if number is not None and not (number.isdecimal() and 0 < int(number) <= MOST):
         raise UserError(f"--gpus {text}: {number} is no number of GPUs", fix="such as --gpus 8xH100")
     if (device := device_called(name)) is None:
-        plain = {_plain(known): known for known in DEVICES}
+        plain = {_plain(known): known for known in DEVICES} | {"h100": "H100", "a100": "A100", "v100": "V100"}
         close = [plain[found] for found in difflib.get_close_matches(_plain(name), plain, n=2, cutoff=0.5)]
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError(f"--gpus {text}: unknown GPU {name!r}", fix=f"{hint}known are {', '.join(DEVICES)}")
@@ -221,6 +222,13 @@ def this_machine(device: str = "auto", rates: Mapping[str, float] | None = None)
     return Fleet(replace(known, memory=memory), sum(gpu[0] == name for gpu in gpus), here=True)
 
 
+def known_as(device: str, name: str, cores: int) -> str:
+    """What a device is called in the calibration, from the facts that a run tells of its machine."""
+    if device == "cpu":
+        return f"{name}, {cores} core{'s' * (cores > 1)}"
+    return found.name if (found := device_called(name)) else name
+
+
 def cpu_name() -> str:
     """The model of the CPU, where the system tells it."""
     names = [value for key, value in _cpuinfo() if key == "model name"]
@@ -245,7 +253,8 @@ def _cpu(rates: Mapping[str, float]) -> Device:
         if has_fast_bf16():
             peak["bf16"] = BF16_OVER_FP32 * peak["fp32"]
     bandwidth = copy_rate()
-    return Device(cpu_name(), main_memory(), bandwidth, bandwidth, peak, CPU, source, is_cpu=True)
+    name = known_as("cpu", cpu_name(), usable_cores())
+    return Device(name, main_memory(), bandwidth, bandwidth, peak, CPU, source, is_cpu=True)
 
 
 def has_fast_bf16() -> bool:
@@ -254,8 +263,11 @@ def has_fast_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def matmul_rate(seconds: float = 0.06, size: int = 768) -> float:
-    """FLOP/s of a square fp32 product of numpy's, the best of those in `seconds`: a busy machine only slows."""
+def matmul_rate(seconds: float = 0.08, size: int = 512) -> float:
+    """FLOP/s of a square fp32 product of numpy's, the best of those in `seconds`: a busy machine only slows.
+
+    It is small enough to be over before the system gives the cores to somebody else.
+    """
     import numpy as np
 
     a = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)

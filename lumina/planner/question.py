@@ -78,9 +78,9 @@ class Question:
             )
 
     @property
-    def devices_are_asked(self) -> bool:
-        """Whether the answer depends on what it runs on."""
-        return self.time is not None or self.budget is not None
+    def every_setting(self) -> tuple[str, ...]:
+        """`settings`, and what `kind` says."""
+        return (*self.settings, *([f"model.kind={self.kind}"] if self.kind else []))
 
 
 def ask(
@@ -93,8 +93,8 @@ def ask(
     time: Any = None,
     budget: Any = None,
     price: Any = None,
-    available: Any = None,
-    inference: Any = None,
+    tokens_available: Any = None,
+    inference_tokens: Any = None,
     kind: str | None = None,
     law: str | None = None,
 ) -> Question:
@@ -102,11 +102,10 @@ def ask(
 
     Raises `UserError` for what cannot be read, is not positive, or does not go together.
     """
-    if source is None and settings:
-        source = "debug"
-    nothing = all(x is None for x in (params, tokens, compute, time, budget))
-    if source is None and nothing and available is None and price is None:
-        source = "debug"
+    if source is None and all(
+        value is None for value in (params, tokens, compute, time, budget, tokens_available, price)
+    ):
+        source = "debug"  # as the other verbs
     return Question(
         source,
         tuple(settings),
@@ -116,8 +115,8 @@ def ask(
         _read("--time", time, parse_seconds, LONGEST),
         _read("--budget", budget, parse_number, 1e15),
         _read("--price", price, parse_number, 1e9),
-        _read("--tokens-available", available, parse_count, LARGEST),
-        _read("--inference-tokens", inference, parse_count, LARGEST),
+        _read("--tokens-available", tokens_available, parse_count, LARGEST),
+        _read("--inference-tokens", inference_tokens, parse_count, LARGEST),
         kind,
         law,
     )

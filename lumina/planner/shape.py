@@ -45,12 +45,12 @@ class Shape:
         )
 
 
-def shape_of(wanted: float, size: Size, kind: str | None = None) -> Shape:
-    """A model whose `size` is near `wanted`; of the preset's own kind, if none is given.
+def shape_of(wanted: float, size: Size, settings: tuple[str, ...] = ()) -> Shape:
+    """A model whose `size` is near `wanted`, with `settings` over its preset; of the preset's own kind by default.
 
     Raises `UserError` if no model is so small or so large.
     """
-    sized = {name: _model(name, kind) for name in presets()}
+    sized = {name: _model(name, settings) for name in presets()}
     distance = {name: abs(math.log(size(count(model)) / wanted)) for name, model in sized.items()}
     name = min(distance, key=distance.__getitem__)
     base = sized[name]
@@ -67,8 +67,14 @@ def shape_of(wanted: float, size: Size, kind: str | None = None) -> Shape:
 
 
 @functools.cache
-def _model(name: str, kind: str | None) -> ModelConfig:
-    return resolve(name, {"model.kind": kind} if kind else {}).config.model
+def _model(name: str, settings: tuple[str, ...]) -> ModelConfig:
+    """Raises `UserError` if the settings do not go with the preset: they would not with its proportions either."""
+    return resolve(name, _of_the_model(settings)).config.model
+
+
+def _of_the_model(settings: tuple[str, ...]) -> list[str]:
+    """Others are for the run, and may not go with the preset that it is not made of."""
+    return [setting for setting in settings if setting.lstrip().startswith("model.")]
 
 
 def _candidates(base: ModelConfig, wanted: float, size: Size) -> Iterator[ModelConfig]:

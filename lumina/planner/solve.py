@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lumina.config import yaml12
+from lumina.config.names import known_keys
 from lumina.config.resolve import Resolved, resolve
 from lumina.config.schema.config import Config
+from lumina.config.schema.train import LENGTHS
 from lumina.errors import UserError
 from lumina.model.cost import Cost, count
 from lumina.planner import choices, time
 from lumina.planner.hardware import Fleet
 from lumina.planner.hyperparameters import Band, bands
 from lumina.planner.laws import FLOPS_A_PARAMETER, Law, params_of
-from lumina.planner.question import Question
+from lumina.planner.question import COMPUTE, Question
 from lumina.planner.repeated import best_split
 from lumina.planner.shape import Shape, Size, shape_of
 
@@ -56,15 +59,15 @@ class Solver:
 
     def _named(self) -> Solved:
         q = self.question
-        resolved = resolve(q.source, self._settings())
+        resolved = _resolved(q.source, self._settings())
         tokens, why = self._tokens_of(resolved.config)
         changes = {key: (value, "as asked") for key, value in resolved.request.items() if key != "preset"}
         if why and "train.time" not in changes:
             changes |= self._length(tokens, why)
         return self._built(str(resolved.request["preset"]), tokens, changes, (why,) if why else ())
 
-    def _settings(self) -> list[str]:
-        return [*self.question.settings, *([f"model.kind={self.question.kind}"] if self.question.kind else [])]
+    def _settings(self) -> tuple[str, ...]:
+        return self.question.every_setting
 
     def _tokens_of(self, config: Config) -> tuple[int, str]:
         """The tokens of a named model, and why, where the configuration does not say."""
@@ -114,6 +117,7 @@ class Solver:
 
     def _sized(self) -> Solved:
         q = self.question
+        self._require_free(LENGTHS)
         if q.params is not None:
             shape = self._shape(q.params, lambda cost: cost.active)
             reasons = [shape.why(q.params, "active parameters")]
@@ -123,17 +127,28 @@ class Solver:
             why = self._in_time(self._seconds) if q.tokens is None else "as asked"
         else:
             shape, tokens, reasons, why = self._counted()
-        changes: dict[str, tuple[Any, str]] = {}
-        if q.kind:
-            changes["model.kind"] = (q.kind, "as asked")
-        changes |= {key: (value, "the preset's proportions") for key, value in shape.changes.items()}
-        changes |= self._hyperparameters(shape, tokens)
-        whole = _steps(tokens, changes["train.batch_tokens"][0])
+        self._require_free(shape.changes)
+        own = self._own(shape)
+        changes = {key: (value, "the preset's proportions") for key, value in shape.changes.items()}
+        changes |= self._hyperparameters(shape, tokens) | {key: (value, "as asked") for key, value in own.items()}
+        whole = _steps(tokens, self._batch(shape, tokens))
         changes |= self._length(whole, why)
         return self._built(shape.preset, whole, changes, tuple(reasons))
 
+    def _require_free(self, keys: Iterable[str]) -> None:
+        """Raises `UserError` if a setting says what the question is to find."""
+        given = {setting.split("=")[0].strip() for setting in self.question.settings}
+        if both := [key for key in keys if key in given]:
+            asked = ", ".join(f"--{name}" for name in ("params", "tokens", *COMPUTE) if getattr(self.question, name))
+            raise UserError(f"{', '.join(both)}: follows from {asked}", fix="leave it out, or name a preset and set it")
+
+    def _own(self, shape: Shape) -> dict[str, Any]:
+        """The user's own settings, read."""
+        request = _resolved(shape.preset, self._settings()).request
+        return {key: value for key, value in request.items() if key != "preset"}
+
     def _shape(self, wanted: float, size: Size) -> Shape:
-        return shape_of(wanted, size, self.question.kind)
+        return shape_of(wanted, size, self._settings())
 
     def _as_counted(self, cost: Cost) -> float:
         return params_of(cost, self.law)
@@ -146,7 +161,12 @@ class Solver:
         if q.compute is not None:
             return q.compute / cost.flops_per_token, f"{q.compute:.3g} FLOP at {cost.flops_per_token:.3g} a token"
         if self._seconds is not None:
-            return self._tokens_in(self._trial(shape, 0.0), self._seconds), self._in_time(self._seconds)
+            read = self.law.tokens_for(self._as_counted(cost))
+            for _ in range(TURNS):  # more tokens are read in larger batches, which are faster
+                read, before = self._tokens_in(self._trial(shape, read), self._seconds), read
+                if abs(math.log(read / before)) < CLOSE:
+                    break
+            return read, self._in_time(self._seconds)
         return self.law.tokens_for(self._as_counted(cost)), f"compute-optimal by {self.law.name}"
 
     def _counted(self) -> tuple[Shape, float, list[str], str]:
@@ -186,14 +206,14 @@ class Solver:
         """The model that is optimal for what the devices do in so many seconds, or that reads all tokens asked for."""
         tokens = self.question.tokens
         wanted, reasons = self._first_guess(seconds), [self._optimal()] if tokens is None else []
+        read = tokens or self.law.tokens_for(wanted)
         for _ in range(TURNS):
             shape = self._shape(wanted, self._as_counted)
-            config = self._trial(shape, tokens or 0.0)
+            config = self._trial(shape, read)
             if tokens is None:
                 read = self._tokens_in(config, seconds)
                 better, reasons = self._params_for(read * count(shape.model).flops_per_token)
             else:
-                read = tokens
                 better = wanted * self._tokens_in(config, seconds) / tokens
             if abs(math.log(better / wanted)) < CLOSE:
                 break
@@ -208,16 +228,18 @@ class Solver:
         return max(1e5, self.law.optimum(seconds * rate).params)
 
     def _trial(self, shape: Shape, tokens: float) -> Config:
-        """The shape's configuration, with the batch that so many tokens (or the law's) would be read in."""
-        tokens = tokens or self.law.tokens_for(self._as_counted(count(shape.model)))
-        batch = self._hyperparameters(shape, tokens)["train.batch_tokens"][0]
-        base = _preset(shape.preset, self.question.kind).config
-        train = base.train.model_copy(update={"batch_tokens": batch})
+        """The shape's configuration, with the batch that so many tokens would be read in."""
+        base = _resolved(shape.preset, self._settings()).config
+        train = base.train.model_copy(update={"batch_tokens": self._batch(shape, tokens)})
         return base.model_copy(update={"model": shape.model, "train": train})
+
+    def _batch(self, shape: Shape, tokens: float) -> int:
+        own, found = self._own(shape), self._hyperparameters(shape, tokens)
+        return int(own.get("train.batch_tokens", found["train.batch_tokens"][0]))
 
     def _hyperparameters(self, shape: Shape, tokens: float) -> dict[str, tuple[Any, str]]:
         """Batch and learning rate from the middle of what the laws say; whole sequences for every device."""
-        found = advised(count(shape.model), tokens)
+        found = bands(*asked(count(shape.model), tokens))
         batch = _middle([band.batch_tokens for band in found])
         least = shape.model.seq_len * self.fleet.count
         rounded = least * 2 ** max(0, round(math.log2(min(batch, tokens) / least)))
@@ -236,15 +258,14 @@ class Solver:
         return Solved(resolved, self._settle(resolved.config, steps), steps * batch, changes, reasons)
 
 
-def advised(cost: Cost, tokens: float) -> list[Band]:
-    """What each source would choose: for parameters without embedding and head, of which a token meets the active."""
-    return bands(max(1, cost.active - cost.embedding), tokens, cost.flops_per_token * tokens)
+def asked(cost: Cost, tokens: float) -> tuple[float, float, float]:
+    """What laws of hyperparameters are asked: parameters without embedding and head, of which a token meets the active,
+    tokens, FLOPs."""
+    return max(1, cost.active - cost.embedding), tokens, cost.flops_per_token * tokens
 
 
 def as_yaml(solved: Solved, command: str) -> str:
     """A file that `lumina train` takes: the preset it extends and what differs, each with its reason."""
-    from lumina.config import yaml12
-
     lines = [f"# {command}", f"extends: {solved.resolved.request['preset']}"]
     above: list[str] = []
     for key, (value, why) in sorted(solved.changes.items(), key=lambda item: _order(item[0])):
@@ -258,14 +279,12 @@ def as_yaml(solved: Solved, command: str) -> str:
 
 
 @functools.cache
-def _preset(name: str, kind: str | None) -> Resolved:
-    return resolve(name, {"model.kind": kind} if kind else {})
+def _resolved(source: str | None, settings: tuple[str, ...]) -> Resolved:
+    return resolve(source, settings)
 
 
 @functools.cache
 def _keys() -> dict[str, int]:
-    from lumina.config.names import known_keys
-
     return {key: number for number, key in enumerate(known_keys())}
 
 

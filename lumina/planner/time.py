@@ -25,9 +25,13 @@ from lumina.planner.laws import Interval
 # 2,745 operations of a step (shape P, H200, 2026-11-26: benchmarks/planner/README.md): 18.7 to 23.1 us.
 LAUNCH_GPU = (18e-6, 24e-6)
 LAUNCH_CPU = (4e-6, 12e-6)
+# Of a block's operations, what is left when it is compiled: 0.55, 0.62 and 0.51 for the forward and backward passes of
+# 125M dense, MoE and MoD on the same GPU, at 21 us each. `auto` may become either.
+COMPILED = {"on": (0.5, 0.65), "off": (1.0, 1.0), "auto": (0.5, 1.0)}
 OF_BANDWIDTH = 0.6  # assumed: what a stream of many small tensors reaches at least of a memory's or a link's rate
 SPREAD = 1.3  # assumed: factor by which one shape's actual / forecast differs from another's on the same device
 Figures = Mapping[str, float]
+BOUNDS = ("arithmetic", "memory", "exchange", "launches")
 
 
 @dataclass(frozen=True)
@@ -87,18 +91,23 @@ def _forecast(config: Config, fleet: Fleet) -> StepTime:
     rate = device.rate(config.precision.mode) * fleet.count
     mfu, efficiency = device.mfu(config.model.kind), fleet.efficiency
     flops = does.flops + does.extra_flops
-    launch = LAUNCH_CPU if device.is_cpu else LAUNCH_GPU
+    launch = [
+        seconds * (does.launches + left * does.block_launches)
+        for seconds, left in zip(
+            LAUNCH_CPU if device.is_cpu else LAUNCH_GPU, COMPILED[config.train.compile], strict=True
+        )
+    ]
     best = {
         "arithmetic": flops / (rate * mfu[1] * efficiency[1]),
         "memory": does.memory_bytes / (fleet.count * device.bandwidth),
         "exchange": does.exchanged_bytes / fleet.link,
-        "launches": does.launches * launch[0],
+        "launches": launch[0],
     }
     worst = {
         "arithmetic": flops / (rate * mfu[0] * efficiency[0]),
         "memory": best["memory"] / OF_BANDWIDTH,
         "exchange": best["exchange"] / OF_BANDWIDTH,
-        "launches": does.launches * launch[1],
+        "launches": launch[1],
     }
     parts = {name: Interval(low, math.sqrt(low * worst[name]), worst[name]) for name, low in best.items()}
     bound = max(parts, key=lambda name: parts[name].mid)

@@ -32,13 +32,14 @@ RECOMPUTED = {"none": 1.0, "selective": 1.1, "full": 4 / 3}  # of a block's oper
 
 @dataclass(frozen=True)
 class Work:
-    """Of one step of all devices together, but for `launches`, which each host does."""
+    """Of one step of all devices together, but for launches, which each host does."""
 
     flops: float  # counted as MFU counts them
     extra_flops: float  # recomputation and Muon's orthogonalisation, which it does not count
     memory_bytes: float
     exchanged_bytes: float  # that each device sends
-    launches: float
+    block_launches: float  # that compiling a block makes fewer
+    launches: float  # all others
 
 
 def of(config: Config, processes: int = 1) -> Work:
@@ -58,19 +59,31 @@ def of(config: Config, processes: int = 1) -> Work:
         extra_flops=recomputed + (muon_flops(config.model) if train.optimizer == "muon" and not train.lora.rank else 0),
         memory_bytes=passes + values * size * cost.total,
         exchanged_bytes=exchanged,
-        launches=launches(config, micro_batches),
+        block_launches=micro_batches * _block_launches(config),
+        launches=micro_batches * HEAD + _step_launches(config),
     )
 
 
-def launches(config: Config, micro_batches: int) -> float:
-    """Operations that a host launches in a step of so many micro-batches."""
+def _block_launches(config: Config) -> float:
+    """Operations of all blocks, forward and backward, of a micro-batch."""
+    model = config.model
+    blocks = BLOCK * model.layers + BLOCK_EXPERTS * _experts(model) + BLOCK_ROUTED * _routed(model)
+    return RECOMPUTED[config.train.recompute] * blocks
+
+
+def _step_launches(config: Config) -> float:
+    """Operations of guard, clipping, optimizer and metrics."""
     model, optimizer = config.model, config.train.optimizer
-    experts = sum(has_experts(model, layer) for layer in range(model.layers))
-    routed = sum(is_routed(model, layer) for layer in range(model.layers))
-    blocks = BLOCK * model.layers + BLOCK_EXPERTS * experts + BLOCK_ROUTED * routed
-    step = STEP[optimizer] + STEP_BLOCK[optimizer] * model.layers
-    step += STEP_BLOCK_EXPERTS[optimizer] * experts + STEP_BLOCK_ROUTED * routed
-    return micro_batches * (HEAD + RECOMPUTED[config.train.recompute] * blocks) + step
+    of_blocks = STEP_BLOCK[optimizer] * model.layers + STEP_BLOCK_EXPERTS[optimizer] * _experts(model)
+    return STEP[optimizer] + of_blocks + STEP_BLOCK_ROUTED * _routed(model)
+
+
+def _experts(model: ModelConfig) -> int:
+    return sum(has_experts(model, layer) for layer in range(model.layers))
+
+
+def _routed(model: ModelConfig) -> int:
+    return sum(is_routed(model, layer) for layer in range(model.layers))
 
 
 def muon_flops(model: ModelConfig) -> float:
