@@ -84,11 +84,11 @@ def test_the_draws_have_the_published_standard_errors() -> None:
     columns = list(zip(*BESIROGLU.draws, strict=True))
     assert len(columns[0]) >= 200
     published = [0.0257, 124.5, 1293.3, 0.0154, 0.0206]
-    for column, expected, spread in zip(columns, published, (0.1, 0.1, 0.25, 0.1, 0.1), strict=True):
-        assert statistics.stdev(column) == pytest.approx(expected, rel=spread)
+    for column, expected in zip(columns, published, strict=True):
+        assert statistics.stdev(column) == pytest.approx(expected, rel=0.1)
     share = BESIROGLU.interval(lambda law: law.beta / (law.alpha + law.beta))
     assert share.mid == pytest.approx(0.513, abs=1e-3)
-    assert share.high - share.low == pytest.approx(0.051, abs=0.008)  # its 80 %, published
+    assert share.high - share.low == pytest.approx(0.051, abs=0.005)  # its 80 %, published
     low, _, high = BESIROGLU.interval(lambda law: law.E, 0.95)
     assert (low, high) == pytest.approx((1.769, 1.871), abs=0.008)
 
@@ -104,7 +104,7 @@ def test_errors_taken_apart_would_be_wrong() -> None:
     together, alone = (
         each.interval(lambda law: law.optimum(1e21).params) for each in (BESIROGLU, apart)
     )  # fmt: skip
-    assert alone.high / alone.low > 2 * together.high / together.low
+    assert alone.high / alone.low > 8 * together.high / together.low
 
 
 def test_an_interval_is_that_of_its_draws() -> None:
