@@ -60,14 +60,14 @@ def plan(
         raise UserError("--measure times this machine, --gpus names another", fix="drop one of the two")
     store = calibration.load()
     config = _configured(question)
-    fleet = parse_gpus(gpus) if gpus else _here(config, store)
-    fleet = replace(fleet, count=1) if measure else fleet  # what `lumina train` starts
+    fleet = parse_gpus(gpus) if gpus else _here(config, store, measure)
     made = make(question, fleet, store, _data(question, config))
     for _ in range(REMEASURED):
         if not measure or made.step.measured:
             break
         store = _measured(made, store, progress)
-        made = make(question, fleet, store, _data(question, config))  # by now the data is counted
+        # By now the data is counted, and the rate of products known.
+        made = make(question, _here(config, store, measure), store, _data(question, config))
     return replace(made, warnings=(*([store.problem] if store.problem else []), *made.warnings))
 
 
@@ -140,20 +140,21 @@ def _configured(question: Question) -> Config:
     return resolve(question.source, settings).config
 
 
-def _here(config: Config, store: Store) -> Fleet:
-    """This machine, at the rates that were measured of its CPU, if any were."""
+def _here(config: Config, store: Store, measure: bool) -> Fleet:
+    """This machine, at the rates that were measured of its CPU, if any were; to `measure`, one device of it."""
     name = known_as("cpu", cpu_name(), usable_cores())
     rates = {mode: found[-1] for mode in PRECISIONS if (found := store.figures(f"matmul_{mode}", name))}
-    return this_machine(config.parallel.device, rates)
+    fleet = this_machine(config.parallel.device, rates)
+    return replace(fleet, count=1) if measure else fleet
 
 
 def _data(question: Question, config: Config) -> Data | None:
     """What there is to read, as it was said or as the files have it."""
     found = amount(config.data, config.model.vocab)
-    if question.available is not None:
-        return Data(question.available, found.heldout if found else None, "as asked", counted=True)
     chosen = any(setting.split("=")[0].strip() == "data.train" for setting in question.settings)
     chosen = chosen or config.data.train != ("sample",)
+    if question.available is not None:
+        return Data(question.available, found.heldout if found and chosen else None, "as asked", counted=True)
     return Data(found.train, found.heldout, found.how, found.counted, chosen) if found else None
 
 

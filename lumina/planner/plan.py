@@ -183,9 +183,9 @@ def make(question: Question, fleet: Fleet, store: Store, data: Data | None = Non
     solved = Solver(question, fleet, chosen, step_time, measured).solve()
     config = solved.config
     cost, step = count(config.model), step_time(config)
-    run = time.run_time(config, step, fleet, data.heldout if data else None, measured(config))
-    unmeant = data is not None and not data.chosen and solved.tokens > repeated.TOO_MANY * data.tokens
-    available = data.tokens if data and not unmeant else None
+    meant = data if data and (data.chosen or solved.tokens <= repeated.TOO_MANY * data.tokens) else None
+    available = meant.tokens if meant else None
+    run = time.run_time(config, step, fleet, meant.heldout if meant else None, measured(config))
     losses = tuple(_loss(each, cost, solved.tokens) for each in (chosen, *_others(chosen)))
     found = hyperparameters.bands(*asked(cost, solved.tokens))
     plan = Plan(

@@ -67,7 +67,7 @@ def loss(params: float, unique: float, tokens: float) -> float:
 
 def epoch_value(epochs: float) -> float:
     """What a token of so many epochs is worth on average, as a share of a fresh one: 4 -> 0.93."""
-    return _worth(epochs, EPOCHS_DECAY) / epochs if epochs > 1 else 1.0
+    return _worth(epochs, EPOCHS_DECAY) / epochs
 
 
 def next_epoch_value(epochs: float) -> float:
@@ -116,4 +116,4 @@ def warnings(unique: float, tokens: float) -> list[str]:
 
 def _worth(times: float, decay: float) -> float:
     """What something that is there `times` over counts, in units of one."""
-    return 1 - decay * math.expm1((1 - times) / decay) if times > 1 else 1.0
+    return 1 - decay * math.expm1((1 - times) / decay) if times > 1 else times

@@ -28,6 +28,7 @@ class Tape:
         self.at_most: dict[str, int] = {}
         self.recording = True
         self.casts: dict[Leaf, Tensor] = {}  # autocast's own cache of weights
+        self.gradients: list[Storage] = []  # of weights
         self.selective = False  # whether recomputation keeps products, too, or choices only
         self.keeping: list[Storage] | None = None  # what a region that is recomputed keeps
         self.given: list[Storage] | None = None  # the same, when it is computed again
@@ -122,20 +123,20 @@ class Tensor:
 class Leaf:
     """A weight, whose own bytes are counted elsewhere. Its first gradient stays, a later one is added to that."""
 
-    __slots__ = ("__weakref__", "frozen", "gradient", "numel", "size")
+    __slots__ = ("__weakref__", "frozen", "later", "numel", "size")
 
     def __init__(self, numel: float, size: int, frozen: bool = False, later: bool = False) -> None:
         """`later`: there is a gradient already, also counted elsewhere."""
-        self.numel, self.size, self.frozen = numel, size, frozen
-        self.gradient: Storage | bool = later
+        self.numel, self.size, self.frozen, self.later = numel, size, frozen, later
 
     def on(self, tape: Tape) -> Tensor:
         return Tensor(self.numel, self.size, Storage(tape, 0), None if self.frozen else self)
 
     def accumulate(self, gradient: Tensor) -> None:
-        if self.gradient is False:
+        if not self.later:
             gradient.storage.belong(GRADIENTS)
-            self.gradient = gradient.storage
+            gradient.tape.gradients.append(gradient.storage)
+            self.later = True
 
 
 class Node:

@@ -25,33 +25,35 @@ Compute = Callable[[Tensor], list[Tensor]]  # the input to the outputs that carr
 
 @dataclass(frozen=True)
 class Unit:
-    """Bytes above the input, by part."""
+    """Bytes by part; of the forward pass those above the input."""
 
     forward: Bytes  # at the most in its forward pass
     held: Bytes  # when that is over, the output included
-    stays: Bytes  # from the end of the whole forward pass to its turn in the backward pass
+    stays: Bytes  # from the end of the whole forward pass to its turn in the backward pass, the input included
     backward: Bytes  # at the most in its backward pass, the gradients of output and input included
     gradients: int  # of weights, left behind by it
 
 
 def walk(tape: Tape, compute: Compute, numel: float, size: int) -> Unit:
-    """Forward and backward of `compute` for an input of `numel` elements, whose own bytes are not counted."""
+    """Forward and backward of `compute` for an input of `numel` elements."""
     outs = compute(_input(tape, numel, size))
-    forward, held = Counter(tape.at_most), Counter(tape.parts)
+    given = Bytes({ACTIVATIONS: round(numel * size)})
+    forward = Bytes(tape.at_most) - given
     if not tape.recording:
-        return Unit(forward, held, Counter(), Counter(), 0)
+        return Unit(forward, Bytes(tape.parts), Bytes(), Bytes(), 0)
+    held = Bytes(tape.parts) - given  # the graph holds the input, too
     tape.casts.clear()
     ways = [(one.source, one.slot, one.numel, one.size) for one in outs]
     outs.clear()
-    stays = Counter(tape.parts)
+    stays = Bytes(tape.parts)
     tape.reset()
     tape.backward([(source, slot, tape.new(n, bytes_)) for source, slot, n, bytes_ in ways])
-    return Unit(forward, held, stays, Counter(tape.at_most), tape.parts.get(GRADIENTS, 0))
+    return Unit(forward, held, stays, Bytes(tape.at_most), tape.parts.get(GRADIENTS, 0))
 
 
 def _input(tape: Tape, numel: float, size: int) -> Tensor:
     """A tensor whose gradient is a sum of what comes back, and is passed on to nobody."""
-    x = Tensor(numel, size, Storage(tape, 0))
+    x = tape.new(numel, size)
     if tape.recording:
         x.source = Node(tape, [], [], lambda _: [])
     return x
@@ -169,10 +171,10 @@ def head(net: Net, tokens: int, training: bool = True) -> Unit:
     return walk(net.tape, compute, tokens * net.model.width, net.size)
 
 
-def _loss(net: Net, h: Tensor, tokens: int, training: bool) -> Tensor:
+def _loss(net: Net, x: Tensor, tokens: int, training: bool) -> Tensor:
     tape, V, table = net.tape, net.model.vocab, net.model.vocab * net.model.width
     weight = net.leaf(table).on(tape)
-    h = cast(h, tape.low or h.size)
+    h = cast(x, tape.low or x.size)
     numel, size, learns = h.numel, h.size, weight.learns
     with tape.as_part(LOGITS):
         low = cast(detached(weight), size)
