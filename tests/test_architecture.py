@@ -30,8 +30,10 @@ ALLOWED = {
     "interop": LEAVES | {"model", "data", "checkpoint", "run"},
     "training": LEAVES | {"model", "data", "checkpoint", "orchestrator", "parallel", "run", "lumina"},
     "orchestrator": LEAVES,
+    "planner": LEAVES | {"model"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
-    "bench": LEAVES | {"checkpoint", "data", "inference", "model", "parallel", "run", "telemetry", "training"},
+    "bench": LEAVES
+    | {"checkpoint", "data", "inference", "model", "parallel", "planner", "run", "telemetry", "training"},
     "verify": LEAVES | {"bench", "checkpoint", "data", "model", "run", "telemetry", "training", "lumina"},
     "cli": LEAVES
     | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "run", "telemetry", "training"}
@@ -49,6 +51,7 @@ TORCHLESS = [
     "lumina.data.look",
     "lumina.events",
     "lumina.model.cost",
+    "lumina.planner.memory",
     "lumina.orchestrator.protocol",
     "lumina.run.index",
     "lumina.run.lineage",
