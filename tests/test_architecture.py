@@ -34,7 +34,8 @@ ALLOWED = {
     "orchestrator": LEAVES,
     "planning": LEAVES | {"data", "planner", "run", "training"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
-    "bench": LEAVES | {"checkpoint", "data", "inference", "model", "parallel", "run", "telemetry", "training"},
+    "bench": LEAVES
+    | {"checkpoint", "data", "inference", "model", "parallel", "planner", "run", "telemetry", "training"},
     "verify": LEAVES | {"bench", "checkpoint", "data", "model", "planner", "run", "telemetry", "training", "lumina"},
     "cli": LEAVES
     | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "planner", "planning", "run"}
@@ -57,6 +58,7 @@ TORCHLESS = [
     "lumina.planner.fit",
     "lumina.planner.hardware",
     "lumina.planner.hyperparameters",
+    "lumina.planner.memory",
     "lumina.planner.overtraining",
     "lumina.planner.plan",
     "lumina.planner.repeated",

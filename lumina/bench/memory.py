@@ -25,6 +25,7 @@ from lumina.config.schema.config import Config
 from lumina.data.loader import Batch
 from lumina.model.transformer import Transformer
 from lumina.parallel.world import ALONE
+from lumina.planner import memory as forecasts
 from lumina.progress import Tell, silent, tracked
 from lumina.training import machine, setup
 from lumina.training.optim import Optimizer
@@ -255,19 +256,30 @@ def _libraries() -> dict[str, Any]:
 
 # -- the page ------------------------------------------------------------------------------------------------------
 
-HEADER = ("case", "attention", "forward", "backward", "optimizer", "evaluation", "peak")
+MOMENTS = ("forward", "backward", "optimizer", "evaluation")
+HEADER = ("case", "attention", *MOMENTS, "peak", "forecast", "error")
 
 
 def rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """One row a case: what was measured at each moment, in MiB."""
+    """One row a case: the most at each moment, in MiB; of the peak what the planner says, and how far that is off."""
     cells = []
     for name, one in found["cases"].items():
         if "error" in one:
-            cells.append([name, one["error"].splitlines()[0], *["-"] * 5])
+            cells.append([name, one["error"].splitlines()[0], *["-"] * (len(HEADER) - 2)])
             continue
-        moments = [one["most"][moment] for moment in HEADER[2:6]] + [one["peak"]]
-        cells.append([name, one["attention"], *(f"{value / 2**20:.0f}" for value in moments)])
+        forecast = forecast_of(one, found["about"]["device"])
+        sizes = [*(one["most"][moment] for moment in MOMENTS), one["peak"], forecast.total]
+        error = forecast.total / one["peak"] - 1
+        cells.append([name, one["attention"], *(f"{value / 2**20:.0f}" for value in sizes), f"{error:+.1%}"])
     return cells
+
+
+def forecast_of(one: Mapping[str, Any], device: str) -> forecasts.Memory:
+    """What the planner says of a case, given the attention kernel that was seen."""
+    kind = one["keys"].get("model.kind", "dense")
+    own = {key: value for key, value in one["keys"].items() if kind in kinds_of(key)}
+    config = resolve("debug", {"model.kind": kind, "train.steps": 1000, **own}).config
+    return forecasts.memory(config, 1, device, one["attention"])
 
 
 def said(about: Mapping[str, Any], names: Sequence[str]) -> str:

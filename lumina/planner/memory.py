@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from pathlib import Path
 
-from lumina.compat import cpu_has_fast_bf16
 from lumina.config.schema.config import Config
 from lumina.model.cost import has_experts, is_routed, state_bytes
 from lumina.planner.footprint import units
@@ -22,7 +22,6 @@ from lumina.planner.footprint.optimizer import muon
 from lumina.planner.footprint.tape import ACTIVATIONS, CASTS, GRADIENTS, Tape
 from lumina.planner.footprint.units import Bytes, Unit
 
-Device = Literal["cpu", "cuda"]
 MICRO_TOKENS = 8192  # of a micro-batch, if it is not configured: more gains nothing on a CPU and costs memory
 EVAL_TOKENS = 16384  # evaluated at once
 SHORT = 4  # bytes of an int32
@@ -66,7 +65,17 @@ def mode(config: Config, device: str) -> str:
     """The configured number format, or the one that `lumina train` chooses."""
     if config.precision.mode != "auto":
         return config.precision.mode
-    return "bf16" if device == "cuda" or cpu_has_fast_bf16() else "fp32"
+    return "bf16" if device == "cuda" or _cpu_multiplies_bf16() else "fp32"
+
+
+@cache
+def _cpu_multiplies_bf16() -> bool:
+    """What `compat.cpu_has_fast_bf16` asks torch: AVX512-BF16 or AMX, here as Linux lists them."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_tile" in flags
 
 
 def attention_kernel(config: Config, device: str) -> str:

@@ -5,6 +5,8 @@ Shapes: T tokens, D width, E expert slots, A active experts, F feed-forward widt
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from lumina.config.schema.model import MoEConfig
 from lumina.planner.footprint.layers import Net, View, feed_forward, swiglu
 from lumina.planner.footprint.operators import (
@@ -40,20 +42,28 @@ def _experts(net: Net, x: Tensor, view: View, training: bool) -> tuple[Tensor, T
     moe, tape, T = net.model.moe, net.tape, view.tokens
     assert moe is not None
     D, R, slots = net.model.width, T * moe.top_k, moe.experts + moe.spare
-    chosen, gate, loss = _route(net, moe, x, view, training)
+    routed = _route(net, moe, x, view, training)
     places = order(tape, R, INDEX)
     row = tape.new(R, INDEX)
     x_RD = rows(x, row, R * D)
     h_RF = swiglu(_grouped(x_RD, net.leaf(slots * 2 * moe.ffn * D), R * 2 * moe.ffn))
     y_RD = _grouped(h_RF, net.leaf(slots * moe.ffn * D), R * D)
-    y = _combine(y_RD, gate, places, row, T * D)
+    y = _combine(y_RD, routed.gate, places, row, T * D)
     if moe.shared:
         y = add(y, feed_forward(net, x, T, moe.shared * moe.ffn))
-    return y, loss
+    return y, routed.loss
 
 
-def _route(net: Net, moe: MoEConfig, x: Tensor, view: View, training: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`router.Router.forward`: the chosen experts, their gates, and the loss."""
+class _Routed(NamedTuple):
+    """`router.Routed`."""
+
+    expert: Tensor
+    gate: Tensor
+    loss: Tensor
+
+
+def _route(net: Net, moe: MoEConfig, x: Tensor, view: View, training: bool) -> _Routed:
+    """`router.Router.forward`."""
     tape, T, E, A = net.tape, view.tokens, moe.experts + moe.spare, moe.top_k
     logit = product(cast(x, WIDE), cast(net.leaf(E * net.model.width).on(tape), WIDE), T * E)
     if moe.temperature != 1:
@@ -70,7 +80,7 @@ def _route(net: Net, moe: MoEConfig, x: Tensor, view: View, training: bool) -> t
     if moe.capacity and training:
         limit = _within_capacity(tape, T * A, E)
         gate = mul(gate, limit)
-    return chosen, gate, _statistics(tape, moe, logit, score, view)
+    return _Routed(chosen, gate, _statistics(tape, moe, logit, score, view))
 
 
 def _choose(tape: Tape, moe: MoEConfig, score: Tensor, training: bool) -> Tensor:

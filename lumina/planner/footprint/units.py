@@ -186,9 +186,8 @@ def _loss(net: Net, x: Tensor, tokens: int, training: bool) -> Tensor:
             exponentials = tape.new(logits.numel, WIDE) if tape.device == "cuda" else None  # of logsumexp
             del exponentials
             if training:
-                g = cast(logits, size)
-                part = tape.new(table, size) if learns else None
-                del part
+                formed = [cast(logits, size), tape.new(table, size) if learns else logits]
+                formed.pop()  # what was added to the weight's gradient
         out = tape.new(1, WIDE)
 
     def back(_: Gradients) -> list[Tensor | None]:
