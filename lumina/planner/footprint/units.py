@@ -141,7 +141,8 @@ def _recomputed(tape: Tape, compute: Compute, x: Tensor) -> list[Tensor]:
         outs.clear()
         del again
         gradients.reverse()
-        tape.backward([(source, slot, gradients.pop()) for source, slot in ways])
+        given = ((way, gradients.pop()) for way in ways)
+        tape.backward([(*way, gradient) for way, gradient in given if gradient])
         return [tape.new(numel, size)]
 
     record(outs, [x], [x], back)
