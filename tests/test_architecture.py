@@ -28,7 +28,7 @@ ALLOWED = {
     "telemetry": {"events", "errors"},
     "inference": LEAVES | {"model", "data", "checkpoint", "run"},
     "interop": LEAVES | {"model", "data", "checkpoint", "run"},
-    "training": LEAVES | {"model", "data", "checkpoint", "orchestrator", "parallel", "run", "lumina"},
+    "training": LEAVES | {"model", "data", "checkpoint", "orchestrator", "parallel", "planner", "run", "lumina"},
     "orchestrator": LEAVES,
     "planner": LEAVES | {"model"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},

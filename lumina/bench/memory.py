@@ -21,10 +21,10 @@ from lumina.data.loader import Batch
 from lumina.model.transformer import Transformer
 from lumina.parallel.world import ALONE
 from lumina.planner import memory as forecasts
+from lumina.planner.memory import EVAL_TOKENS
 from lumina.training import machine
 from lumina.training.optim import Optimizer
 from lumina.training.precision import LossScale, Precision
-from lumina.training.state import EVAL_TOKENS
 from lumina.training.step import Step, apply, gradients
 
 Keys = Mapping[str, Any]

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from lumina.config.schema.model import ModelConfig
 
 PREDICTOR_SHRINK = 4  # the depth predictor's hidden layer is width / 4
+# Logits that the head computes at once. On a CPU 4 MiB in fp32 stay in cache: 2^20 took 48 ms where 2^22 took 66
+# (docs/log.md).
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25, "mps": 1 << 22}
 
 
 @dataclass(frozen=True)

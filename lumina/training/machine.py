@@ -17,11 +17,11 @@ from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
+from lumina.planner.memory import MICRO_TOKENS
 from lumina.training import memory
 from lumina.training.host import cpu_name
 from lumina.training.precision import DTYPES
 
-MICRO_TOKENS = 8192  # a micro-batch's activations: larger gains nothing on a CPU and costs memory
 MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # large enough that waiting for the device does not count
 MATMUL_SECONDS = 0.25
 COMPILE_SECONDS, COMPILE_SAVES = 35.0, 0.17  # docs/log.md; measured on a CPU
