@@ -1,4 +1,4 @@
-"""A run's learning rates as what loss curves depend on: the area under them, and the annealing they hold.
+"""A run's learning rates as what loss curves depend on: the area under them, and how far they have fallen.
 
 Legend: n points; every array is float64 of shape (n,).
 """
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-MEMORY = 0.999  # lambda of Tissue et al. 2024 (2408.11029), who find 0.99 to 0.999
 GRID = 2000  # points on which areas are added up: a run may have millions of steps
 
 
@@ -74,30 +73,25 @@ class Schedule:
         return replace(self, parts=(*self.parts[:-1], last._replace(end=step + last.decay)))
 
     @cached_property
-    def areas(self) -> tuple[Array, Array, Array]:
-        """Steps, and at each the area S1 = sum of rates and the annealing area S2 of Tissue et al. 2024, eq. 1:
-
-        S2(s) = sum over i <= s of m(i), m(i) = MEMORY m(i - 1) + rate(i - 1) - rate(i), which begins behind a warm-up.
-        """
+    def _areas(self) -> tuple[Array, Array]:
+        """Steps, and the area behind each of them: at most `GRID` of them, between which it is nearly straight."""
         stride = max(1, math.ceil(self.steps / GRID))
-        steps = np.append(np.arange(0.0, self.steps, stride), self.steps)
+        steps = np.append(np.arange(0.0, self.steps, stride), float(self.steps))
         rates = self.rates(np.maximum(steps, 1.0))
-        widths = np.diff(steps, prepend=0.0)
-        S1 = np.cumsum(rates * widths)
-        momentum, S2 = 0.0, np.zeros(len(steps))
-        warm = np.zeros(len(steps), bool)
-        for part in self.parts:
-            warm |= (steps > part.begin + part.warmup) & (steps <= part.end)
-        falls = np.where(warm, np.maximum(0.0, -np.diff(rates, prepend=0.0)), 0.0)
-        for i in range(1, len(steps)):
-            momentum = momentum * MEMORY ** widths[i] + falls[i] if warm[i] else 0.0
-            S2[i] = S2[i - 1] + momentum * widths[i]
-        return steps, S1, S2
+        return steps, np.cumsum(rates * np.diff(steps, prepend=0.0))
 
-    def at(self, steps: Array) -> tuple[Array, Array]:
-        """S1 and S2 behind each of these steps."""
-        grid, S1, S2 = self.areas
-        return np.interp(steps, grid, S1), np.interp(steps, grid, S2)
+    def area(self, steps: Array) -> Array:
+        """The sum of the rates up to each of these steps: S1 of Tissue et al. 2024."""
+        return np.interp(steps, *self._areas)
+
+    def fallen(self, steps: Array) -> Array:
+        """How much of the peak the rate has lost by each of these steps, behind the last warm-up; 0 before.
+
+        S2 of Tissue et al. 2024 for a short memory: with lambda = 0, not 0.999, it is the rate that has fallen. Of
+        runs of some hundred steps that form fits the losses better (benchmarks/planner/README.md), and in one of many
+        thousands the two are nearly the same.
+        """
+        return np.where(steps > self.warm, np.maximum(0.0, 1.0 - self.rates(np.ceil(steps))), 0.0)
 
 
 def _shape(kind: str, part: Part, steps: Array) -> Array:

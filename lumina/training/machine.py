@@ -17,8 +17,12 @@ from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
+<<<<<<< HEAD
 from lumina.planner import choices as rules
 from lumina.planner.hardware import cpu_name
+=======
+from lumina.planner.memory import MICRO_TOKENS
+>>>>>>> e-p2
 from lumina.training import memory
 from lumina.training.precision import DTYPES
 
