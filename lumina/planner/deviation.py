@@ -43,7 +43,8 @@ class Reference:
     losses: tuple[float, ...]
 
     def at(self, share: Array) -> Array:
-        return np.interp(share, SHARES, np.array(self.losses))
+        losses: Array = np.interp(share, SHARES, np.array(self.losses))
+        return losses
 
 
 def deviation(points: Points, newest: int, prior: Prior, reference: Reference | None = None) -> Deviation | None:
@@ -62,7 +63,8 @@ def deviation(points: Points, newest: int, prior: Prior, reference: Reference | 
     if reference is None:
         middle = Place(*(float(weights @ values[last]) for values in (points.x, points.y, points.share)))
         expected, spread = found.at(middle)
-        return Deviation(seen - expected, (seen - expected) / math.hypot(spread, noise), newest, OWN)
+        ahead = prior.ahead * found.rise(_last(points, before), middle)[0]
+        return Deviation(seen - expected, (seen - expected) / math.hypot(spread, noise, ahead), newest, OWN)
     ratios = points.loss / reference.at(points.share)
     scale, off = _level(ratios[before], points.count[before])
     expected = float(weights @ (scale * reference.at(points.share[last])))
@@ -76,6 +78,10 @@ def _level(ratios: Array, counts: Array) -> tuple[float, float]:
     scale = float(np.average(ratios[half], weights=counts[half]))
     thirds = [float(part.mean()) for part in np.array_split(ratios, 3)]
     return scale, float(np.std(thirds, ddof=1)) / scale
+
+
+def _last(points: Points, chosen: NDArray[np.intp]) -> Place:
+    return Place(*(float(values[chosen[-1]]) for values in (points.x, points.y, points.share)))
 
 
 def _chosen(points: Points, chosen: NDArray[np.intp]) -> Points:

@@ -17,10 +17,10 @@ from lumina.errors import UserError
 from lumina.model.cost import count
 from lumina.planner import memory, time
 from lumina.planner.calibration import Store
-from lumina.planner.hardware import Fleet
-from lumina.planner.laws import Interval, Law, params_of
 from lumina.planner.deviation import Reference
 from lumina.planner.findings import prior_of, reference_of, sort_of
+from lumina.planner.hardware import Fleet
+from lumina.planner.laws import Interval, Law, params_of
 from lumina.planner.outlook import Optimum, aim_of
 from lumina.planner.prior import SHIPPED, Prior
 
@@ -85,7 +85,7 @@ def _reference(
         if entry.kind == config.model.kind
     ]
     found = reference_of(runs, sort_of(aim_of(config, phases), tokens_per_param))
-    return found and asdict(found)
+    return None if found is None else asdict(found)
 
 
 def _times(config: Config, fleet: Fleet, store: Store, tokens: Mapping[str, int]) -> dict[str, Any]:

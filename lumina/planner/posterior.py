@@ -24,6 +24,7 @@ from lumina.planner.prior import EXPONENTS, Prior
 Array = NDArray[np.float64]
 
 HUBER = 1.5  # standard deviations
+COEFFICIENTS = 5
 ROUNDS = 4  # of reweighting
 FREE = 1e-6  # precision of what is free, in 1/nats²: keeps the equations solvable
 
@@ -107,11 +108,13 @@ def fit(points: Points, prior: Prior) -> Posterior:
         z = np.abs(points.loss - np.einsum("kni,ki->kn", X, means)) / np.sqrt(variances)
         weights = np.minimum(1.0, HUBER / np.maximum(z, HUBER)) / variances
     misfit = np.where(z < HUBER, z**2 / 2, HUBER * (z - HUBER / 2)).sum(axis=1)
+    # Where points are further off the form than their noise explains, all is less certain by that (Birge 1932).
+    excess = max(1.0, 2 * float(misfit.min()) / max(1, len(points.x) - COEFFICIENTS))
     misfit += (((means - means_before) / spreads) ** 2 / 2).sum(axis=1)
     scale = np.std(X[:, train, 1], axis=1)  # a flat prior on the nats that A·x^-α spans, whatever the exponent
-    evidence = np.log(scale) - misfit - np.linalg.slogdet(normal)[1] / 2 + np.log(np.array(prior.exponents))
+    evidence = np.log(scale) - misfit / excess - np.linalg.slogdet(normal)[1] / 2 + np.log(np.array(prior.exponents))
     likely = np.exp(evidence - evidence.max())
-    return Posterior(likely / likely.sum(), means, np.linalg.inv(normal), noise, now)
+    return Posterior(likely / likely.sum(), means, excess * np.linalg.inv(normal), noise, now)
 
 
 def _design(points: Points, now: float) -> Array:

@@ -1,4 +1,4 @@
-"""What finished runs tell of one that has not finished: how losses fall, what decays gain, how far forecasts are off."""
+"""What finished runs tell of one that has not: how losses fall, what decays gain, how far forecasts are off."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from lumina.telemetry import incidents
 from lumina.telemetry.figures import count, duration, perplexity, size
+from lumina.telemetry.forecasts import Forecasts
 
 Event = dict[str, Any]
 Show = Callable[[str], None]
@@ -133,6 +134,7 @@ class Console:
         self.unsaved = False
         self.step_time: float | None = None
         self.last: tuple[int, float] | None = None
+        self.forecasts = Forecasts()
 
     def __call__(self, event: Event) -> None:
         handler = getattr(self, f"_on_{event['t']}", None)
@@ -250,6 +252,10 @@ class Console:
             f"Accuracy: {100 * event['acc']:.1f}% | {event['bpb']:.3f} bits per byte over "
             f"{count(event['heldout_tokens'])} held-out tokens, causal{taken} | {duration(event['seconds'])}{warning}"
         )
+
+    def _on_forecast(self, event: Event) -> None:
+        for line in self.forecasts.lines(event, self.steps, self.step_time):
+            self.write(line)
 
     def _on_phase(self, event: Event) -> None:
         reads = {"text": "texts", "chat": "conversations", "both": "texts and conversations"}[event["data"]]

@@ -14,7 +14,7 @@ from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.events import Event
 from lumina.model.cost import count, state_bytes
-from lumina.planner import actual, calibration, outset
+from lumina.planner import calibration, keeping, outset
 from lumina.planner.curve import Recorder
 from lumina.planner.hardware import CPU, OTHER, Device, Fleet, device_called, known_as
 from lumina.planner.laws import DEFAULT, LAWS, Law, law, params_of
@@ -58,7 +58,7 @@ class Forecaster:
         """Keeps what a finished run teaches; called before its last event."""
         try:
             if not self.broken:
-                actual.keep(self.run.path)
+                keeping.keep(self.run.path)
         except (UserError, OSError, ValueError, LookupError, TypeError) as error:
             why = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             self.emit("incident", step=self.parts.steps, kind="not kept", error=why)

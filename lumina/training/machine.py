@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,12 +20,8 @@ from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
-<<<<<<< HEAD
 from lumina.planner import choices as rules
 from lumina.planner.hardware import cpu_name
-=======
-from lumina.planner.memory import MICRO_TOKENS
->>>>>>> e-p2
 from lumina.training import memory
 from lumina.training.precision import DTYPES
 
@@ -214,6 +213,13 @@ def facts(device: str) -> dict[str, Any]:
         "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
+
+
+def work_began() -> float:
+    """Seconds since 1970 at which the work on a run began: with the process, if that is a command of ours; now, if it
+    is somebody else's."""
+    ours = Path(sys.argv[0]).name == "lumina" or sys.argv[0].endswith(os.path.join("lumina", "__main__.py"))
+    return round(psutil.Process().create_time() if ours else time.time(), 3)
 
 
 def memory_used(device: str) -> int:
