@@ -34,9 +34,7 @@ class Forecasts:
         if loud and not self.loud:
             by = f"{abs(off['nats']):.3f} nats {'above' if off['nats'] > 0 else 'below'}"
             how = f"{abs(off['z']):.1f} standard deviations"
-            lines.append(
-                f"! step {event['step']}: the newest losses are {by} ({how}) those expected by {off['against']}"
-            )
+            lines.append(f"! step {event['step']}: the newest losses are {by} what {off['against']} lead to, {how}")
         self.loud = loud
         return lines
 

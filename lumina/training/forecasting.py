@@ -72,7 +72,7 @@ class Forecaster:
             self.view = _View(self.run, self.parts, event)
         else:
             self.view.recorder.hear(event)
-        if event["t"] != "step" or event["step"] % self.every:
+        if event["t"] != "step" or event["step"] % self.every or event["step"] == self.parts.steps:
             return None
         return {"step": event["step"], **self.view.outlook()}
 
