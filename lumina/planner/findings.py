@@ -29,8 +29,8 @@ SAME = 0.02  # difference of the shares of warm-up and decay
 def findings(curve: Curve, aim: Aim, tokens_per_param: float) -> dict[str, float]:
     """The figures of a finished, undisturbed run; none of one that was changed on its way.
 
-    `exponent_i` are the weights of the exponents; `gain`, `drift` and `wobble` as in `Prior`, where the run shows them;
-    `curve_i` its normalised losses.
+    `exponent_i` are the weights of the exponents; `gain`, `drift` or `repeat`, and `wobble` as in `Prior`, where the
+    run shows them; `curve_i` its normalised losses.
     """
     begin, _ = window(curve, aim)
     steps = aim.schedule.steps
@@ -39,17 +39,18 @@ def findings(curve: Curve, aim: Aim, tokens_per_param: float) -> dict[str, float
     points = View(aim.schedule, begin).points(curve)
     if (~points.heldout).sum() < 2 * len(SHARES):
         return {}
-    open_ = replace(SHIPPED, exponents=(1.0,) * len(EXPONENTS), gain_spread=WIDE, drift=WIDE)
-    closed = replace(open_, gain=SHIPPED.gain, gain_spread=SHIPPED.gain_spread)
-    told = fit(points, open_ if aim.schedule.kind == "wsd" else closed)
+    expected = aim.prior(SHIPPED)
+    open_ = replace(expected, exponents=(1.0,) * len(EXPONENTS), drift=WIDE)
+    decays = aim.schedule.kind == "wsd" and aim.schedule.parts[-1].decay > 0
+    told = fit(points, replace(open_, gain_spread=WIDE) if decays else open_)
     level = float(np.mean(points.loss[~points.heldout][-12:]))
     means = told.weights @ told.means
     found = {f"exponent_{i}": float(weight) for i, weight in enumerate(told.weights)}
     found |= {f"curve_{i}": loss for i, loss in enumerate(normalised(curve.steps, curve.losses, steps))}
-    if aim.schedule.kind == "wsd" and aim.schedule.parts[-1].decay:
-        found["gain"] = float(means[2]) / level
+    if decays and aim.epochs <= 1:  # of text that is read again losses also fall by what is learnt by heart
+        found["gain"] = float(means[2]) / level / math.sqrt(aim.schedule.decay_share)
     if points.heldout.sum() >= LEAST_EVALS:
-        found["drift"] = float(means[4]) / level
+        found["repeat" if aim.epochs > 1 else "drift"] = float(means[4]) / level / max(1.0, aim.epochs - 1)
         left = [
             points.loss[i] - told.at(View(aim.schedule, begin).at(round(points.share[i] * steps)), heldout=True)[0]
             for i in np.flatnonzero(points.heldout)
@@ -78,15 +79,17 @@ def prior_of(runs: Sequence[Figures], shipped: Prior = SHIPPED) -> Prior:
     total = shipped.runs + len(mine)
     weights = shipped.runs * np.array(shipped.exponents)
     weights = weights + sum(np.array([one[f"exponent_{i}"] for i in range(len(EXPONENTS))]) for one in mine)
-    gains, drifts = ([one[name] for one in mine if name in one] for name in ("gain", "drift"))
+    gains, drifts, repeats = ([one[name] for one in mine if name in one] for name in ("gain", "drift", "repeat"))
     gain, spread = _pooled(gains, shipped.gain, shipped.gain_spread, shipped.runs)
     _, drift = _pooled(drifts, 0.0, shipped.drift, shipped.runs, centre=0.0)
+    _, repeat = _pooled(repeats, 0.0, shipped.repeat, shipped.runs, centre=0.0)
     return replace(
         shipped,
         exponents=tuple(float(weight) for weight in weights / total),
         gain=gain,
         gain_spread=spread,
         drift=drift,
+        repeat=repeat,
         runs=total,
     )
 

@@ -37,13 +37,18 @@ class Aim:
     """Where a run is going.
 
     `settled` is the step behind which it computes, by plan, what it goes on computing; `because` says what does not
-    until then. `never` says why no curve of this run is of the form.
+    until then. `never` says why no curve of this run is of the form. `epochs` are those that it reads its text.
     """
 
     schedule: Schedule
     settled: int = 0
     because: str = ""
     never: str = ""
+    epochs: float = 1.0
+
+    def prior(self, prior: Prior) -> Prior:
+        """What is expected of this run by what is known of others."""
+        return prior.of_run(self.schedule.decay_share, self.epochs)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def forecast(curve: Curve, aim: Aim, prior: Prior = SHIPPED) -> Forecast | Refus
         return refused
     view = View(aim.schedule, begin, curve.stretch)
     points = view.points(curve)
-    found = fit(points, prior)
+    found = fit(points, aim.prior(prior))
     evaluated = bool(points.heldout.any())
     return Forecast(
         step=curve.now,
@@ -167,8 +172,8 @@ class View:
 def _final(found: Posterior, view: View, now: int, prior: Prior, heldout: bool) -> Interval:
     here, end = view.at(now), view.at(view.schedule.steps)
     mean, spread = found.at(end, heldout)
-    ahead = prior.ahead * abs(found.rise(here, end)[0])
-    return _interval(mean, math.hypot(spread, ahead))
+    ahead = prior.ahead * abs(found.rise(here, end, heldout)[0])
+    return _interval(mean, math.hypot(spread, ahead, prior.wobble * mean if heldout else 0.0))
 
 
 def _decay_now(found: Posterior, view: View, now: int, prior: Prior) -> DecayNow | None:

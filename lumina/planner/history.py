@@ -63,7 +63,7 @@ class History:
         """Where it was going; None if it never began or its configuration cannot be read."""
         if self.config is None or not self.begun:
             return None
-        return aim_of(self.config, self.begun["phases"])
+        return aim_of(self.config, self.begun)
 
     def recorder(self, aim: Aim) -> Recorder:
         """Its curve."""

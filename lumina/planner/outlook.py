@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lumina.config.schema.config import Config
 from lumina.config.units import span
+from lumina.events import Event
 from lumina.model.cost import depth_stages
 from lumina.planner.curve import Curve
 from lumina.planner.deviation import Reference, deviation
@@ -25,9 +25,10 @@ class Optimum(NamedTuple):
     tokens: float
 
 
-def aim_of(config: Config, phases: Sequence[dict[str, Any]]) -> Aim:
-    """Where a settled run is going; `phases` are those of its `run` event."""
-    schedule = Schedule.of(config.train.schedule, phases)
+def aim_of(config: Config, begun: Event) -> Aim:
+    """Where a settled run is going, by its configuration and its `run` event."""
+    schedule = Schedule.of(config.train.schedule, begun["phases"])
+    epochs = begun["steps"] * begun["batch_tokens"] / begun["data"]["tokens"]["train"]
     steps, data = schedule.steps, config.data
     settled = [(span(data.curriculum.until, steps), "the curriculum")] if data.curriculum.until else []
     if config.model.mod:
@@ -38,7 +39,7 @@ def aim_of(config: Config, phases: Sequence[dict[str, Any]]) -> Aim:
         never = "the run began with weights of another: the form is of curves from the beginning"
     elif config.train.lora.rank:
         never = "adapters are trained: the form is of models that are trained whole"
-    return Aim(schedule, *max(settled, default=(0, "")), never)
+    return Aim(schedule, *max(settled, default=(0, "")), never, epochs)
 
 
 def outlook(
@@ -76,7 +77,8 @@ def _fields(said: Forecast) -> dict[str, Any]:
 def _deviation(curve: Curve, aim: Aim, prior: Prior, reference: Reference | None) -> dict[str, Any] | None:
     begin, _ = window(curve, aim)
     points = View(aim.schedule, begin, curve.stretch).points(curve)
-    found = deviation(points, round(NEWEST * aim.schedule.steps / curve.width), prior, reference)
+    newest = round(NEWEST * aim.schedule.steps / curve.width)
+    found = deviation(points, newest, aim.prior(prior), reference)
     if found is None:
         return None
     return {"nats": _short(found.nats), "z": _short(found.z), "points": found.points, "against": found.against}

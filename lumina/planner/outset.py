@@ -6,7 +6,7 @@ Nothing reads it but `lumina plan RUN` and the forecasts on the way: a run that 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
+from lumina.events import Event
 from lumina.model.cost import count
 from lumina.planner import memory, time
 from lumina.planner.calibration import Store
@@ -30,18 +31,18 @@ NAME = "plan.json"
 
 def outset(
     config: Config,
-    phases: Sequence[dict[str, Any]],
+    begun: Event,
     fleet: Fleet,
     store: Store,
     law: Law,
-    tokens: Mapping[str, int],
     before: int = 0,
 ) -> dict[str, Any]:
     """All that is known of a settled run before its first step, as plain values.
 
-    `phases` are those of its `run` event, `tokens` those of the data, `train` and `heldout`; `before` are the bytes
-    that the process held before the model. A part that cannot be forecast is None, with the reason in `missing`.
+    `begun` is its `run` event; `before` are the bytes that the process held before the model. A part that cannot be
+    forecast is None, with the reason in `missing`.
     """
+    tokens: Mapping[str, int] = begun["data"]["tokens"]
     trained, missing = time.steps_of(config) * config.train.batch_tokens, dict[str, str]()
     parts: dict[str, Any] = {"step_seconds": None, "seconds": None, "memory": None}
     for make in (_times, _memory):
@@ -70,21 +71,19 @@ def outset(
             "notes": [*([law.note] if law.note else []), *law.outside(params, trained)],
         },
         "prior": asdict(prior_of([entry.figures for entry in store.entries])),
-        "reference": _reference(config, phases, store, trained / params),
+        "reference": _reference(config, begun, store, trained / params),
         "missing": missing,
     }
 
 
-def _reference(
-    config: Config, phases: Sequence[dict[str, Any]], store: Store, tokens_per_param: float
-) -> dict[str, Any] | None:
+def _reference(config: Config, begun: Event, store: Store, tokens_per_param: float) -> dict[str, Any] | None:
     """The newest own run of the same sort, whose curve this one is held against; None if there is none."""
     runs = [
         (f"a {entry.kind} run that ended {datetime.fromtimestamp(entry.at, UTC):%Y-%m-%d %H:%M} UTC", entry.figures)
         for entry in store.entries
         if entry.kind == config.model.kind
     ]
-    found = reference_of(runs, sort_of(aim_of(config, phases), tokens_per_param))
+    found = reference_of(runs, sort_of(aim_of(config, begun), tokens_per_param))
     return None if found is None else asdict(found)
 
 

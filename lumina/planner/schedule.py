@@ -59,6 +59,11 @@ class Schedule:
         last = self.parts[-1]
         return self.warm if self.kind == "cosine" else last.end - last.decay
 
+    @property
+    def decay_share(self) -> float:
+        """The share of the run in which the rate falls at its end; nearly all of it with cosine."""
+        return (self.steps - self.decay_begins) / self.steps
+
     def rates(self, steps: Array) -> Array:
         """The rate in each of these steps, counted from 1; what `training.schedule.rate` computes, over the peak."""
         rates = np.zeros(len(steps))

@@ -79,9 +79,7 @@ class Forecaster:
     def _write_plan(self, begun: Event) -> None:
         config, facts = self.parts.config, begun["machine"]
         fleet = Fleet(_device(config.parallel.device, facts, config.precision.mode, self.rate), self.parts.world.size)
-        tokens = self.parts.corpus.facts["tokens"]
-        store = calibration.load()
-        plan = outset.outset(config, begun["phases"], fleet, store, law_in_use(), tokens, self.before)
+        plan = outset.outset(config, begun, fleet, calibration.load(), law_in_use(), self.before)
         try:
             write_json(self.run.path / outset.NAME, plan)
         except OSError as error:
@@ -94,7 +92,7 @@ class _View:
     def __init__(self, run: Run, parts: Parts, begun: Event) -> None:
         """`begun` is the newest `run` event, which is in the log already."""
         config, plan = parts.config, outset.read(run.path)
-        self.aim, self.prior = aim_of(config, begun["phases"]), outset.prior(plan)
+        self.aim, self.prior = aim_of(config, begun), outset.prior(plan)
         self.batch_tokens = config.train.batch_tokens
         self.reference = outset.reference(plan)
         self.optimum = None if self.aim.never else outset.optimum(plan) or _optimum(config)

@@ -84,7 +84,8 @@ def test_intervals_hold_four_of_five_ends_and_not_nearly_all() -> None:
     """Of curves whose gain is drawn from the prior and whose noise is what it seems."""
     inside = []
     for seed in range(60):
-        gain = (SHIPPED.gain + SHIPPED.gain_spread * np.random.default_rng(1000 + seed).standard_normal()) * 3.5
+        mine = AIM.prior(SHIPPED)
+        gain = (mine.gain + mine.gain_spread * np.random.default_rng(1000 + seed).standard_normal()) * 3.5
         ends = np.arange(5.0, 501.0, 5.0)
         noise = 0.05 * np.random.default_rng(seed).standard_normal(len(ends))
         known = Curve(5, ends, truth(SCHEDULE, ends - 2, gain) + noise, np.full(len(ends), 5.0))
@@ -153,6 +154,18 @@ def test_behind_a_change_the_points_before_it_do_not_count() -> None:
     assert said(broken, AIM).train.mid == pytest.approx(said(known, AIM).train.mid, abs=0.15)
 
 
+def test_text_that_is_read_again_may_be_learnt_by_heart() -> None:
+    """The held-out loss parts from the training loss, and goes on to: in one epoch that would be chance."""
+    fresh = curve(500)
+    parting = tuple(Evaluated(one.step, one.loss + one.step / STEPS) for one in fresh.heldout)
+    known, final = replace(fresh, heldout=parting), float(truth(SCHEDULE, np.array([float(STEPS)]))[0]) + GAP + 1
+    once, often = (said(known, replace(AIM, epochs=epochs)).heldout for epochs in (1.0, 6.0))
+    assert once is not None
+    assert often is not None
+    assert often.low < final < often.high
+    assert final - once.mid > 0.2
+
+
 def test_a_run_without_evaluations_has_no_held_out_forecast() -> None:
     assert said(curve(500, every=0), AIM).heldout is None
 
@@ -210,11 +223,12 @@ def test_the_fields_of_an_event_are_plain_and_short() -> None:
 
 def test_what_is_no_run_from_the_beginning_or_not_yet_what_it_will_be() -> None:
     phases = [{"begin": 0, "end": 100, "lr": 1e-3, "warmup": 5, "decay": 20}]
-    assert "weights of another" in aim_of(resolve("tiny", {"train.init_from": "x"}).config, phases).never
-    assert "adapters" in aim_of(resolve("tiny", {"train.lora.rank": 4, "model.kind": "dense"}).config, phases).never
-    anneal = aim_of(resolve("tiny", {"model.mod.anneal": 0.2, "train.steps": 100}).config, phases)
+    begun = {"phases": phases, "steps": 100, "batch_tokens": 512, "data": {"tokens": {"train": 25_600}}}
+    assert "weights of another" in aim_of(resolve("tiny", {"train.init_from": "x"}).config, begun).never
+    assert "adapters" in aim_of(resolve("tiny", {"train.lora.rank": 4, "model.kind": "dense"}).config, begun).never
+    anneal = aim_of(resolve("tiny", {"model.mod.anneal": 0.2, "train.steps": 100}).config, begun)
     assert (anneal.settled, anneal.because, anneal.never) == (20, "the depth that settles", "")
-    assert aim_of(resolve("tiny").config, phases) == Aim(Schedule("wsd", (Part(0, 100, 1e-3, 5, 20),)))
+    assert aim_of(resolve("tiny").config, begun) == Aim(Schedule("wsd", (Part(0, 100, 1e-3, 5, 20),)), epochs=2.0)
 
 
 def test_noise_alone_is_finite() -> None:

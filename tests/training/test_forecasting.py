@@ -139,7 +139,7 @@ def test_a_length_by_the_law_is_settled_with_its_reason(tmp_path: Path, capsys: 
     from lumina.model.cost import count
     from lumina.telemetry.console import Console
 
-    few = SMALL | {"train.batch_tokens": 2**14, "train.warmup": 0.1, "train.eval_every": 0}
+    few = SMALL | {"model.width": 8, "model.heads": 1, "train.batch_tokens": 2**14, "train.eval_every": 0}
     request = {key: value for key, value in (settings(tmp_path, "dense") | few).items() if key != "train.steps"}
     run = Trainer("tiny", root=tmp_path, listeners=[Console()], **request, **{"train.tokens": "chinchilla"}).fit()
     resolved = read(run.config)
