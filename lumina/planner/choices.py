@@ -11,8 +11,7 @@ from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.planner.hardware import Fleet
-
-MICRO_TOKENS = 8192  # a micro-batch's activations: larger gains nothing on a CPU and costs memory
+from lumina.planner.memory import MICRO_TOKENS
 
 
 def settled(config: Config, fleet: Fleet) -> Config:

@@ -13,10 +13,11 @@ from lumina.config.resolve import Resolved
 from lumina.config.schema.config import Config
 from lumina.config.units import span
 from lumina.model.cost import Cost, count
-from lumina.planner import hyperparameters, memory, overtraining, repeated, time
+from lumina.planner import hyperparameters, overtraining, remedies, repeated, time
 from lumina.planner.calibration import Store
 from lumina.planner.hardware import Fleet
 from lumina.planner.laws import FLOPS_A_PARAMETER, LAWS, Interval, Law, Optimum, law, moe_gain, params_of
+from lumina.planner.memory import memory
 from lumina.planner.question import Question
 from lumina.planner.solve import Solved, Solver, asked
 
@@ -238,15 +239,15 @@ def _loss(law: Law, cost: Cost, tokens: int) -> Loss:
 
 def _fit(config: Config, fleet: Fleet, store: Store) -> Fit:
     where = "cpu" if fleet.device.is_cpu else "cuda"
-    needed, capacity = memory.memory(config, fleet.count, where), fleet.device.memory
+    needed, capacity = memory(config, fleet.count, where), fleet.device.memory
     fits = needed.total <= capacity
     ratios = store.figures("memory_ratio", fleet.device.name, config.model.kind)
     return Fit(
         parts=needed.parts,
         total=needed.total,
         capacity=capacity,
-        largest_micro_batch=memory.largest_micro_batch(config, capacity, fleet.count, where),
-        remedies=() if fits else tuple(memory.remedies(config, capacity, fleet.count, where)),
+        largest_micro_batch=remedies.largest_micro_batch(config, capacity, fleet.count, where),
+        remedies=() if fits else tuple(remedies.remedies(config, capacity, fleet.count, where)),
         corrected=_around(needed.total, ratios),
     )
 

@@ -15,7 +15,7 @@ from functools import cache
 from lumina.config.schema.model import ModelConfig
 from lumina.model.cost import dense_ffn, has_experts
 
-PORTION = 1 << 27  # elements of Muon's matrices that are put together at once
+PORTION = 1 << 27  # elements of Muon's matrices that are put together at once: memory beside each process's share
 LOW = 2  # bytes of bf16, in which matrices are orthogonalised
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lumina.model.cost import chosen, dense_ffn
+from lumina.model.cost import CHUNK_ELEMENTS, chosen, dense_ffn
 from lumina.planner.footprint import depth
 from lumina.planner.footprint.experts import experts
 from lumina.planner.footprint.layers import Net, View, attend, feed_forward, norm
@@ -17,8 +17,6 @@ from lumina.planner.footprint.operators import FLAG, WIDE, add, cast, detached, 
 from lumina.planner.footprint.tape import ACTIVATIONS, GRADIENTS, Gradients, Node, Storage, Tape, Tensor, record
 
 LOGITS = "logits"  # the part of the head's chunks and of the gradients that it forms in the forward pass
-# Logits of a chunk, as in `lumina.model.head`, which needs torch.
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25, "mps": 1 << 22}
 Bytes = Counter[str]  # by part
 Compute = Callable[[Tensor], list[Tensor]]  # the input to the outputs that carry gradients, the first of them the main
 
@@ -141,7 +139,8 @@ def _recomputed(tape: Tape, compute: Compute, x: Tensor) -> list[Tensor]:
         outs.clear()
         del again
         gradients.reverse()
-        tape.backward([(source, slot, gradients.pop()) for source, slot in ways])
+        given = ((way, gradients.pop()) for way in ways)
+        tape.backward([(*way, gradient) for way, gradient in given if gradient])
         return [tape.new(numel, size)]
 
     record(outs, [x], [x], back)
@@ -161,14 +160,24 @@ def embedding(net: Net, tokens: int) -> Unit:
     return Unit(stream, stream, Bytes(), stream + Bytes({GRADIENTS: table}), stays)
 
 
-def head(net: Net, tokens: int, training: bool = True) -> Unit:
+def head(net: Net, tokens: int) -> Unit:
     """The last norm and the loss in chunks (`lumina.model.head`)."""
 
     def compute(x: Tensor) -> list[Tensor]:
-        return [_loss(net, norm(net, x, tokens), tokens, training)]
+        return [_loss(net, norm(net, x, tokens), tokens, training=True)]
 
-    net.tape.recording = training
     return walk(net.tape, compute, tokens * net.model.width, net.size)
+
+
+def deciding_head(net: Net, tokens: int) -> Unit:
+    """The same for an evaluation, in which the residual stream is gone before the loss is computed."""
+    net.tape.recording = False
+    numel = tokens * net.model.width
+    h = norm(net, net.tape.new(numel, net.size), tokens)
+    _loss(net, h, tokens, training=False)
+    forward = Bytes(net.tape.at_most)
+    forward.subtract({ACTIVATIONS: numel * net.size})
+    return Unit(forward, Bytes(), Bytes(), Bytes(), 0)
 
 
 def _loss(net: Net, x: Tensor, tokens: int, training: bool) -> Tensor:
