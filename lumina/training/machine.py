@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -97,9 +100,9 @@ def choose(config: Config, world: World = ALONE) -> Choices:
         used = choices.get("parallel.threads", (config.parallel.threads, ""))[0]
         room = memory.room_for_copy(config, world.size, world.local_size)
         choices["checkpoint.write"] = choose_writing(device, int(used), room, world)
-    if config.train.tokens is not None:
-        steps = max(1, round(config.train.tokens / config.train.batch_tokens))
-        choices["train.steps"] = (steps, f"train.tokens={config.train.tokens} / train.batch_tokens")
+    if tokens := config.train.known_tokens:
+        steps = max(1, round(tokens / config.train.batch_tokens))
+        choices["train.steps"] = (steps, f"train.tokens={tokens} / train.batch_tokens")
     return choices
 
 
@@ -211,6 +214,13 @@ def facts(device: str) -> dict[str, Any]:
         "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
+
+
+def work_began() -> float:
+    """Seconds since 1970 at which the work on a run began: with the process, if that is a command of ours; now, if it
+    is somebody else's."""
+    ours = Path(sys.argv[0]).name == "lumina" or sys.argv[0].endswith(os.path.join("lumina", "__main__.py"))
+    return round(psutil.Process().create_time() if ours else time.time(), 3)
 
 
 def memory_used(device: str) -> int:

@@ -18,6 +18,7 @@ import torch
 from lumina.checkpoint import store
 from lumina.config.resolve import Resolved, adopt, read, settle
 from lumina.config.schema.config import Config
+from lumina.config.schema.train import CHINCHILLA
 from lumina.data.corpus import Corpus
 from lumina.data.loader import DataPhase, Heldout, Loader, cuts_of
 from lumina.data.records import KINDS, Kind
@@ -28,6 +29,7 @@ from lumina.model import cost
 from lumina.model.transformer import Transformer
 from lumina.parallel import sharding
 from lumina.parallel.world import ALONE, World
+from lumina.planner.length import optimal_length, repetition
 from lumina.progress import Tell, silent, tracked
 from lumina.run.folder import Run
 from lumina.run.lineage import abandoned
@@ -165,6 +167,10 @@ def settle_all(
     resolved = settle(resolved, chosen)
     config = resolved.config
     rate = matmul_rate(config, world)
+    if config.train.tokens == CHINCHILLA:
+        unique = corpus.facts["tokens"]["train"]
+        resolved = settle(resolved, world.decide(lambda: optimal_length(config, unique)))
+        config = resolved.config
     seconds, saves = config.train.time, config.checkpoint
     if seconds is not None or saves.every == "auto":
         # One step, not compiled, stands in until the step time is known.
@@ -374,6 +380,9 @@ def description(parts: Parts) -> dict[str, Any]:
         "data": corpus.facts
         | parts.loader.facts
         | {f"heldout_{key}": value for key, value in cuts_of(parts.heldout("chat", 1).windows).items()},
+        "epochs": repetition(
+            corpus.facts["tokens"]["train"], parts.steps * config.train.batch_tokens, parts.loader.epochs
+        ),
         "mode": config.data.mode,
         "phases": [asdict(phase) for phase in parts.phases],
         "lora": config.train.lora.rank,
