@@ -67,6 +67,16 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Residuals:
+    """By how many nats the held-out losses of `runs` finished ones of this kind lay above what was forecast of them."""
+
+    runs: int
+    low: float
+    mid: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Repeats:
     """How often the data is read, and what that is worth (Muennighoff et al. 2023)."""
 
@@ -123,6 +133,7 @@ class Plan:
     run: time.RunTime
     price: Interval | None
     losses: tuple[Loss, ...]  # the chosen law's first
+    residuals: Residuals | None
     moe: float | None  # compute that a dense model needs for the same loss, over this one's
     data: Data | None
     repeats: Repeats | None
@@ -204,6 +215,7 @@ def make(question: Question, fleet: Fleet, store: Store, data: Data | None = Non
         run=run,
         price=time.price(run.total, fleet, question.price) if question.price else None,
         losses=losses,
+        residuals=_residuals(store, config.model.kind),
         moe=moe_gain(FLOPS_A_PARAMETER * cost.active_mean * solved.tokens, config.model.moe.experts)
         if config.model.moe
         else None,
@@ -235,6 +247,16 @@ def _loss(law: Law, cost: Cost, tokens: int) -> Loss:
         law.tokens_for(params),
         tuple([law.note] if law.note else []) + tuple(law.outside(params, tokens)),
     )
+
+
+def _residuals(store: Store, kind: str) -> Residuals | None:
+    """Of any device: a loss does not depend on it."""
+    seen = sorted(
+        entry.figures["loss_residual"]
+        for entry in store.entries
+        if entry.kind == kind and "loss_residual" in entry.figures
+    )
+    return Residuals(len(seen), seen[0], seen[len(seen) // 2], seen[-1]) if seen else None
 
 
 def _fit(config: Config, fleet: Fleet, store: Store) -> Fit:

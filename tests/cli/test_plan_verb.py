@@ -78,6 +78,13 @@ def test_the_written_configuration_is_checked_and_trained(
     assert main(["train", "plan.yaml", "--quiet"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     assert Run.open(run).finished
+    capsys.readouterr()
+    compared = page(capsys, run.name)
+    assert compared[0].startswith(f"run    {run.relative_to(tmp_path)}: finished")
+    assert main(["plan", str(run), "--json"]) == 0
+    items = json.loads(capsys.readouterr().out)["items"]
+    assert items["memory"]["actual"] > 0
+    assert any("one finished run of this kind ended" in line for line in page(capsys, "plan.yaml"))
 
 
 def test_python_asks_the_same() -> None:
@@ -118,7 +125,7 @@ def test_a_measurement_is_kept_and_used(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "\n".join(page(capsys, *asked)) == first
     page(capsys, *asked, "--measure")
     assert len(files) == 1  # it is known
-    near = "\n".join(page(capsys, *asked, "train.batch_tokens=1024"))
+    near = "\n".join(page(capsys, *asked, "model.moe.ffn=72"))
     assert "corrected by what another shape took here" in near
     (entry,) = calibration.load().entries
     assert entry.figures["ratio_launches"] > 0
