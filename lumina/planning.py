@@ -115,6 +115,8 @@ def next_command(made: Plan, out: Path | None) -> str:
         arguments += [f"{key}={yaml12.dump_value(value)}" for key, value in own.items()]
     else:
         return "lumina plan … --out plan.yaml && lumina train plan.yaml"
+    if not made.memory.fits and made.memory.remedies and "=" in (first := made.memory.remedies[0]).split()[0]:
+        arguments += first.split()
     processes = ["--supervise", "--processes", str(made.fleet.count)] if 1 < made.fleet.count <= NODE else []
     return shlex.join(["lumina", "train", *arguments, *processes])
 

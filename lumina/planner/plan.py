@@ -309,7 +309,7 @@ def _use(inference: float | None, loss: Loss, law: Law, tokens: int) -> Use | No
 def _warnings(plan: Plan, available: float | None) -> list[str]:
     found: list[str] = []
     if not plan.memory.fits:
-        found.append(f"it does not fit: {', or '.join(plan.memory.remedies) or 'no setting helps'}")
+        found.append("it does not fit" + ("" if plan.memory.remedies else ", and no setting helps"))
     if available:
         found += repeated.warnings(available, plan.tokens)
     for name, advice in (("train.lr", plan.lr), ("train.batch_tokens", plan.batch)):

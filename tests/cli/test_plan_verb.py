@@ -44,7 +44,8 @@ def test_the_page_answers_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not counted: evaluating, starting, compiling, saving" in text
     assert "20 tokens a parameter are what Chinchilla was trained with: a rule, no constant" in text
     assert "at 2.5 an hour of a device" in text
-    assert lines[-1] == "next   lumina train b7 --supervise --processes 8"
+    remedy = next(line for line in lines if line.strip().startswith("to fit: ")).partition("to fit: ")[2]
+    assert lines[-1] == f"next   lumina train b7 {remedy} --supervise --processes 8"
     assert any(line.startswith("! 7.0 epochs") for line in lines)
 
 
@@ -101,7 +102,9 @@ def test_python_asks_the_same() -> None:
 def test_more_than_fits_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     lines = page(capsys, "b7", "--gpus", "L4", "--tokens-available", "200B")
     assert any("does not fit" in line for line in lines[:10])
-    assert any(line.startswith("! it does not fit: ") for line in lines)
+    assert "! it does not fit" in lines
+    remedy = next(line for line in lines if line.strip().startswith("to fit: ")).partition("to fit: ")[2]
+    assert ("=" in remedy.split()[0]) == lines[-1].endswith(remedy)
 
 
 def test_a_measurement_is_kept_and_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
