@@ -36,7 +36,8 @@ ALLOWED = {
     | {"checkpoint", "data", "inference", "model", "parallel", "planner", "run", "telemetry", "training"},
     "verify": LEAVES | {"bench", "checkpoint", "data", "model", "run", "telemetry", "training", "lumina"},
     "cli": LEAVES
-    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "run", "telemetry", "training"}
+    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "planner"}
+    | {"run", "telemetry", "training"}
     | {"verify", "lumina"},
 }
 TORCHLESS = [
