@@ -28,10 +28,16 @@ def largest_micro_batch(config: Config, capacity: int, processes: int = 1, devic
 
 
 def remedies(config: Config, capacity: int, processes: int = 1, device: str = "cpu") -> list[str]:
-    """Changes that each make `config` fit into `capacity` bytes a device, as `key=value …`, the cheapest first.
+    """What makes `config` fit into `capacity` bytes a device, each alone, the cheapest first; empty if nothing does.
 
-    `N processes` is one of them, and so is another preset, by its name; empty if nothing helps.
+    Settings are `key=value …`; `N processes` may be one of them. The last is the largest preset that fits.
     """
+    smaller = largest_preset(config, capacity, processes, device)
+    return changes(config, capacity, processes, device) + ([smaller] if smaller else [])
+
+
+def changes(config: Config, capacity: int, processes: int = 1, device: str = "cpu") -> list[str]:
+    """Those of `remedies` that leave the preset as it is."""
     found = []
     for change in _changes(config, processes):
         changed = _with(config, {key: value for key, value in change.items() if key != "processes"})
@@ -40,9 +46,7 @@ def remedies(config: Config, capacity: int, processes: int = 1, device: str = "c
             found.append(change)
         elif (fitting := largest_micro_batch(changed, capacity, shared, device)) is not None:
             found.append({**change, "train.micro_batch": fitting})
-    said = [_said(change) for change in _first_of_each(found)]
-    smaller = largest_preset(config, capacity, processes, device)
-    return said + ([smaller] if smaller else [])
+    return [_said(change) for change in _first_of_each(found)]
 
 
 def largest_preset(config: Config, capacity: int, processes: int = 1, device: str = "cpu") -> str:
@@ -57,14 +61,18 @@ def largest_preset(config: Config, capacity: int, processes: int = 1, device: st
         if fits(other, capacity, processes, device):
             preset = flatten(resolve(name).config)
             command = " ".join([name, *(f"{key}={flat[key]}" for key in SAME if flat[key] != preset[key])])
-            fitting[command] = memory(_with(other, {"train.micro_batch": 1}), processes, device).total
+            fitting[command] = memory(smallest(other), processes, device).total
     return max(fitting, key=fitting.__getitem__, default="")
 
 
 def fits(config: Config, capacity: int, processes: int = 1, device: str = "cpu") -> bool:
     """Whether training fits into `capacity` bytes, one sequence at a time if the micro-batch is left open."""
-    open_ = config.train.micro_batch == "auto"
-    return _fits(_with(config, {"train.micro_batch": 1}) if open_ else config, capacity, processes, device)
+    return _fits(smallest(config), capacity, processes, device)
+
+
+def smallest(config: Config) -> Config:
+    """With a micro-batch of one sequence, if it is left open."""
+    return _with(config, {"train.micro_batch": 1}) if config.train.micro_batch == "auto" else config
 
 
 def _fits(config: Config, capacity: int, processes: int, device: str) -> bool:
