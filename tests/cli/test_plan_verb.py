@@ -15,7 +15,7 @@ from lumina import planning
 from lumina.cli import main
 from lumina.config.resolve import resolve
 from lumina.errors import UserError
-from lumina.planner import calibration
+from lumina.planner import calibration, hardware
 from lumina.planner.hardware import DEVICES
 from lumina.run.folder import Run
 
@@ -24,7 +24,10 @@ SECTIONS = ["model", "train", "memory", "time", "loss", "ratio", "data", "lr", "
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own, and a CPU whose rates are known."""
     monkeypatch.setenv("LUMINA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hardware, "matmul_rate", lambda: 1e11)
+    monkeypatch.setattr(hardware, "copy_rate", lambda: 2e10)
 
 
 def page(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
