@@ -115,6 +115,8 @@ def next_command(made: Plan, out: Path | None) -> str:
         arguments += [f"{key}={yaml12.dump_value(value)}" for key, value in own.items()]
     else:
         return "lumina plan … --out plan.yaml && lumina train plan.yaml"
+    if not made.memory.fits and made.memory.remedies and "=" in (first := made.memory.remedies[0]).split()[0]:
+        arguments += first.split()
     processes = ["--supervise", "--processes", str(made.fleet.count)] if 1 < made.fleet.count <= NODE else []
     return shlex.join(["lumina", "train", *arguments, *processes])
 
@@ -164,7 +166,8 @@ def _measured(made: Plan, store: Store, progress: Tell) -> Store:
         file = Path(folder) / f"{made.resolved.request['preset']}.yaml"
         file.write_text(as_yaml(made.solved, "measured"), encoding="utf-8")
         figures = measure_in_process(file, progress)
-    forecast = time.step_time(made.config, made.fleet)
+    rates = {mode: figures[name] for mode in PRECISIONS if (name := f"matmul_{mode}") in figures}
+    forecast = time.step_time(made.config, this_machine(made.config.parallel.device, rates))  # as later ones will be
     figures[f"ratio_{forecast.bound}"] = figures["step"] / forecast.seconds.mid
     return calibration.record(made.fleet.device.name, made.config, made.fleet.count, figures, store.path)
 

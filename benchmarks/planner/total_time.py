@@ -17,17 +17,19 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ONE = "parallel.threads=1"
 RUNS = {
-    "tiny dense": ["tiny", "model.kind=dense", "train.steps=3000", "train.eval_every=1000", "checkpoint.every=1000"],
-    "tiny hybrid, AdamW": ["tiny", "train.optimizer=adamw", "train.steps=1500", "checkpoint.every=500"],
-    "debug moe": ["debug", "model.kind=moe", "train.steps=100", "train.eval_every=50", "checkpoint.every=50"],
-    "debug mod": ["debug", "model.kind=mod", "train.steps=150", "train.eval_every=75", "checkpoint.every=75"],
-    "debug hybrid": ["debug", "train.steps=120", "train.eval_every=60", "checkpoint.every=60"],
+    "tiny dense": ["tiny", "model.kind=dense", "train.steps=2500", "train.eval_every=500", "checkpoint.every=500"],
+    "tiny hybrid, AdamW": ["tiny", "train.optimizer=adamw", "train.steps=1200", "checkpoint.every=400"],
+    "debug moe": ["debug", "model.kind=moe", "train.steps=50", "train.eval_every=25", "checkpoint.every=25", ONE],
+    "debug mod": ["debug", "model.kind=mod", "train.steps=70", "train.eval_every=35", "checkpoint.every=35", ONE],
+    "debug hybrid": ["debug", "train.steps=60", "train.eval_every=30", "checkpoint.every=30", ONE],
 }
 
 
 def lumina(*arguments: str) -> str:
-    return subprocess.run([sys.executable, "-m", "lumina", *arguments], check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-m", "lumina", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def load() -> float:

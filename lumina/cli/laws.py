@@ -136,7 +136,8 @@ def _ends(interval: Interval) -> list[float]:
 def _say(law: Law, told: dict[str, Any]) -> None:
     typer.echo(visible(f"L = E + A/N^α + B/D^β, nats a token; N: {law.counts} parameters, D: tokens"))
     typer.echo(visible(law.source))
-    typer.echo(law.note)
+    for fact in law.note.split("; "):
+        typer.echo(f"{'! ' * fact.startswith('doubtful')}{fact}")
     typer.echo()
     constants = [
         [NAMES[key], f"{told[key]['value']:.4g}", *(_range(told[key][level]) for level in ("80%", "95%"))]

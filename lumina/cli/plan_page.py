@@ -117,6 +117,10 @@ def _loss(plan: Plan) -> Iterator[str]:
     yield f"{_nats(plan, first)} a token of the text of {first.law}, {covers}; {counted}"
     yield from (f"{first.law}: {note}" for note in first.notes)
     yield "; ".join(f"{loss.law} {_nats(plan, loss)}" for loss in others)
+    if seen := plan.residuals:
+        runs = "one finished run" if seen.runs == 1 else f"{seen.runs} finished runs"
+        between = "" if seen.runs == 1 else f" ({seen.low:+.2f} to {seen.high:+.2f})"
+        yield f"{runs} of this kind ended {seen.mid:+.2f} nats{between} beside the law's forecast, on your text"
 
 
 def _nats(plan: Plan, loss: Loss) -> str:

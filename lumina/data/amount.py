@@ -7,16 +7,17 @@ was made of these very files, and none of them was written to since.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lumina.config.schema.data import DataConfig
-from lumina.data import split
-from lumina.data.corpus import META, read_meta
-from lumina.data.request import Request, find
-from lumina.data.scan import file_size
+from lumina.config.weights import split_weight
+from lumina.data.files import DataFile, find_files
+from lumina.data.meta import META, is_prepared, read_meta
+from lumina.data.records import Problems
 from lumina.errors import UserError
 
 # Bytes a token of our BPE by its vocabulary: on the sample with 2,048 and 4,096 ids (docs/log.md and the demo, texts);
@@ -43,14 +44,30 @@ def amount(data: DataConfig, vocab: int) -> Amount | None:
 
     Raises `UserError` if a file is not there.
     """
-    request = find(data)
-    if any(file.container == "hub" for source in request.sources for file in source.files):
+    problems = Problems(0)
+    found = {side: _find(specs, problems) for side, specs in (("train", data.train), ("heldout", data.eval))}
+    problems.raise_any()
+    files = {side: list(chain.from_iterable(source for source in sources if isinstance(source, list)))
+             for side, sources in found.items()}  # fmt: skip
+    if any(file.container == "hub" for file in chain(*files.values())):
         return None
-    amounts = [_of_shards(read_meta(folder), f"{name}, prepared") for name, folder, _ in request.folders]
-    if request.sources:
-        amounts.append(_cached(request, data, vocab) or _estimated(request, data, vocab))
+    folders = [source for source in found["train"] if isinstance(source, Path)]
+    amounts = [_of_shards(read_meta(folder), f"{folder}, prepared") for folder in folders]
+    if files["train"]:
+        amounts.append(_cached(files, data, vocab) or _estimated(files, data, vocab))
     train, heldout = (sum(getattr(each, side) for each in amounts) for side in ("train", "heldout"))
     return Amount(train, heldout, all(each.counted for each in amounts), "; ".join(each.how for each in amounts))
+
+
+def _find(specs: Sequence[str], problems: Problems) -> list[Path | list[DataFile]]:
+    """Of each spec the folder of shards, or the files."""
+    names = [split_weight(spec)[0] for spec in specs]
+    return [
+        Path(os.path.expanduser(name))
+        if is_prepared(Path(os.path.expanduser(name)))
+        else [file for file in find_files([name], problems) if file.container != "ignored"]
+        for name in names
+    ]
 
 
 def _of_shards(meta: Mapping[str, Any], how: str) -> Amount:
@@ -61,19 +78,19 @@ def _of_shards(meta: Mapping[str, Any], how: str) -> Amount:
     return Amount(tokens["train"], tokens["heldout"], True, f"counted: {how}")
 
 
-def _cached(request: Request, data: DataConfig, vocab: int) -> Amount | None:
+def _cached(files: Mapping[str, list[DataFile]], data: DataConfig, vocab: int) -> Amount | None:
     """The newest entry of the cache that was made of these files, with this vocabulary if one was."""
-    wanted = {str(file.path.resolve()) for source in request.sources for file in source.files}
+    wanted = {str(file.path.resolve()) for file in chain(*files.values())}
     changed = max((_changed(path) for path in wanted), default=0.0)
     best: tuple[bool, float, Mapping[str, Any]] | None = None
     for entry in _entries():
         try:
             meta, made = read_meta(entry), _changed(entry / META)
-            files = {file["path"] for source in meta["sources"] for file in source["files"]}
+            there = {file["path"] for source in meta["sources"] for file in source["files"]}
             cleaned = "removed" in meta["facts"]
         except (UserError, LookupError, TypeError):
             continue
-        if files == wanted and changed <= made and cleaned == data.quality.active:
+        if there == wanted and changed <= made and cleaned == data.quality.active:
             rank = (_is_of(entry, vocab, data.tokenizer), made)
             best = (*rank, meta) if best is None or rank > best[:2] else best
     if best is None:
@@ -101,14 +118,22 @@ def _changed(path: str | Path) -> float:
         return float("inf")
 
 
-def _estimated(request: Request, data: DataConfig, vocab: int) -> Amount:
+def _estimated(files: Mapping[str, list[DataFile]], data: DataConfig, vocab: int) -> Amount:
     """From the sizes of the files."""
+    from lumina.data.split import SHARE
+
     per_token = next(bytes_ for most, bytes_ in BYTES_PER_TOKEN if vocab <= most)
-    sizes = {"train": 0.0, "heldout": 0.0}
-    for source in request.sources:
-        for file in source.files:
-            packed = "parquet" if file.container == "parquet" else file.compression
-            sizes[source.side] += file_size(file) * EXPANSION.get(packed, 1.0)
-    held = sizes["heldout"] / per_token if data.eval else split.SHARE * sizes["train"] / per_token
-    tokens = (1.0 if data.eval else 1 - split.SHARE) * sizes["train"] / per_token
-    return Amount(tokens, held, False, f"estimated from {sizes['train']:.3g} bytes at {per_token:g} a token")
+    train, heldout = (sum(map(_text_bytes, files[side])) for side in ("train", "heldout"))
+    held = heldout if data.eval else SHARE * train
+    kept = train if data.eval else train - held
+    return Amount(
+        kept / per_token, held / per_token, False, f"estimated from {train:.3g} bytes at {per_token:g} a token"
+    )
+
+
+def _text_bytes(file: DataFile) -> float:
+    packed = "parquet" if file.container == "parquet" else file.compression
+    try:
+        return file.path.stat().st_size * EXPANSION.get(packed, 1.0)
+    except OSError:
+        return 0.0

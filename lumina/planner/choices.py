@@ -11,8 +11,7 @@ from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.planner.hardware import Fleet
-
-MICRO_TOKENS = 8192  # a micro-batch's activations: larger gains nothing on a CPU and costs memory
+from lumina.planner.memory import MICRO_TOKENS
 
 
 def settled(config: Config, fleet: Fleet) -> Config:
@@ -20,8 +19,8 @@ def settled(config: Config, fleet: Fleet) -> Config:
 
     Raises `UserError` if the batch does not divide among the devices, or the device lacks the precision.
     """
-    device, mode = fleet.device, config.precision.mode
-    mode = device.precision if mode == "auto" else mode
+    device, asked = fleet.device, config.precision.mode
+    mode: str = device.precision if asked == "auto" else asked
     device.rate(mode)
     evaluated = mode.removesuffix("_pure") if config.precision.eval == "auto" else config.precision.eval
     threads, train = config.parallel.threads, config.train
@@ -31,8 +30,11 @@ def settled(config: Config, fleet: Fleet) -> Config:
         changes["micro_batch"] = micro_batch(config, fleet.count, limit)
     if isinstance(train.tokens, int):
         changes |= {"steps": max(1, round(train.tokens / train.batch_tokens)), "tokens": None}
-    where = {"device": "cpu" if device.is_cpu else "cuda"} if config.parallel.device == "auto" else {}
-    where |= {"threads": max(1, usable_cores() // fleet.count)} if threads == "auto" else {}
+    where: dict[str, object] = {}
+    if config.parallel.device == "auto":
+        where["device"] = "cpu" if device.is_cpu else "cuda"
+    if threads == "auto":
+        where["threads"] = max(1, usable_cores() // fleet.count)
     return config.model_copy(
         update={
             "precision": config.precision.model_copy(update={"mode": mode, "eval": evaluated}),

@@ -249,9 +249,9 @@ def to_values(law: Law) -> dict[str, Any]:
 
 
 def _draw(values: Sequence[Any]) -> Draw:
-    """E, A, B, α, β; raises `ValueError` unless all are finite and positive."""
+    """E, A, B, α, β; raises `ValueError` unless all are finite and positive; E may be 0."""
     E, A, B, alpha, beta = map(float, values)
-    if not all(0 < value < math.inf for value in (E, A, B, alpha, beta)):
+    if not (0 <= E < math.inf and all(0 < value < math.inf for value in (A, B, alpha, beta))):
         raise ValueError(f"no law has the constants {values}")
     return E, A, B, alpha, beta
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from functools import lru_cache
 
 from lumina.config.schema.config import Config
+from lumina.config.schema.model import ModelConfig
 from lumina.model.cost import has_experts, is_routed, state_bytes
 from lumina.planner.footprint import units
 from lumina.planner.footprint.layers import Net
@@ -21,12 +21,15 @@ from lumina.planner.footprint.operators import FLAG, INDEX, WIDE
 from lumina.planner.footprint.optimizer import muon
 from lumina.planner.footprint.tape import ACTIVATIONS, CASTS, GRADIENTS, Tape
 from lumina.planner.footprint.units import Bytes, Unit
+from lumina.planner.hardware import has_fast_bf16
 
 MICRO_TOKENS = 8192  # of a micro-batch, if it is not configured: more gains nothing on a CPU and costs memory
 EVAL_TOKENS = 16384  # evaluated at once
 SHORT = 4  # bytes of an int32
 WEIGHTS, OPTIMIZER, SPARE, GATHERED, WORKSPACE = "weights", "optimizer", "spare slots", "gathered", "workspace"
-LIBRARIES = {"cpu": 0, "cuda": 0}  # bytes that libraries allocate for themselves
+# Bytes that libraries take for themselves. On a CPU the code that is paged in, and oneDNN's buffers: the mean over four
+# configurations (benchmarks/planner).
+LIBRARIES = {"cpu": 72 << 20, "cuda": 0}
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Memory:
         return sum(self.parts.values())
 
     @property
+    def training(self) -> int:
+        """The peak of the steps alone: an evaluation that does not fit into a GPU is done again in smaller batches."""
+        return max(self.moments[moment] for moment in self.moments if moment != "evaluation")
+
+    @property
     def moment(self) -> str:
         """When the peak is reached."""
         return max(self.moments, key=self.moments.__getitem__)
@@ -65,17 +73,7 @@ def mode(config: Config, device: str) -> str:
     """The configured number format, or the one that `lumina train` chooses."""
     if config.precision.mode != "auto":
         return config.precision.mode
-    return "bf16" if device == "cuda" or _cpu_multiplies_bf16() else "fp32"
-
-
-@cache
-def _cpu_multiplies_bf16() -> bool:
-    """What `compat.cpu_has_fast_bf16` asks torch: AVX512-BF16 or AMX, here as Linux lists them."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_tile" in flags
+    return "bf16" if device == "cuda" or has_fast_bf16() else "fp32"
 
 
 def attention_kernel(config: Config, device: str) -> str:
@@ -188,22 +186,14 @@ class _Step:
 
     def _units(self, batch: int, training: bool) -> Iterator[Unit]:
         """The embedding, every block and the head; blocks of one sort are walked once."""
-        S, known = self.model.seq_len, dict[tuple[bool, bool], Unit]()
-        yield units.embedding(self._net(), batch * S)
+        shape = _Shape(
+            self.model, batch, self.size, self.low, self.device, self.rank, self.later, self.attention,
+            self.config.train.recompute if training else None,
+        )  # fmt: skip
+        yield _end(shape, first=True)
         for layer in range(self.model.layers):
-            sort = is_routed(self.model, layer), has_experts(self.model, layer)
-            if sort not in known:
-                net = self._net()
-                known[sort] = (
-                    units.block(net, batch, S, *sort, self.config.train.recompute)
-                    if training
-                    else units.deciding(net, batch, S, *sort)
-                )
-            yield known[sort]
-        yield units.head(self._net(), batch * S, training)
-
-    def _net(self) -> Net:
-        return Net(self.model, Tape(self.low, self.device), self.size, self.rank, self.later, self.attention)
+            yield _block(shape, is_routed(self.model, layer), has_experts(self.model, layer))
+        yield _end(shape, first=False)
 
     def _directions(self) -> int:
         if self.config.train.optimizer != "muon" or self.rank:
@@ -230,3 +220,38 @@ class _Step:
         write = self.config.checkpoint.write
         background = write == "background" or (write == "auto" and self.device != "cpu")
         return (self.state.weights + self.state.moments) // self.processes if background else 0
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """All that a walk through a unit depends on."""
+
+    model: ModelConfig
+    batch: int
+    size: int
+    low: int | None
+    device: str
+    rank: int
+    later: bool
+    attention: str
+    recompute: str | None  # None: no gradients at all
+
+    def net(self) -> Net:
+        tape = Tape(self.low, self.device)
+        return Net(self.model, tape, self.size, self.rank, self.later, self.attention)
+
+
+@lru_cache(256)
+def _block(shape: _Shape, routed: bool, experts: bool) -> Unit:
+    sizes = shape.batch, shape.model.seq_len, routed, experts
+    if shape.recompute is None:
+        return units.deciding(shape.net(), *sizes)
+    return units.block(shape.net(), *sizes, shape.recompute)
+
+
+@lru_cache(256)
+def _end(shape: _Shape, first: bool) -> Unit:
+    tokens = shape.batch * shape.model.seq_len
+    if first:
+        return units.embedding(shape.net(), tokens)
+    return units.deciding_head(shape.net(), tokens) if shape.recompute is None else units.head(shape.net(), tokens)

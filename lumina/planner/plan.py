@@ -13,10 +13,11 @@ from lumina.config.resolve import Resolved
 from lumina.config.schema.config import Config
 from lumina.config.units import span
 from lumina.model.cost import Cost, count
-from lumina.planner import hyperparameters, memory, overtraining, repeated, time
+from lumina.planner import hyperparameters, overtraining, remedies, repeated, time
 from lumina.planner.calibration import Store
 from lumina.planner.hardware import Fleet
 from lumina.planner.laws import FLOPS_A_PARAMETER, LAWS, Interval, Law, Optimum, law, moe_gain, params_of
+from lumina.planner.memory import memory
 from lumina.planner.question import Question
 from lumina.planner.solve import Solved, Solver, asked
 
@@ -63,6 +64,16 @@ class Loss:
     optimum: Optimum  # of this run's 6·N·D
     tokens_for: float  # with which these parameters are the optimum
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """By how many nats the held-out losses of `runs` finished ones of this kind lay above what was forecast of them."""
+
+    runs: int
+    low: float
+    mid: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,7 @@ class Plan:
     run: time.RunTime
     price: Interval | None
     losses: tuple[Loss, ...]  # the chosen law's first
+    residuals: Residuals | None
     moe: float | None  # compute that a dense model needs for the same loss, over this one's
     data: Data | None
     repeats: Repeats | None
@@ -203,6 +215,7 @@ def make(question: Question, fleet: Fleet, store: Store, data: Data | None = Non
         run=run,
         price=time.price(run.total, fleet, question.price) if question.price else None,
         losses=losses,
+        residuals=_residuals(store, config.model.kind),
         moe=moe_gain(FLOPS_A_PARAMETER * cost.active_mean * solved.tokens, config.model.moe.experts)
         if config.model.moe
         else None,
@@ -236,17 +249,27 @@ def _loss(law: Law, cost: Cost, tokens: int) -> Loss:
     )
 
 
+def _residuals(store: Store, kind: str) -> Residuals | None:
+    """Of any device: a loss does not depend on it."""
+    seen = sorted(
+        entry.figures["loss_residual"]
+        for entry in store.entries
+        if entry.kind == kind and "loss_residual" in entry.figures
+    )
+    return Residuals(len(seen), seen[0], seen[len(seen) // 2], seen[-1]) if seen else None
+
+
 def _fit(config: Config, fleet: Fleet, store: Store) -> Fit:
     where = "cpu" if fleet.device.is_cpu else "cuda"
-    needed, capacity = memory.memory(config, fleet.count, where), fleet.device.memory
+    needed, capacity = memory(config, fleet.count, where), fleet.device.memory
     fits = needed.total <= capacity
     ratios = store.figures("memory_ratio", fleet.device.name, config.model.kind)
     return Fit(
         parts=needed.parts,
         total=needed.total,
         capacity=capacity,
-        largest_micro_batch=memory.largest_micro_batch(config, capacity, fleet.count, where),
-        remedies=() if fits else tuple(memory.remedies(config, capacity, fleet.count, where)),
+        largest_micro_batch=remedies.largest_micro_batch(config, capacity, fleet.count, where),
+        remedies=() if fits else tuple(remedies.remedies(config, capacity, fleet.count, where)),
         corrected=_around(needed.total, ratios),
     )
 
@@ -286,7 +309,7 @@ def _use(inference: float | None, loss: Loss, law: Law, tokens: int) -> Use | No
 def _warnings(plan: Plan, available: float | None) -> list[str]:
     found: list[str] = []
     if not plan.memory.fits:
-        found.append(f"it does not fit: {', or '.join(plan.memory.remedies) or 'no setting helps'}")
+        found.append("it does not fit" + ("" if plan.memory.remedies else ", and no setting helps"))
     if available:
         found += repeated.warnings(available, plan.tokens)
     for name, advice in (("train.lr", plan.lr), ("train.batch_tokens", plan.batch)):

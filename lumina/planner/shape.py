@@ -7,10 +7,10 @@ feed-forward width makes up for what whole heads and layers leave.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 from lumina.config.resolve import presets, resolve
@@ -66,7 +66,7 @@ def shape_of(wanted: float, size: Size, settings: tuple[str, ...] = ()) -> Shape
     return Shape(name, _changes(base, made), size(count(made)), made)
 
 
-@functools.cache
+@cache
 def _model(name: str, settings: tuple[str, ...]) -> ModelConfig:
     """Raises `UserError` if the settings do not go with the preset: they would not with its proportions either."""
     return resolve(name, _of_the_model(settings)).config.model
@@ -87,9 +87,14 @@ def _candidates(base: ModelConfig, wanted: float, size: Size) -> Iterator[ModelC
     step = group if base.heads * scale >= 2 * group else 1  # that of small models need not be the preset's
     most = min(MOST_HEADS, math.ceil(4 * base.heads * scale)) // step
     for layers in range(first, last + 1, max(1, (last - first) // TRIED)):
-        steps = _largest(lambda n, deep=layers: size(count(_scaled(base, deep, n * step))) <= wanted, 1, most)
+        steps = _largest(partial(_at_most, base, wanted, size, layers, step), 1, most)
         for number in (steps, steps + 1):
             yield _filled(_scaled(base, layers, number * step), wanted, size)
+
+
+def _at_most(base: ModelConfig, wanted: float, size: Size, layers: int, step: int, steps: int) -> bool:
+    """Whether a model with `steps` times `step` heads is no larger than wanted."""
+    return size(count(_scaled(base, layers, steps * step))) <= wanted
 
 
 def _scaled(base: ModelConfig, layers: int, heads: int) -> ModelConfig:

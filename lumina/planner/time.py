@@ -22,9 +22,10 @@ from lumina.planner.hardware import Fleet
 from lumina.planner.laws import Interval
 
 # Seconds of an operation that is launched from Python, eager. On a GPU: 33.2, 56.1, 42.7 and 61.9 ms for 1,771 to
-# 2,745 operations of a step (shape P, H200, 2026-11-26: benchmarks/planner/README.md): 18.7 to 23.1 us.
+# 2,745 operations of a step (shape P, H200, 2026-11-26: benchmarks/planner/time.md): 18.7 to 23.1 us. On a CPU: tiny on
+# one core of an AMD EPYC whose other core was busy took 21 and 24 us beside its arithmetic; an idle one half (assumed).
 LAUNCH_GPU = (18e-6, 24e-6)
-LAUNCH_CPU = (4e-6, 12e-6)
+LAUNCH_CPU = (10e-6, 24e-6)
 # Of a block's operations, what is left when it is compiled: 0.55, 0.62 and 0.51 for the forward and backward passes of
 # 125M dense, MoE and MoD on the same GPU, at 21 us each. `auto` may become either.
 COMPILED = {"on": (0.5, 0.65), "off": (1.0, 1.0), "auto": (0.5, 1.0)}
@@ -187,10 +188,10 @@ def evaluations(config: Config, steps: int) -> int:
 
 def saves(config: Config, steps: int, step: float, measured: Figures) -> int:
     """How often a run saves: every so often (`auto`: Young's interval for the measured stall), and at its end."""
-    every = config.checkpoint.every
-    if every == "auto":
-        stall = measured.get("save", 0.0)
-        every = max(1, round(math.sqrt(2 * config.checkpoint.mtbf * stall) / step)) if stall else 0
+    if config.checkpoint.every != "auto":
+        return _times(config.checkpoint.every, steps - 1) + 1
+    stall = measured.get("save", 0.0)
+    every = max(1, round(math.sqrt(2 * config.checkpoint.mtbf * stall) / step)) if stall else 0
     return _times(every, steps - 1) + 1
 
 

@@ -22,6 +22,7 @@ from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
 from lumina.planner import choices as rules
 from lumina.planner.hardware import cpu_name
+from lumina.planner.memory import MICRO_TOKENS
 from lumina.training import memory
 from lumina.training.precision import DTYPES
 
@@ -92,8 +93,8 @@ def choose(config: Config, world: World = ALONE) -> Choices:
         kernel = ("grouped", "grouped matmul works here") if works else ("loop", "no grouped matmul here")
         choices["model.moe.kernel"] = kernel
     if config.train.micro_batch == "auto":
-        limit = max(1, rules.MICRO_TOKENS // config.model.seq_len)
-        why = f"at most {rules.MICRO_TOKENS} tokens at once"
+        limit = max(1, MICRO_TOKENS // config.model.seq_len)
+        why = f"at most {MICRO_TOKENS} tokens at once"
         choices["train.micro_batch"] = micro_batch(config, world, limit), why
     if config.checkpoint.write == "auto":
         used = choices.get("parallel.threads", (config.parallel.threads, ""))[0]

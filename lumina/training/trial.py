@@ -110,7 +110,11 @@ def _on_course(folder: str, settled: Resolved, parts: Parts, rate: float) -> Ite
     run = Run.create(Path(folder), "trial")
     write(settled, run.config)
     with EventWriter(run.event_log, 0) as events:
-        yield Course(run, settled, parts, rate, events.emit, silent, lambda new: None)
+
+        def emit(type: str, /, **fields: Any) -> None:
+            events.emit(type, **fields)
+
+        yield Course(run, settled, parts, rate, emit, silent, lambda new: None)
 
 
 def _steps(course: Course) -> Figures:

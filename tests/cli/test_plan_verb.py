@@ -15,7 +15,7 @@ from lumina import planning
 from lumina.cli import main
 from lumina.config.resolve import resolve
 from lumina.errors import UserError
-from lumina.planner import calibration
+from lumina.planner import calibration, hardware
 from lumina.planner.hardware import DEVICES
 from lumina.run.folder import Run
 
@@ -24,7 +24,10 @@ SECTIONS = ["model", "train", "memory", "time", "loss", "ratio", "data", "lr", "
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own, and a CPU whose rates are known."""
     monkeypatch.setenv("LUMINA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hardware, "matmul_rate", lambda: 1e11)
+    monkeypatch.setattr(hardware, "copy_rate", lambda: 2e10)
 
 
 def page(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
@@ -44,7 +47,8 @@ def test_the_page_answers_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not counted: evaluating, starting, compiling, saving" in text
     assert "20 tokens a parameter are what Chinchilla was trained with: a rule, no constant" in text
     assert "at 2.5 an hour of a device" in text
-    assert lines[-1] == "next   lumina train b7 --supervise --processes 8"
+    remedy = next(line for line in lines if line.strip().startswith("to fit: ")).partition("to fit: ")[2]
+    assert lines[-1] == f"next   lumina train b7 {remedy} --supervise --processes 8"
     assert any(line.startswith("! 7.0 epochs") for line in lines)
 
 
@@ -78,6 +82,13 @@ def test_the_written_configuration_is_checked_and_trained(
     assert main(["train", "plan.yaml", "--quiet"]) == 0
     (run,) = (tmp_path / "runs").iterdir()
     assert Run.open(run).finished
+    capsys.readouterr()
+    compared = page(capsys, run.name)
+    assert compared[0].startswith(f"run    {run.relative_to(tmp_path)}: finished")
+    assert main(["plan", str(run), "--json"]) == 0
+    items = json.loads(capsys.readouterr().out)["items"]
+    assert items["memory"]["actual"] > 0
+    assert any("one finished run of this kind ended" in line for line in page(capsys, "plan.yaml"))
 
 
 def test_python_asks_the_same() -> None:
@@ -94,7 +105,9 @@ def test_python_asks_the_same() -> None:
 def test_more_than_fits_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     lines = page(capsys, "b7", "--gpus", "L4", "--tokens-available", "200B")
     assert any("does not fit" in line for line in lines[:10])
-    assert any(line.startswith("! it does not fit: ") for line in lines)
+    assert "! it does not fit" in lines
+    remedy = next(line for line in lines if line.strip().startswith("to fit: ")).partition("to fit: ")[2]
+    assert ("=" in remedy.split()[0]) == lines[-1].endswith(remedy)
 
 
 def test_a_measurement_is_kept_and_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +131,7 @@ def test_a_measurement_is_kept_and_used(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "\n".join(page(capsys, *asked)) == first
     page(capsys, *asked, "--measure")
     assert len(files) == 1  # it is known
-    near = "\n".join(page(capsys, *asked, "train.batch_tokens=1024"))
+    near = "\n".join(page(capsys, *asked, "model.moe.ffn=72"))
     assert "corrected by what another shape took here" in near
     (entry,) = calibration.load().entries
     assert entry.figures["ratio_launches"] > 0

@@ -155,7 +155,7 @@ def test_processes_share_what_does_not_fit_one(monkeypatch: pytest.MonkeyPatch) 
     assert not memory.fits(resolved.config, processes=2, local=2)  # one machine's memory is one
     assert memory.fits(resolved.config, processes=2, local=1)
     memory.require(resolved, processes=2)
-    with pytest.raises(UserError, match="share of 2 processes"):
+    with pytest.raises(UserError, match="in each of 2 processes"):
         memory.require(resolved, processes=2, local=2)
 
 

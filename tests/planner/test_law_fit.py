@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from lumina.errors import UserError
 from lumina.planner import fit as room
 from lumina.planner.fit import fit
 from lumina.planner.laws import LAWS, Law
-from lumina.planner.points import Point, runs_to_make, sizes_of
+from lumina.planner.points import Point, read_points, runs_to_make, sizes_of
 
 TRUE = LAWS["besiroglu"]
 
@@ -153,3 +154,20 @@ def test_losses_that_rise_with_size_follow_no_law() -> None:
     points = [point._replace(loss=2 + (point.params / 1e6) ** 0.1 + 100 / point.tokens**0.3) for point in grid(3, 4)]
     with pytest.raises(UserError, match="the points follow no law"):
         fit(points)
+
+
+# -- what is doubtful -------------------------------------------------------------------------------------------------
+
+
+def test_points_that_do_not_show_where_the_loss_ends_leave_it_open() -> None:
+    """Nine real runs of 78 to 703 steps: no E is found, none is excluded, and both are said."""
+    path = Path(__file__).parents[2] / "benchmarks/planner/2026-11-26-tiny-points.csv"
+    law = fit(read_points(path))
+    low, mid, high = law.interval(lambda law: law.E, 0.95)
+    assert low == pytest.approx(0, abs=1e-3)
+    assert mid == pytest.approx(0, abs=1e-3)
+    assert 0.5 < high < 1.279  # the least loss of a run
+    assert "doubtful: E falls to nothing" in law.note
+    assert "doubtful: most points are off by more than 1%" in law.note
+    assert len(law.draws) > 950
+    assert "doubtful" not in fit(grid(noise=0.002), 100).note

@@ -12,7 +12,7 @@ from lumina.planner.shape import shape_of
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("wanted", [2e5, 1e6, 3e7, 4e8, 3e9, 2.5e10])
+@pytest.mark.parametrize("wanted", [2e5, 3e7, 4e8, 2.5e10])
 def test_the_size_is_met_and_the_configuration_is_valid(wanted: float, kind: str) -> None:
     shape = shape_of(wanted, lambda cost: cost.active, (f"model.kind={kind}",))
     model = resolve(shape.preset, {"model.kind": kind, **shape.changes}).config.model

@@ -160,14 +160,24 @@ def embedding(net: Net, tokens: int) -> Unit:
     return Unit(stream, stream, Bytes(), stream + Bytes({GRADIENTS: table}), stays)
 
 
-def head(net: Net, tokens: int, training: bool = True) -> Unit:
+def head(net: Net, tokens: int) -> Unit:
     """The last norm and the loss in chunks (`lumina.model.head`)."""
 
     def compute(x: Tensor) -> list[Tensor]:
-        return [_loss(net, norm(net, x, tokens), tokens, training)]
+        return [_loss(net, norm(net, x, tokens), tokens, training=True)]
 
-    net.tape.recording = training
     return walk(net.tape, compute, tokens * net.model.width, net.size)
+
+
+def deciding_head(net: Net, tokens: int) -> Unit:
+    """The same for an evaluation, in which the residual stream is gone before the loss is computed."""
+    net.tape.recording = False
+    numel = tokens * net.model.width
+    h = norm(net, net.tape.new(numel, net.size), tokens)
+    _loss(net, h, tokens, training=False)
+    forward = Bytes(net.tape.at_most)
+    forward.subtract({ACTIVATIONS: numel * net.size})
+    return Unit(forward, Bytes(), Bytes(), Bytes(), 0)
 
 
 def _loss(net: Net, x: Tensor, tokens: int, training: bool) -> Tensor:
