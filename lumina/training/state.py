@@ -12,10 +12,9 @@ from torch import Tensor
 from lumina.config import overlay
 from lumina.config.overlay import Overlay
 from lumina.model.transformer import Transformer
+from lumina.planner.memory import EVAL_TOKENS
 from lumina.training.optim import Optimizer
 from lumina.training.probe import Probe
-
-EVAL_TOKENS = 16384
 
 
 @dataclass

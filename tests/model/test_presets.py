@@ -16,6 +16,7 @@ from lumina.errors import UserError
 from lumina.model.cost import count, state_bytes
 from lumina.model.transformer import Transformer
 from lumina.parallel.world import ALONE
+from lumina.planner import hardware
 from lumina.run.folder import Run
 from lumina.training import memory, setup
 from lumina.training.optim import Optimizer
@@ -154,13 +155,13 @@ def test_processes_share_what_does_not_fit_one(monkeypatch: pytest.MonkeyPatch) 
     assert not memory.fits(resolved.config, processes=2, local=2)  # one machine's memory is one
     assert memory.fits(resolved.config, processes=2, local=1)
     memory.require(resolved, processes=2)
-    with pytest.raises(UserError, match="share of 2 processes"):
+    with pytest.raises(UserError, match="in each of 2 processes"):
         memory.require(resolved, processes=2, local=2)
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "CGROUP_LIMIT", limit)
+    monkeypatch.setattr(hardware, "CGROUP_LIMIT", limit)
     free = memory.usable()
     limit.write_text("1000000\n")
     assert memory.usable() == 1000000
