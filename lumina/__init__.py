@@ -12,14 +12,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "Trainer", "UserError", "load"]
+__all__ = ["Run", "Trainer", "UserError", "load", "plan"]
 
 if TYPE_CHECKING:
     from lumina.api import Trainer, load
     from lumina.errors import UserError
+    from lumina.planning import plan
     from lumina.run.folder import Run
 
-_HOME = {"Trainer": "api", "load": "api", "Run": "run.folder", "UserError": "errors"}
+_HOME = {"Trainer": "api", "load": "api", "Run": "run.folder", "UserError": "errors", "plan": "planning"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,15 @@
-"""Feature tests: what this build of PyTorch and this hardware can do, found by trying, never by version."""
+"""Feature tests: what this build of PyTorch and this hardware can do, found by trying, never by version.
+
+torch is imported by the tests that need it, so that whoever asks for the rest does not wait for it.
+"""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
+if TYPE_CHECKING:
+    import torch
 
 
 def usable_cores() -> int:
@@ -17,12 +21,16 @@ def usable_cores() -> int:
 
 def cpu_has_fast_bf16() -> bool:
     """Whether the CPU multiplies bf16 natively (AVX512-BF16 or AMX)."""
+    import torch
+
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
 
 def mps_has_bf16() -> bool:
     """Whether this Mac's GPU multiplies bf16 (macOS 14 and newer, Apple silicon)."""
+    import torch
+
     try:
         one = torch.ones(8, 8, device="mps", dtype=torch.bfloat16)
         return bool((one @ one == 8).all())
@@ -56,6 +64,9 @@ def grouped_mm_works(device: str, dtype: torch.dtype) -> bool:
     """
     if device == "cpu":
         return True
+    import torch
+    import torch.nn.functional as F
+
     if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         return False
     x = torch.ones(16, 16, device=device, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,18 +26,21 @@ ALLOWED = {
     "model": LEAVES,
     "checkpoint": LEAVES | {"parallel"},
     "parallel": LEAVES,
+    "planner": LEAVES | {"model"},  # of which the counts alone: a test below
     "run": LEAVES,
     "telemetry": {"events", "errors", "standard"},
     "inference": LEAVES | {"model", "data", "checkpoint", "run"},
     "interop": LEAVES | {"model", "data", "checkpoint", "run"},
-    "training": LEAVES | {"model", "data", "checkpoint", "orchestrator", "parallel", "run", "lumina"},
+    "training": LEAVES | {"model", "data", "checkpoint", "orchestrator", "parallel", "planner", "run", "lumina"},
     "orchestrator": LEAVES,
+    "planning": LEAVES | {"data", "planner", "run", "training"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
-    "bench": LEAVES | {"checkpoint", "data", "inference", "model", "parallel", "run", "telemetry", "training"},
-    "verify": LEAVES | {"bench", "checkpoint", "data", "model", "run", "telemetry", "training", "lumina"},
+    "bench": LEAVES
+    | {"checkpoint", "data", "inference", "model", "parallel", "planner", "run", "telemetry", "training"},
+    "verify": LEAVES | {"bench", "checkpoint", "data", "model", "planner", "run", "telemetry", "training", "lumina"},
     "cli": LEAVES
-    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "run", "telemetry", "training"}
-    | {"verify", "lumina"},
+    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "planner", "planning", "run"}
+    | {"telemetry", "training", "verify", "lumina"},
 }
 TORCHLESS = [
     "lumina",
@@ -51,6 +55,16 @@ TORCHLESS = [
     "lumina.events",
     "lumina.model.cost",
     "lumina.orchestrator.protocol",
+    "lumina.planner.calibration",
+    "lumina.planner.fit",
+    "lumina.planner.hardware",
+    "lumina.planner.hyperparameters",
+    "lumina.planner.memory",
+    "lumina.planner.overtraining",
+    "lumina.planner.plan",
+    "lumina.planner.repeated",
+    "lumina.planner.time",
+    "lumina.planning",
     "lumina.run.index",
     "lumina.run.lineage",
     "lumina.run.overview",
@@ -84,6 +98,12 @@ def test_every_room_imports_only_what_it_may() -> None:
             continue
         wrong += [f"{relative} imports {name}" for name in imports(path) - ALLOWED[room] - {room}]
     assert not wrong
+
+
+def test_the_planner_knows_of_models_what_they_cost() -> None:
+    for path in (ROOT / "planner").glob("*.py"):
+        modules = re.findall(r"^\s*from (lumina\.model\S*) import (.*)", path.read_text(encoding="utf-8"), re.M)
+        assert all(module == "lumina.model.cost" or names == "cost" for module, names in modules), path
 
 
 def test_every_package_has_a_docstring_and_no_imports() -> None:

@@ -15,6 +15,7 @@ import gc
 import importlib
 import json
 import math
+import os
 import platform
 import random
 import statistics
@@ -212,15 +213,20 @@ def circumstances(device: str) -> dict[str, Any]:
 # -- memory ---------------------------------------------------------------------------------------------------
 
 
-def memory_of(suite: Suite, names: Sequence[str], repeats: int = 2, progress: Tell = silent, **settings: Any) -> dict[
-    str, int
-]:  # fmt: skip
-    """Bytes that each arm of `suite(**settings)` needs at its peak, each in a fresh process, above an empty one."""
+def memory_of(
+    suite: Suite, names: Sequence[str], repeats: int = 2, progress: Tell = silent,
+    environment: Mapping[str, str] | None = None, **settings: Any,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes that each arm of `suite(**settings)` needs at its peak, each in a fresh process, above an empty one.
+
+    `environment` is what such a process has besides ours.
+    """
     found: dict[str, int] = {}
     for name in tracked(names, "measuring memory", len(names), progress):
         order = [suite.__module__, suite.__name__, name, repeats, settings]
         command = [sys.executable, "-c", f"from {__name__} import peak; peak()", json.dumps(order)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        own = {**os.environ, **(environment or {})}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=own)
         found[name] = int(done.stdout.split()[-1])
     return found
 

@@ -21,7 +21,9 @@ from lumina.cli import (
     demo,
     doctor,
     generate,
+    laws,
     lora,
+    plan,
     presets,
     runs,
     train,
@@ -44,6 +46,8 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "runs": runs.runs,
     "checkpoints": checkpoints.checkpoints,
     "presets": presets.presets,
+    "plan": plan.plan,
+    "fit-laws": laws.fit_laws,
     "config": {
         "show": config.show,
         "check": config.check,
@@ -64,6 +68,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "tuning": bench.tuning,
         "data": bench.data,
         "checkpoint": bench.checkpoint,
+        "memory": bench.memory,
     },
     "verify": {"resume": verify.resume, "corruption": verify.corruption},
 }

@@ -199,6 +199,34 @@ def tuning(
     _tell("tuning", table.lstrip(), made, out, json)
 
 
+def memory(
+    device: Annotated[
+        str, typer.Option(help="cuda: this GPU's allocator; fake: PyTorch's MemTracker; cpu: resident memory.")
+    ] = "cuda",
+    case: Annotated[
+        list[str] | None, typer.Option(help="This case alone, or with --device fake this preset; may be repeated.")
+    ] = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """What training takes in memory, beside what the planner says: the error of each forecast."""
+    from lumina.bench import allocator, resident, tracker
+    from lumina.telemetry.console import Console
+    from lumina.training.machine import choose_device
+
+    meters = {"cuda": allocator, "fake": tracker, "cpu": resident}
+    if device not in meters:
+        raise UserError(f"--device {device}: memory is not measured so", fix=f"use one of: {', '.join(meters)}")
+    if device == "cuda":
+        choose_device(device)
+    known = meters[device].NAMES
+    if unknown := [name for name in case or () if name not in known]:
+        raise UserError(f"--case {unknown[0]!r}: there is no such case", fix=f"use one of: {', '.join(known)}")
+    with Console(1, quiet=json) as console:
+        page, found = meters[device].report(case or known, console.progress)
+    _tell(f"memory-{device}", page, found, out, json)
+
+
 def _tell(name: str, page: str, made: dict[str, Any], out: Path | None, json: bool) -> None:
     """Prints a page, or its JSON, and writes both into `out` under today's date, if asked for."""
     from lumina.bench import report

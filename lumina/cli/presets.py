@@ -20,7 +20,7 @@ def presets(
     """What each preset costs: parameters, FLOPs, bytes.
 
     Active parameters are those that a token meets which takes every block; the mean counts a routed block by its
-    capacity. Whether it fits compares weights, gradients and optimizer with this machine's main memory.
+    capacity. The peak is what training takes in memory, one sequence at a time; it fits or not into this machine's.
     """
     from lumina.config.resolve import presets as names
     from lumina.config.schema.model import KINDS
@@ -48,6 +48,7 @@ def presets(
         "weights",
         "gradients",
         "optimizer",
+        "peak",
         "KV a token",
     ]
     table = [
@@ -55,29 +56,33 @@ def presets(
             row["preset"],
             row["kind"],
             *(count(row[key]) for key in ("total", "active", "active_mean", "flops_per_token")),
-            *(size(row[key]) for key in ("weights", "gradients", "moments", "kv_bytes_per_token", "kv_bytes")),
+            *(size(row[key]) for key in ("weights", "gradients", "moments", "peak", "kv_bytes_per_token", "kv_bytes")),
             "yes" if row["fits"] else "no",
         ]
         for row in rows
     ]
     print_table([*header, "KV full", "fits"], table, left=2)
-    typer.echo(f"\nfits: into the {size(usable())} of main memory here, before activations")
+    typer.echo(f"\nfits: into the {size(usable())} of main memory here, one sequence at a time")
 
 
 def _row(name: str, kind: str | None) -> dict[str, Any]:
     from lumina.config.resolve import flatten, resolve
     from lumina.model.cost import count, state_bytes
+    from lumina.planner.memory import memory
+    from lumina.planner.remedies import smallest
     from lumina.training.memory import usable
 
     config = resolve(name, {"model.kind": kind} if kind else {}).config
     cost = count(config.model)
     state = state_bytes(config.model, config.train.optimizer, config.precision.mode)
+    peak = memory(smallest(config)).total
     return {
         "preset": name,
         "kind": config.model.kind,
         **asdict(cost),
         "kv_bytes": cost.kv_bytes_per_token * config.model.seq_len,
         **asdict(state),
-        "fits": state.total <= usable(),
+        "peak": peak,
+        "fits": peak <= usable(),
         "model": {key.removeprefix("model."): v for key, v in flatten(config).items() if key.startswith("model.")},
     }

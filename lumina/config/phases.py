@@ -23,7 +23,7 @@ def phase_problems(train: TrainConfig, data: DataConfig) -> list[Problem]:
     """Phases follow one another inside the run, none is without a step, and they want what the mode has."""
     planned, found = phases(train, data), []
     keys = ("train.phases",) if train.phases else ("data.mode", "data.base_ratio")
-    steps = train.steps or round((train.tokens or 0) / train.batch_tokens)  # 0: not known yet
+    steps = train.steps or round(train.known_tokens / train.batch_tokens)  # 0: not known yet
     begins = [span(phase.at, steps) if steps else phase.at for phase in planned]
     comparable = steps or len({begin < 1 for begin in begins[1:]}) < 2  # shares with shares, steps with steps
     if begins[0] != 0 or (comparable and any(later <= earlier for earlier, later in pairwise(begins))):

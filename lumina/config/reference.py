@@ -41,6 +41,16 @@ def _whole(suffixes: str) -> str:
 # What each parser of units reads: the JSON Schema, and how the reference calls it.
 _PARSERS: dict[Callable[[Any], Any], tuple[dict[str, Any], str]] = {
     units.parse_count: (_count("kKMBT"), "whole number (`4k`, `2B`)"),
+    units.parse_tokens: (
+        {
+            "anyOf": [
+                {"const": "chinchilla"},
+                {"type": "integer", "minimum": 1, "maximum": units.MOST_TOKENS},
+                _count("kKMBT")["anyOf"][1],
+            ]
+        },
+        "`chinchilla` or whole number (`4k`, `2B`)",
+    ),
     units.parse_context: (_count("kKM"), "whole number (`4k` is 4096)"),
     units.parse_auto_count: (
         {"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}, _count("kKMBT")["anyOf"][1]]},

@@ -14,12 +14,24 @@ from typing import Any
 _NUMBER = r"(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
 _DECIMAL = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BINARY = {"": 1, "k": 2**10, "K": 2**10, "M": 2**20}
+MOST_TOKENS = 2**63
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "min": 60, "s": 1}
 
 
 def parse_count(value: Any) -> int:
     """`300`, `1e6`, `2_000`, `1.5k`, `2B` (decimal suffixes) -> a whole number."""
     return _whole(value, _DECIMAL, "a whole number is needed, such as 300, 4k or 2B")
+
+
+def parse_tokens(value: Any) -> int | str:
+    """`chinchilla`, or `2B`: a number of tokens of at least 1."""
+    need = "chinchilla or a whole number of at least 1 is needed, such as 500M or 2B"
+    if value == "chinchilla":
+        return "chinchilla"
+    count = _whole(value, _DECIMAL, need)
+    if not 1 <= count <= MOST_TOKENS:
+        raise ValueError(f"must be at {'least 1' if count < 1 else f'most {MOST_TOKENS}'}")
+    return count
 
 
 def parse_context(value: Any) -> int:

@@ -20,13 +20,13 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from lumina.data.meta import META, is_prepared, read_meta
 from lumina.data.records import Kind, digest
 from lumina.data.streams import Stream
 from lumina.data.tokenizer import Tokenizer
 from lumina.errors import UserError
 from lumina.progress import Tell, silent, whole
 
-META = "meta.json"
 UNFINISHED = (KeyboardInterrupt, SystemExit)  # what leaves work behind that is gone on with
 
 
@@ -85,11 +85,6 @@ class Corpus:
         return tuple(shard for shard in (self.train if side == "train" else self.heldout) if shard.kind == kind)
 
 
-def is_prepared(path: Path) -> bool:
-    """Whether a folder looks like shards; `damage` says whether they are whole."""
-    return os.path.isfile(path / META) and os.path.isfile(path / "tokenizer.json")  # no error for what is no path
-
-
 def damage(entry: Path) -> str | None:
     """What is wrong with a folder of shards: None if it is whole, "" if there is none."""
     if not os.path.exists(entry):  # False, too, where we may not look: `locked` will say so
@@ -104,16 +99,6 @@ def damage(entry: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"cannot be read ({type(error).__name__}: {error})"
     return None
-
-
-def read_meta(entry: Path) -> dict[str, Any]:
-    """What `meta.json` says, unverified. Raises `UserError` if it cannot be read."""
-    try:
-        meta: dict[str, Any] = json.loads((entry / META).read_text(encoding="utf-8"))["meta"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = "prepare it again: lumina data prepare … --out"
-        raise UserError(f"{entry / META}: cannot be read ({type(error).__name__}: {error})", fix) from None
-    return meta
 
 
 def open_shards(entry: Path) -> Corpus:

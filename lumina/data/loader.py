@@ -149,6 +149,20 @@ class Loader:
             facts["answers"] = round(sum(stream.counted for stream in streams) / tokens, 4)
         return facts | cuts_of(self.windows)
 
+    @property
+    def epochs(self) -> dict[str, float]:
+        """How often a run reads the windows of each source; the sources of a kind that have no weights are one."""
+        read = dict[str, float]()
+        for phase, end in zip(self.phases, [*self.begins[1:], self.steps], strict=True):
+            windows = (end - phase.begin) * self.sequences
+            for kind, share in self._shares(phase).items():
+                groups = self._groups(kind)
+                for group, part in zip(groups, self._parts(groups), strict=True):
+                    name = self.shards[group[0]].name if len(groups) > 1 else kind
+                    size = sum(len(self.windows[i]) for i in group)
+                    read[name] = read.get(name, 0.0) + windows * share * part / size
+        return read
+
     def phase_end(self, i: int) -> int:
         """The first batch behind the phase of batch `i`."""
         return [*self.begins[1:], self.steps][self._phase(i)]
@@ -166,13 +180,23 @@ class Loader:
 
     def _draw(self, data: DataConfig, phase: DataPhase, key: tuple[int, ...]) -> Draw:
         """How a phase that wants text, chat or both goes through the shards."""
-        shares = {"text": data.base_ratio, "chat": 1 - data.base_ratio} if phase.data == "both" else {phase.data: 1.0}
+        shares = self._shares(phase)
         have = {kind: self._groups(kind) for kind in shares}
         if missing := [kind for kind, groups in have.items() if not groups]:
             what = f"the training side has no window of {' and '.join(missing)}"
             raise UserError(what, fix="give more, or set model.seq_len higher")
         draws = [self._draw_kind(have[kind], key, phase.begin, share) for kind, share in shares.items()]
         return Blend(draws, list(shares.values()), (*key, 2)) if len(draws) > 1 else draws[0]
+
+    def _shares(self, phase: DataPhase) -> dict[str, float]:
+        """The share of the sequences that each kind has."""
+        ratio = self.data.base_ratio
+        return {"text": ratio, "chat": 1 - ratio} if phase.data == "both" else {phase.data: 1.0}
+
+    def _parts(self, groups: Sequence[Sequence[int]]) -> list[float]:
+        """Of each group of a kind its share, as they are weighted."""
+        weights = [self.shards[group[0]].weight or 0.0 for group in groups] if len(groups) > 1 else [1.0]
+        return [weight / sum(weights) for weight in weights]
 
     def _groups(self, kind: str) -> list[list[int]]:
         """The shards of a kind that have windows: together, or those of each source that has a weight."""
@@ -187,9 +211,9 @@ class Loader:
         if len(groups) == 1:
             return self._pool(groups[0], key, begin, share)
         weights = [self.shards[group[0]].weight or 0.0 for group in groups]
-        shares = [share * weight / sum(weights) for weight in weights]
         pools = [
-            self._pool(group, (*key, 3, group[0]), begin, part) for group, part in zip(groups, shares, strict=True)
+            self._pool(group, (*key, 3, group[0]), begin, share * part)
+            for group, part in zip(groups, self._parts(groups), strict=True)
         ]
         return Blend(pools, weights, (*key, 4))
 

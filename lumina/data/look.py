@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lumina.config.weights import split_weight
-from lumina.data.corpus import is_prepared
 from lumina.data.files import find_files
+from lumina.data.meta import is_prepared
 from lumina.data.records import Message, Problems, Record
 from lumina.data.repeats import Repeats, hash_of
 from lumina.data.scan import Check, Source, documents

@@ -11,8 +11,9 @@ from typing import Any
 from lumina.config.schema.data import DataConfig
 from lumina.config.weights import split_weight
 from lumina.data.containers import hub_revision
-from lumina.data.corpus import Corpus, is_prepared, sha256
+from lumina.data.corpus import Corpus, sha256
 from lumina.data.files import DataFile, find_files
+from lumina.data.meta import is_prepared
 from lumina.data.records import Kind, Problems
 from lumina.data.scan import Scan, Source, documents, file_size
 from lumina.errors import UserError

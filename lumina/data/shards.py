@@ -19,19 +19,17 @@ from typing import Any
 from lumina.config.schema.data import DataConfig
 from lumina.data import split
 from lumina.data.corpus import (
-    META,
     Corpus,
     Shard,
     damage,
-    is_prepared,
     locked,
     open_shards,
-    read_meta,
     sha256,
     verify,
     write_meta,
 )
 from lumina.data.files import DataFile
+from lumina.data.meta import META, is_prepared, read_meta
 from lumina.data.records import Problems, Record, digest
 from lumina.data.request import (
     Request,

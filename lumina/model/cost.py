@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
-from lumina.config.schema.model import ModelConfig
+from lumina.config.schema.model import MoDConfig, ModelConfig
+from lumina.config.units import span
 
 PREDICTOR_SHRINK = 4  # the depth predictor's hidden layer is width / 4
+# Logits that the head computes at once. On a CPU 4 MiB in fp32 stay in cache: 2^20 took 48 ms where 2^22 took 66
+# (docs/log.md).
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25, "mps": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,14 @@ class Cost:
     """Parameters in numbers, FLOPs per trained token, bytes of KV cache per token of context."""
 
     total: int
-    embedding: int
+    embedding: int  # the table that ids are looked up in
+    non_embedding: int  # without that and without the output head, tied or not: the N of Kaplan et al. 2020
     active: int
     active_mean: float  # averaged over depth routing; equals `active` without it
     flops_per_token: float
     kv_bytes_per_token: float
     matrices: int  # parameters that Muon moves: it keeps one moment of each, AdamW two of the others
+    lookup: int  # of the embedding lookup, where the head has others: 0 if they are tied
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,27 @@ def count(
         frozen = share * (block.matmul - block.adapters) + block.router
         flops += per * frozen + 6 * share * block.adapters + share * share * attention_flops
         kv_total += share * kv
-    return Cost(total, head, active, mean, flops, kv_total, matrices)
+    tables = head if config.tied else 2 * head
+    return Cost(total, head, total - tables, active, mean, flops, kv_total, matrices, head * (not config.tied))
+
+
+def depth_stages(mod: MoDConfig, steps: int) -> list[tuple[float, int]]:
+    """The capacities of a run of `steps`, in order, each with the number of its steps.
+
+    With `mod.anneal` the capacity begins at 1, the dense model, and is halved in stages of equal length. Few sizes, not
+    many: each is a graph to compile, and on a CPU kernels to generate.
+    """
+    length = min(steps, span(mod.anneal, steps))
+    halvings = math.ceil(-math.log2(mod.capacity) - 1e-9)
+    ends = [length * (k + 1) // halvings for k in range(halvings)] if length else []
+    stages = [(2.0**-k, end - start) for k, (start, end) in enumerate(pairwise([0, *ends]))]
+    return [*stages, (mod.capacity, steps - sum(n for _, n in stages))]
+
+
+def mean_flops(config: ModelConfig, steps: int, rank: int = 0) -> float:
+    """FLOPs of a trained token, averaged over a run of `steps` in which the depth capacity may fall."""
+    stages = depth_stages(config.mod, steps) if config.mod else [(None, steps)]
+    return sum(n * count(config, capacity=c, rank=rank).flops_per_token for c, n in stages) / steps
 
 
 def state_bytes(config: ModelConfig, optimizer: str, precision: str, rank: int = 0) -> StateBytes:

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Logits of a chunk. On a CPU 4 MiB in fp32 stays in cache: 2^20 elements took 48 ms where 2^22 took 66 (docs/log.md).
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25, "mps": 1 << 22}
+from lumina.model.cost import CHUNK_ELEMENTS
+
 IGNORED = -1  # a target that is not counted
 
 

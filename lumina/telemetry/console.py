@@ -19,6 +19,7 @@ from rich.text import Text
 from lumina.standard import lasting
 from lumina.telemetry import incidents
 from lumina.telemetry.figures import count, duration, perplexity, size
+from lumina.telemetry.forecasts import Forecasts
 
 Event = dict[str, Any]
 Show = Callable[[str], None]
@@ -97,6 +98,15 @@ def data_lines(data: dict[str, Any]) -> list[str]:
     return lines
 
 
+def length_lines(event: Event) -> list[str]:
+    """Why the run is so long, if that was chosen, and what text that is read more than once is worth."""
+    lines = [f"       steps {event['steps']}: {why}"] if (why := event["choices"].get("train.steps")) else []
+    read = event.get("epochs", {"epochs": 0, "warnings": []})
+    if read["epochs"] > 1 and not read["warnings"]:
+        lines.append(f"       {read['epochs']:.2g} epochs: a token is worth {read['worth']:.0%} of a fresh one")
+    return lines + [f"! {line}" for line in read["warnings"]]
+
+
 def disk_lines(disk: dict[str, Any], why: str) -> list[str]:
     """How often a run saves (`why`, if that was chosen), and what its checkpoints take beside the room there is."""
     total = disk["most"] * disk["bytes"]
@@ -127,6 +137,7 @@ class Console:
         self.unsaved = False
         self.step_time: float | None = None
         self.last: tuple[int, float] | None = None
+        self.forecasts = Forecasts()
 
     def __call__(self, event: Event) -> None:
         handler = getattr(self, f"_on_{event['t']}", None)
@@ -214,7 +225,8 @@ class Console:
             f"plan   {event['steps']} step{'s' * (event['steps'] > 1)} of {count(event['batch_tokens'])} tokens = "
             f"{count(tokens)} tokens, {tokens / data['tokens']['train']:.2g} passes over the data"
         )
-
+        for line in length_lines(event):
+            self.write(line)
         for line in disk_lines(event["disk"], event["choices"].get("checkpoint.every", "")):
             self.write(line)
 
@@ -243,6 +255,10 @@ class Console:
             f"Accuracy: {100 * event['acc']:.1f}% | {event['bpb']:.3f} bits per byte over "
             f"{count(event['heldout_tokens'])} held-out tokens, causal{taken} | {duration(event['seconds'])}{warning}"
         )
+
+    def _on_forecast(self, event: Event) -> None:
+        for line in self.forecasts.lines(event, self.steps, self.step_time):
+            self.write(line)
 
     def _on_phase(self, event: Event) -> None:
         reads = {"text": "texts", "chat": "conversations", "both": "texts and conversations"}[event["data"]]

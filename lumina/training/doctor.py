@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 
 import lumina
-from lumina.training.host import commit, cpu_name
+from lumina.planner.hardware import cpu_name
+from lumina.training.host import commit
 from lumina.training.memory import usable
 
 PACKAGES = ("torch", "numpy", "pydantic", "PyYAML", "typer", "rich", "tokenizers", "safetensors", "psutil")
@@ -56,8 +57,10 @@ def usable_here(report: Report) -> bool:
 
 def _devices(problems: list[list[str]]) -> tuple[dict[str, Any], dict[str, str]]:
     """What torch sees, and what `auto` would choose here, with the reason."""
+    from lumina import compat
+
     try:
-        from lumina import compat
+        import torch  # noqa: F401 - what the questions below are put to
     except Exception as error:  # a broken installation fails in many ways; this is where one learns of it
         problems.append([f"torch cannot be imported: {error!r}", INSTALL])
         return {}, {}

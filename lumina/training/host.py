@@ -1,8 +1,7 @@
-"""What this machine and this checkout call themselves. Works where torch does not."""
+"""What this checkout calls itself. Works where torch does not."""
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from pathlib import Path
 
@@ -19,13 +18,3 @@ def commit() -> str | None:
         return subprocess.run(say, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def cpu_name() -> str:
-    """The model of the CPU, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,11 +20,12 @@ from lumina.config.schema.base import nearest_divisor
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
+from lumina.planner import choices as rules
+from lumina.planner.hardware import cpu_name
+from lumina.planner.memory import MICRO_TOKENS
 from lumina.training import memory
-from lumina.training.host import cpu_name
 from lumina.training.precision import DTYPES
 
-MICRO_TOKENS = 8192  # a micro-batch's activations: larger gains nothing on a CPU and costs memory
 MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # large enough that waiting for the device does not count
 MATMUL_SECONDS = 0.25
 COMPILE_SECONDS, COMPILE_SAVES = 35.0, 0.17  # docs/log.md; measured on a CPU
@@ -90,14 +94,15 @@ def choose(config: Config, world: World = ALONE) -> Choices:
         choices["model.moe.kernel"] = kernel
     if config.train.micro_batch == "auto":
         limit = max(1, MICRO_TOKENS // config.model.seq_len)
-        choices["train.micro_batch"] = micro_batch(config, world, limit), f"at most {MICRO_TOKENS} tokens at once"
+        why = f"at most {MICRO_TOKENS} tokens at once"
+        choices["train.micro_batch"] = micro_batch(config, world, limit), why
     if config.checkpoint.write == "auto":
         used = choices.get("parallel.threads", (config.parallel.threads, ""))[0]
         room = memory.room_for_copy(config, world.size, world.local_size)
         choices["checkpoint.write"] = choose_writing(device, int(used), room, world)
-    if config.train.tokens is not None:
-        steps = max(1, round(config.train.tokens / config.train.batch_tokens))
-        choices["train.steps"] = (steps, f"train.tokens={config.train.tokens} / train.batch_tokens")
+    if tokens := config.train.known_tokens:
+        steps = max(1, round(tokens / config.train.batch_tokens))
+        choices["train.steps"] = (steps, f"train.tokens={tokens} / train.batch_tokens")
     return choices
 
 
@@ -136,19 +141,8 @@ def either_way(config: Config, world: World) -> bool:
 
 
 def micro_batch(config: Config, world: World, limit: int) -> int:
-    """The largest number of sequences, at most `limit`, that divides a process's part of the batch.
-
-    Raises `UserError` if the batch does not divide among the processes.
-    """
-    sequences = config.train.batch_tokens // config.model.seq_len
-    own, rest = divmod(sequences, world.size)
-    if rest or not own:
-        raise UserError(
-            f"train.batch_tokens={config.train.batch_tokens}: its {sequences} sequences do not divide among "
-            f"{world.size} processes",
-            fix=f"start {nearest_divisor(world.size, sequences)} processes, or change train.batch_tokens",
-        )
-    return next(n for n in range(min(limit, own), 0, -1) if own % n == 0)
+    """As `planner.choices.micro_batch`, for the processes there are."""
+    return rules.micro_batch(config, world.size, limit)
 
 
 def choose_compile(config: Config, steps: int, flops_per_token: float, rate: float) -> tuple[str, str]:
@@ -224,6 +218,13 @@ def facts(device: str) -> dict[str, Any]:
         "cores": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
     }
+
+
+def work_began() -> float:
+    """Seconds since 1970 at which the work on a run began: with the process, if that is a command of ours; now, if it
+    is somebody else's."""
+    ours = Path(sys.argv[0]).name == "lumina" or sys.argv[0].endswith(os.path.join("lumina", "__main__.py"))
+    return round(psutil.Process().create_time() if ours else time.time(), 3)
 
 
 def memory_used(device: str) -> int:

@@ -2,98 +2,77 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
-
-from lumina.config.resolve import Resolved, flatten, presets, resolve
+from lumina.config.resolve import Resolved, flatten, resolve
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
-from lumina.model.cost import StateBytes, state_bytes
+from lumina.model.cost import state_bytes
+from lumina.planner import remedies
+from lumina.planner.hardware import free_memory, main_memory
+from lumina.planner.memory import Memory, memory, mode
 
-CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
 SHAPE = ("vocab", "width", "layers", "ffn", "heads", "kv_heads", "head_dim", "moe.experts", "moe.ffn", "moe.shared")
-SAME = ("model.kind", "train.optimizer", "precision.mode", "parallel.device")  # what a smaller preset keeps
 GIB = 2**30
 
 
 def usable(device: str = "cpu") -> int:
     """Bytes that this machine has for its processes, or one GPU for its own."""
-    if _is_cuda(device):
+    if _planned(device) == "cuda":
         import torch
 
         return torch.cuda.mem_get_info()[1]
-    memory: int = psutil.virtual_memory().total
-    limit = _limit()
-    return memory if limit is None else min(memory, limit)
+    return main_memory()
 
 
-def available() -> int:
-    """Bytes of main memory that nobody uses now; what only holds files again counts, for it makes way."""
-    memory: int = psutil.virtual_memory().available
-    limit = _limit()
-    return memory if limit is None else min(memory, max(0, limit - _used()))
-
-
-def _limit() -> int | None:
-    """What this container may use; None outside of one, or if it may use all."""
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-    except OSError:
-        return None
-    return int(limit) if limit.isdigit() else None
-
-
-def _used() -> int:
-    """What this container uses, without what only holds files again."""
-    try:
-        used = int((CGROUP / "memory.current").read_text())
-        held = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        return used - int(held["inactive_file"]) - int(held["active_file"])
-    except (OSError, ValueError, KeyError):
-        return 0
-
-
-def needed(config: Config, processes: int = 1, local: int = 1) -> StateBytes:
-    """Bytes of weights, gradients and moments in what `usable` counts.
-
-    All `processes` share them; the `local` ones of this machine share its memory, but each has its own GPU.
-    """
-    whole = state_bytes(config.model, config.train.optimizer, config.precision.mode, config.train.lora.rank)
-    here = 1 if _is_cuda(config.parallel.device) else local
-    return StateBytes(*(part * here // processes for part in (whole.weights, whole.gradients, whole.moments)))
+def needed(config: Config, processes: int = 1) -> Memory:
+    """What each of `processes` takes, one sequence at a time if the micro-batch is left open."""
+    return memory(remedies.smallest(config), processes, _planned(config.parallel.device))
 
 
 def fits(config: Config, processes: int = 1, local: int = 1) -> bool:
-    """Whether weights, gradients and moments fit; activations, which come on top, are not counted here."""
-    return needed(config, processes, local).total <= usable(config.parallel.device)
+    """Whether training fits; the `local` processes of this machine share its memory, but each has its own GPU."""
+    return remedies.fits(config, _share(config, local), processes, _planned(config.parallel.device))
 
 
 def room_for_copy(config: Config, processes: int = 1, local: int = 1) -> bool:
     """Whether the main memory that is free holds a copy of weights and moments, beside a training on CPUs."""
-    whole = state_bytes(config.model, config.train.optimizer, config.precision.mode, config.train.lora.rank)
-    copy = (whole.weights + whole.moments) * local // processes
-    beside = 0 if _is_cuda(config.parallel.device) else needed(config, processes, local).total
-    return beside + copy <= available()
+    device = _planned(config.parallel.device)
+    whole = state_bytes(config.model, config.train.optimizer, mode(config, device), config.train.lora.rank)
+    beside = 0 if device == "cuda" else memory(config, processes, device).total
+    return local * (beside + (whole.weights + whole.moments) // processes) <= free_memory()
 
 
 def require(resolved: Resolved, processes: int = 1, local: int = 1) -> None:
-    """Raises `UserError` if weights, gradients and moments alone are larger than the memory there is."""
-    config, kind = resolved.config, resolved.config.model.kind
+    """Raises `UserError` if training takes more memory than there is."""
+    config = resolved.config
     if fits(config, processes, local):
         return
-    need, have = needed(config, processes, local), usable(config.parallel.device)
-    own, smaller = _enlarged(resolved), _largest_that_fits(config, processes, local)
+    need, have = needed(config, processes), _share(config, local)
+    parts = ", ".join(f"{size / GIB:.1f} of {part}" for part, size in need.parts.items() if size >= GIB / 20)
+    share = f" in each of {processes} processes (this machine has {local} of them)" if processes > 1 else ""
+    raise UserError(
+        f"this {config.model.kind} model does not fit: its training takes {need.total / GIB:.1f} GiB{share}, "
+        f"{parts or 'next to nothing of it for the model'}; here are {have / GIB:.1f} GiB",
+        fix=_ways(resolved, have, processes),
+    )
+
+
+def _ways(resolved: Resolved, have: int, processes: int) -> str:
+    config, device = resolved.config, _planned(resolved.config.parallel.device)
+    own, smaller = _enlarged(resolved), remedies.largest_preset(config, have, processes, device)
     ways = [f"make {', '.join(own)} smaller"] if own else []
+    found = remedies.changes(config, have, processes, device)
+    ways += [
+        f"with {change} it fits" for change in found if "processes" not in change
+    ]  # those would share this machine
     ways += [f"`lumina train {smaller}` fits"] if smaller else []
     ways += ["share the model among more machines or GPUs with torchrun", "see `lumina presets`"]
-    share = f" (this machine's or GPU's share of {processes} processes)" if processes > 1 else ""
-    raise UserError(
-        f"this {kind} model does not fit: {need.weights / GIB:.1f} GiB of weights, {need.gradients / GIB:.1f} of "
-        f"gradients and {need.moments / GIB:.1f} of optimizer state{share} are {need.total / GIB:.1f} GiB before any "
-        f"activation; here are {have / GIB:.1f} GiB",
-        fix="; or ".join(ways[:-1]) + f"; {ways[-1]}",
-    )
+    return "; or ".join(ways[:-1]) + f"; {ways[-1]}"
+
+
+def _share(config: Config, local: int) -> int:
+    """Bytes that one process of this machine may take."""
+    device = config.parallel.device
+    return usable(device) // (1 if _planned(device) == "cuda" else local)
 
 
 def _enlarged(resolved: Resolved) -> list[str]:
@@ -106,23 +85,10 @@ def _enlarged(resolved: Resolved) -> list[str]:
     return [f"{key}={value}" for key, value in mine.items() if value > preset[key]]
 
 
-def _largest_that_fits(config: Config, processes: int, local: int) -> str:
-    """The largest preset that fits as this kind, with the same optimizer, precision and device: as `train` wants it."""
-    flat = flatten(config)
-    fitting = {}
-    for name in presets():
-        other = resolve(name, {key: flat[key] for key in SAME}).config
-        if fits(other, processes, local):
-            preset = flatten(resolve(name).config)
-            command = " ".join([name, *(f"{key}={flat[key]}" for key in SAME if flat[key] != preset[key])])
-            fitting[command] = needed(other, processes, local).total
-    return max(fitting, key=fitting.__getitem__, default="")
-
-
-def _is_cuda(device: str) -> bool:
-    """Whether the run will be on a GPU, asked without torch where the answer is known."""
+def _planned(device: str) -> str:
+    """The device that the run will be on, as the planner knows it; torch is not asked where the answer is known."""
     if device not in ("auto", "cuda"):
-        return False
+        return "cpu"
     import torch
 
-    return torch.cuda.is_available()
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -30,13 +30,13 @@ from lumina.config.schema.train import TrainConfig
 from lumina.model.lora import MARK
 from lumina.parallel.sharding import like, local, own_rows, whole
 from lumina.parallel.world import ALONE, World
+from lumina.planner.footprint.optimizer import PORTION
 from lumina.training.precision import LossScale
 
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Jordan et al.: fast, not exact
 NEWTON_SCHULZ_STEPS = 5
 MATCH_RMS = 0.2
-PORTION = 1 << 27  # elements of Muon's matrices that are put together at once: memory beside each process's share
 
 
 @dataclass(frozen=True)

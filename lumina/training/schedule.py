@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from lumina.config.phases import phases
 from lumina.config.schema.data import DataConfig
 from lumina.config.schema.model import MoDConfig
 from lumina.config.schema.train import TrainConfig
 from lumina.config.units import span
+from lumina.model.cost import depth_stages
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,6 @@ def parts(train: TrainConfig, data: DataConfig, steps: int) -> list[Part]:
 def rate(planned: Sequence[Part], schedule: str, step: int) -> float:
     """The learning rate of step `step`, counted from 1."""
     return next(phase for phase in reversed(planned) if step > phase.begin).rate(step, schedule)
-
-
-def depth_stages(mod: MoDConfig, steps: int) -> list[tuple[float, int]]:
-    """The capacities of a run of `steps`, in order, each with the number of its steps.
-
-    With `mod.anneal` the capacity begins at 1, the dense model, and is halved in stages of equal length. Few sizes, not
-    many: each is a graph to compile, and on a CPU kernels to generate.
-    """
-    length = min(steps, span(mod.anneal, steps))
-    halvings = math.ceil(-math.log2(mod.capacity) - 1e-9)
-    ends = [length * (k + 1) // halvings for k in range(halvings)] if length else []
-    stages = [(2.0**-k, end - start) for k, (start, end) in enumerate(pairwise([0, *ends]))]
-    return [*stages, (mod.capacity, steps - sum(n for _, n in stages))]
 
 
 def depth_capacity(mod: MoDConfig, step: int, steps: int) -> float:

@@ -28,6 +28,7 @@ from lumina.run.folder import Run
 from lumina.run.watchdog import Watchdog
 from lumina.training import machine, oom, room, setup
 from lumina.training.course import Course
+from lumina.training.forecasting import Forecaster
 from lumina.training.saving import Saver
 
 Listener = Callable[[dict[str, Any]], None]
@@ -72,9 +73,11 @@ class Session:
         self.peak = rate * self.world.size  # FLOP/s of square matmuls, of all processes: what MFU is measured against
         self.course = Course(run, resolved, parts, self.peak, self._emit, self.told, self.watchdog.step)
         self.state = self.course.state
+        self.forecaster = Forecaster(run, parts, rate, self._emit)
         recast = resolved.origins["precision.mode"] == RESUME
         self.saver = Saver(run, parts, self.state, self.told, self._emit, recast)
         self.point: Snapshot | None = None  # the restore point in memory
+        self.began = machine.work_began()
         self.ending = ""  # who asked to stop, if not a signal
 
     def train(self, back: Back | None = None) -> None:
@@ -111,7 +114,7 @@ class Session:
 
     def _open_log(self, stack: ExitStack) -> None:
         hold = self.config.checkpoint.on_error == "continue"
-        writer = EventWriter(self.run.event_log, self.state.attempt, self.listeners, hold)
+        writer = EventWriter(self.run.event_log, self.state.attempt, [*self.listeners, self.forecaster], hold)
         self.events = stack.enter_context(writer)
 
     def _step(self) -> None:
@@ -319,10 +322,14 @@ class Session:
         self._save(last=True)
         self._settle()
         self.course.observe()
+        if self.world.main:
+            self.forecaster.keep()
         self._emit("end", step=self.state.progress.step, reason="done")
 
     def _emit(self, type: str, /, **fields: Any) -> None:
         """Events are the main process's to write."""
+        if type == "end":
+            fields["at"] = round(time.time(), 3)
         if self.world.main:
             self.events.emit(type, **fields)
 
@@ -364,6 +371,8 @@ class Session:
                 why=why.fields() if why else None,
                 overlays=overlay.pack(self.state.overlays),
                 path=str(self.run.path),
+                at=round(time.time(), 3),  # from here to `end` is how long the attempt took
+                began=self.began,
                 preset=self.source,
                 parent_step=step if self.state.attempt else None,
                 skipped_checkpoints=[[path.name, reason] for path, reason in skipped],

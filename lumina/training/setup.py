@@ -20,6 +20,7 @@ from lumina.checkpoint.catalogue import abandoned
 from lumina.checkpoint.writer import Way
 from lumina.config.resolve import Resolved, adopt, read, settle
 from lumina.config.schema.config import Config
+from lumina.config.schema.train import CHINCHILLA
 from lumina.data.corpus import Corpus
 from lumina.data.loader import DataPhase, Heldout, Loader, cuts_of
 from lumina.data.records import KINDS, Kind
@@ -30,13 +31,14 @@ from lumina.model import cost
 from lumina.model.transformer import Transformer
 from lumina.parallel import sharding
 from lumina.parallel.world import ALONE, World
+from lumina.planner.length import optimal_length, repetition
 from lumina.progress import Tell, silent, tracked
 from lumina.run.folder import Run
 from lumina.run.lineage import lineage
 from lumina.training import interval, machine
 from lumina.training.optim import Optimizer
 from lumina.training.precision import DTYPES, LossScale, Precision
-from lumina.training.schedule import Part, depth_stages
+from lumina.training.schedule import Part
 from lumina.training.schedule import parts as parts_of_run
 from lumina.training.step import Step, train_step
 
@@ -169,6 +171,10 @@ def settle_all(
     resolved = settle(resolved, chosen)
     config = resolved.config
     rate = matmul_rate(config, world)
+    if config.train.tokens == CHINCHILLA:
+        unique = corpus.facts["tokens"]["train"]
+        resolved = settle(resolved, world.decide(lambda: optimal_length(config, unique)))
+        config = resolved.config
     seconds, saves = config.train.time, config.checkpoint
     if seconds is not None or saves.every == "auto":
         # One step, not compiled, stands in until the step time is known.
@@ -245,9 +251,7 @@ def matmul_rate(config: Config, world: World) -> float:
 
 def mean_flops(config: Config, steps: int) -> float:
     """FLOPs of a trained token, averaged over a run of `steps` in which the depth capacity may fall."""
-    stages = depth_stages(config.model.mod, steps) if config.model.mod else [(None, steps)]
-    rank = config.train.lora.rank
-    return sum(n * cost.count(config.model, capacity=c, rank=rank).flops_per_token for c, n in stages) / steps
+    return cost.mean_flops(config.model, steps, config.train.lora.rank)
 
 
 def _deadline_choice(config: Config, seconds: float, step_time: float) -> machine.Choices:
@@ -414,6 +418,9 @@ def description(parts: Parts) -> dict[str, Any]:
         "data": corpus.facts
         | parts.loader.facts
         | {f"heldout_{key}": value for key, value in cuts_of(parts.heldout("chat", 1).windows).items()},
+        "epochs": repetition(
+            corpus.facts["tokens"]["train"], parts.steps * config.train.batch_tokens, parts.loader.epochs
+        ),
         "mode": config.data.mode,
         "phases": [asdict(phase) for phase in parts.phases],
         "lora": config.train.lora.rank,

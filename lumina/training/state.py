@@ -14,12 +14,11 @@ from lumina.config import overlay
 from lumina.config.overlay import Overlay
 from lumina.errors import UserError
 from lumina.model.transformer import Transformer
+from lumina.planner.memory import EVAL_TOKENS
 from lumina.training import depth, experts
 from lumina.training.optim import Optimizer
 from lumina.training.probe import Probe
 from lumina.training.step import METRICS
-
-EVAL_TOKENS = 16384
 
 
 @dataclass

@@ -18,8 +18,9 @@ import lumina
 from lumina.bench.report import table
 from lumina.compat import usable_cores
 from lumina.errors import UserError
+from lumina.planner.hardware import cpu_name
 from lumina.telemetry.figures import duration
-from lumina.training.host import commit, cpu_name
+from lumina.training.host import commit
 from lumina.verify.configurations import EVERY, STEPS
 from lumina.verify.moments import PLACES
 from lumina.verify.resume import Event, Outcome

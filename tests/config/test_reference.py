@@ -34,6 +34,7 @@ GOOD = [
     "model: {moe.experts: 8}",
     "train: {steps: '300', tokens: null}",
     "train: {tokens: 1.5M}",
+    "train: {tokens: chinchilla}",
     "train: {time: ' 300 '}",
     "train: {warmup: 0.5%, decay: 2e1}",
 ]
@@ -55,6 +56,8 @@ BAD = [
     "data: {train: [3]}",
     "train: {steps: 1.5}",
     "train: {steps: '1.5'}",
+    "train: {tokens: 0}",
+    "train: {tokens: chinchillas}",
     "train: {steps: '-5'}",
     "train: {lr: -5%}",
     "train: {warmup: 100%}",

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from lumina.config.resolve import resolve
 from lumina.config.schema.model import MoDConfig
-from lumina.model.cost import chosen
+from lumina.model.cost import chosen, depth_stages
 from lumina.model.transformer import Transformer
 from lumina.parallel.world import ALONE
 from lumina.training import setup
 from lumina.training.precision import Precision
-from lumina.training.schedule import depth_stages
 
 
 def gradients(model: Transformer, bf16: bool) -> list[Tensor]:

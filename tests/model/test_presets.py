@@ -16,6 +16,7 @@ from lumina.errors import UserError
 from lumina.model.cost import count, state_bytes
 from lumina.model.transformer import Transformer
 from lumina.parallel.world import ALONE
+from lumina.planner import hardware
 from lumina.run.folder import Run
 from lumina.training import memory, setup
 from lumina.training.optim import Optimizer
@@ -154,19 +155,19 @@ def test_processes_share_what_does_not_fit_one(monkeypatch: pytest.MonkeyPatch) 
     assert not memory.fits(resolved.config, processes=2, local=2)  # one machine's memory is one
     assert memory.fits(resolved.config, processes=2, local=1)
     memory.require(resolved, processes=2)
-    with pytest.raises(UserError, match="share of 2 processes"):
+    with pytest.raises(UserError, match="in each of 2 processes"):
         memory.require(resolved, processes=2, local=2)
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path)
     free = memory.usable()
     limit.write_text("1000000\n")
-    assert memory.usable() == memory.available() == 1000000
+    assert memory.usable() == hardware.free_memory() == 1000000
     (tmp_path / "memory.current").write_text("900000\n")
     (tmp_path / "memory.stat").write_text("anon 200000\ninactive_file 100000\nactive_file 50000\n")
     assert memory.usable() == 1000000
-    assert memory.available() == 250000
+    assert hardware.free_memory() == 250000
     limit.write_text("max\n")
     assert memory.usable() == free

@@ -22,7 +22,9 @@ from lumina.checkpoint.readback import fingerprint
 from lumina.config.resolve import resolve
 from lumina.errors import UserError
 from lumina.inference.engine import load
+from lumina.model.cost import state_bytes
 from lumina.parallel.world import World
+from lumina.planner.memory import memory as peak
 from lumina.run.folder import Run
 from lumina.telemetry.console import Console
 from lumina.training import machine, memory
@@ -345,9 +347,9 @@ def test_a_run_that_went_back_to_its_start_misses_nothing(tmp_path: Path) -> Non
 
 def test_a_copy_needs_room_for_weights_and_moments_beside_what_a_cpu_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     config = resolve("tiny", {"parallel.device": "cpu"}).config
-    need = memory.needed(config)
-    for have, fits in ((need.total + need.weights + need.moments, True), (need.total + need.weights, False)):
-        monkeypatch.setattr(memory, "available", lambda have=have: have)
+    trains, state = peak(config).total, state_bytes(config.model, config.train.optimizer, config.precision.mode)
+    for have, fits in ((trains + state.weights + state.moments, True), (trains + state.weights, False)):
+        monkeypatch.setattr(memory, "free_memory", lambda have=have: have)
         assert memory.room_for_copy(config) is fits
 
 

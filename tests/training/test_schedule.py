@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from lumina.config.resolve import resolve
 from lumina.config.schema.model import MoDConfig
 from lumina.errors import UserError
-from lumina.training.schedule import Part, depth_capacity, depth_stages, parts, rate
+from lumina.model.cost import depth_stages
+from lumina.training.schedule import Part, depth_capacity, parts, rate
 
 
 def made(steps: int = 100, **keys: object) -> tuple[list[Part], str]:

@@ -19,9 +19,11 @@ from lumina.config.units import (
     parse_seconds,
     parse_span,
     parse_text,
+    parse_tokens,
 )
 
 Count = Annotated[int, BeforeValidator(parse_count)]
+Tokens = Annotated[int | Literal["chinchilla"], BeforeValidator(parse_tokens)]
 Context = Annotated[int, BeforeValidator(parse_context)]
 AutoCount = Annotated[int | Literal["auto"], BeforeValidator(parse_auto_count)]
 AutoSteps = Annotated[int | Literal["auto"], BeforeValidator(parse_auto_steps)]

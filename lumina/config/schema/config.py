@@ -100,7 +100,7 @@ class Config(Section):
 
 def length_problems(model: ModelConfig, train: TrainConfig) -> list[Problem]:
     """The depth of a model has settled before its training ends."""
-    steps = train.steps or round((train.tokens or 0) / train.batch_tokens)  # 0: not known yet
+    steps = train.steps or round(train.known_tokens / train.batch_tokens)  # 0: not known yet
     if not model.mod or not steps or span(model.mod.anneal, steps) < steps:
         return []
     keys = ("model.mod.anneal", "train.tokens" if train.steps is None else "train.steps")

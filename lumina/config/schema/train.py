@@ -6,11 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lumina.config.schema.base import AutoCount, Betas, Count, Number, Problem, Seconds, Section, Span, Text
+from lumina.config.schema.base import AutoCount, Betas, Count, Number, Problem, Seconds, Section, Span, Text, Tokens
 from lumina.config.units import parse_list
 
 Phases = Annotated[tuple["Phase", ...], BeforeValidator(parse_list)]
 LENGTHS = ("train.steps", "train.tokens", "train.time")
+CHINCHILLA = "chinchilla"  # `tokens`: as many as are compute-optimal for the model
 
 
 class LoraConfig(Section):
@@ -33,7 +34,9 @@ class TrainConfig(Section):
     """`train`. Exactly one of `steps`, `tokens` and `time` says how long."""
 
     steps: Count | None = Field(None, ge=1, le=2**53, description="optimizer steps")
-    tokens: Count | None = Field(None, ge=1, le=2**63, description="trained tokens, such as 2B")
+    tokens: Tokens | None = Field(
+        None, description="trained tokens, such as 2B; chinchilla: as many as are compute-optimal for the model"
+    )
     time: Seconds | None = Field(None, gt=0, description="training time in seconds, or as 2h")
     batch_tokens: Count = Field(8192, ge=1, le=2**40, description="tokens of one optimizer step")
     micro_batch: AutoCount = Field("auto", description="sequences computed at once")
@@ -60,18 +63,27 @@ class TrainConfig(Section):
     lora: LoraConfig = Field(LoraConfig.model_validate({}), description="low-rank adapters")
     deterministic: bool = Field(False, description="refuse non-deterministic kernels (matters on GPUs)")
 
+    @property
+    def known_tokens(self) -> int:
+        """`tokens`; 0 if they are not given, or not known before the vocabulary is."""
+        return self.tokens if isinstance(self.tokens, int) else 0
+
     def problems(self) -> list[Problem]:
         found = []
         given = [length for length in (self.steps, self.tokens, self.time) if length is not None]
         if len(given) != 1:
             found.append(Problem(LENGTHS, "exactly one of them says how long to train"))
-        if self.tokens is not None and self.tokens < self.batch_tokens:
+        if isinstance(self.tokens, int) and self.tokens < self.batch_tokens:
             message = f"less than one step; use at least {self.batch_tokens}"
             found.append(Problem(("train.tokens", "train.batch_tokens"), message))
+        if self.tokens == CHINCHILLA and (self.lora.rank or self.init_from):
+            other = "train.lora.rank" if self.lora.rank else "train.init_from"
+            message = "the law is of models trained whole and from the beginning; say how many tokens"
+            found.append(Problem(("train.tokens", other), message))
         if not all(0 <= beta < 1 for beta in self.betas):
             found.append(Problem(("train.betas",), "both must be at least 0 and below 1"))
-        # Under train.time the steps are not known yet: shares alone count, and `settle` checks again.
-        steps = self.steps or (self.tokens or 0) / self.batch_tokens
+        # Under train.time and chinchilla the steps are not known yet: shares alone count, and `settle` checks again.
+        steps = self.steps or self.known_tokens / self.batch_tokens
         shares = [span if span < 1 else span / steps if steps else 0 for span in (self.warmup, self.decay)]
         if sum(shares) > 1:
             found.append(Problem(("train.warmup", "train.decay"), "together longer than the run; shorten one"))
