@@ -118,7 +118,7 @@ def compare(path: Path) -> Comparison:
     missing = _missing(run)
     plan = run.plan or {}
     return Comparison(
-        run=str(path),
+        run=str(run.path),
         finished=run.finished,
         step=run.step,
         steps=run.begun.get("steps") or plan.get("steps") or 0,

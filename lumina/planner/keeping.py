@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lumina.model.cost import count
 from lumina.planner import calibration
-from lumina.planner.actual import Comparison, compare
+from lumina.planner.actual import Comparison, compared
 from lumina.planner.findings import findings
 from lumina.planner.hardware import known_as
 from lumina.planner.history import History, asides, spread_of_steps
@@ -26,14 +26,14 @@ def keep(path: Path) -> None:
     device = known_as(run.begun["device"], machine["device_name"], machine["cores"])
     tokens = run.begun["steps"] * run.begun["batch_tokens"]
     params = params_of(count(run.config.model), LAWS[DEFAULT])  # one count for all: runs are compared by it
-    figures = _figures(run, compare(path)) | findings(run.recorder(aim).curve, aim, tokens / params)
+    figures = _figures(run, compared(run)) | findings(run.recorder(aim).curve, aim, tokens / params)
     calibration.record(device, run.config, run.begun["processes"], figures)
 
 
-def _figures(run: History, compared: Comparison) -> dict[str, float]:
+def _figures(run: History, held: Comparison) -> dict[str, float]:
     """What the calibration keeps of times, memory and loss."""
     found = dict[str, float]()
-    items = {item.name: item for item in compared.items}
+    items = {item.name: item for item in held.items}
     step = items["step"].actual
     if step is not None:
         low, high = spread_of_steps(run)
