@@ -112,8 +112,12 @@ class Comparison:
 
 
 def compare(path: Path) -> Comparison:
-    """Holds a run's run against what was forecast of it. Raises `UserError` if its event log is damaged."""
-    run = History.of(Path(path))
+    """Holds a run's folder against what was forecast of it. Raises `UserError` if its event log is damaged."""
+    return compared(History.of(Path(path)))
+
+
+def compared(run: History) -> Comparison:
+    """The same of a folder that was read."""
     kind, final = _final(run)
     missing = _missing(run)
     plan = run.plan or {}
