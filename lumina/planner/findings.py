@@ -65,7 +65,7 @@ def findings(curve: Curve, aim: Aim, tokens_per_param: float) -> dict[str, float
 
 def tokens_per_param(config: Config, begun: Event) -> float:
     """Of a run, by its configuration and its `run` event; in the default law's count, whatever law is in use."""
-    return begun["steps"] * begun["batch_tokens"] / params_of(count(config.model), LAWS[DEFAULT])
+    return float(begun["steps"] * begun["batch_tokens"] / params_of(count(config.model), LAWS[DEFAULT]))
 
 
 def sort_of(aim: Aim, tokens_per_param: float) -> dict[str, float]:
