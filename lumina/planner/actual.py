@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lumina.errors import UserError
 from lumina.planner import outset
 from lumina.planner.history import History, total, undone
 from lumina.planner.laws import Interval
@@ -113,7 +114,11 @@ class Comparison:
 
 def compare(path: Path) -> Comparison:
     """Holds a run's folder against what was forecast of it. Raises `UserError` if its event log is damaged."""
-    return compared(History.of(Path(path)))
+    try:
+        return compared(History.of(Path(path)))
+    except (LookupError, TypeError) as error:
+        wrong = f"{Path(path) / 'events.jsonl'}: damaged: an event lacks what it should say ({error})"
+        raise UserError(wrong, fix="restore the log") from error
 
 
 def compared(run: History) -> Comparison:
