@@ -32,14 +32,16 @@ MOST = 2**20  # devices
 BF16_OVER_FP32 = 1.9
 
 # What trainers reach of an H100's bf16 peak. Dense: torchtitan's Llama 8B on 8 GPUs 33 %, Marin's 2.7B 56 %, between
-# them llm-foundry's 53 runs (8c8dd48) of 760M to 70B. MoE: Marin's 256 fine experts 16 %, Mixtral 8x22B in Megatron
-# 49 % (2504.14960), between them nanochat's 8 experts 35 %.
+# them llm-foundry's 53 runs (8c8dd48) of 760M to 70B at up to 4,096 tokens, 35 to 46 %. MoE: Marin's 256 fine experts
+# 16 %, Mixtral 8x22B in Megatron 49 % (2504.14960), between them nanochat's 8 experts 35 %.
 HOPPER: Mapping[str, Range] = {"dense": (0.33, 0.56), "moe": (0.16, 0.49)}
-# llm-foundry's runs of 125M to 70B on A100s, sequences up to 8,192; nobody published a MoE there: in H100's proportion.
-AMPERE: Mapping[str, Range] = {"dense": (0.45, 0.64), "moe": (0.22, 0.56)}
+# llm-foundry's 41 runs of 125M to 70B on A100s of 80 GB, sequences up to 8,192; nobody published a MoE there: in
+# H100's proportion.
+AMPERE: Mapping[str, Range] = {"dense": (0.39, 0.64), "moe": (0.19, 0.56)}
 # No published training of language models: from the lowest of the two above to the highest.
 OTHER: Mapping[str, Range] = {"dense": (0.33, 0.64), "moe": (0.16, 0.56)}
-# On CPUs against the measured matmul, shape P: benchmarks/sparse, 2026-11-25, fp32 and bf16; the demo 25 to 29 %.
+# On a CPU against the measured matmul: shape P reached 45 to 69 and 28 to 64 % (benchmarks/sparse, 2026-11-25, bf16 to
+# fp32), here a few points wider for other shapes.
 CPU: Mapping[str, Range] = {"dense": (0.40, 0.72), "moe": (0.28, 0.66)}
 # Depth routing has no published MFU. Of its ideal, the dense step by FLOPs, it reached 90 to 99 % at shape P
 # (benchmarks/sparse), so its range begins a tenth lower than that of the same network without it.
@@ -47,9 +49,9 @@ OF_IDEAL = 0.9
 WITHOUT_DEPTH = {"dense": "dense", "mod": "dense", "moe": "moe", "hybrid": "moe"}
 
 # Of one machine's rate an added GPU keeps, by how many there are. llm-foundry's 1B to 30B on H100s: MFU on 16 to 64
-# over that on 8 is 0.96 to 1.13 (the larger total memory holds larger micro-batches), on 512 over 8 it is 0.88 to 1.06.
+# over that on 8 is 0.98 to 1.15 (the larger total memory holds larger micro-batches), on 512 over 8 it is 0.88 to 1.06.
 NODE = 8  # GPUs of one machine; the MFU ranges above are of so many
-EFFICIENCY: tuple[tuple[int, Range], ...] = ((NODE, (1.0, 1.0)), (64, (0.96, 1.0)), (512, (0.88, 1.0)))
+EFFICIENCY: tuple[tuple[int, Range], ...] = ((NODE, (1.0, 1.0)), (64, (0.98, 1.0)), (512, (0.88, 1.0)))
 BEYOND = (0.75, 1.0)  # not in that table: assumed
 NETWORK = 50 * GB  # bytes/s of a GPU to other machines, one direction: the 400 Gbit/s of a DGX H100
 
