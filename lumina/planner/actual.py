@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lumina.errors import UserError
 from lumina.planner import outset
 from lumina.planner.history import History, total, undone
 from lumina.planner.laws import Interval
@@ -112,13 +113,21 @@ class Comparison:
 
 
 def compare(path: Path) -> Comparison:
-    """Holds a run's run against what was forecast of it. Raises `UserError` if its event log is damaged."""
-    run = History.of(Path(path))
+    """Holds a run's folder against what was forecast of it. Raises `UserError` if its event log is damaged."""
+    try:
+        return compared(History.of(Path(path)))
+    except (LookupError, TypeError) as error:
+        wrong = f"{Path(path) / 'events.jsonl'}: damaged: an event lacks what it should say ({error})"
+        raise UserError(wrong, fix="restore the log") from error
+
+
+def compared(run: History) -> Comparison:
+    """The same of a folder that was read."""
     kind, final = _final(run)
     missing = _missing(run)
     plan = run.plan or {}
     return Comparison(
-        run=str(path),
+        run=str(run.path),
         finished=run.finished,
         step=run.step,
         steps=run.begun.get("steps") or plan.get("steps") or 0,

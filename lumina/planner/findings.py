@@ -12,9 +12,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from lumina.config.schema.config import Config
+from lumina.events import Event
+from lumina.model.cost import count
 from lumina.planner.curve import Curve
 from lumina.planner.deviation import SHARES, Reference, normalised
 from lumina.planner.forecast import Aim, View, window
+from lumina.planner.laws import DEFAULT, LAWS, params_of
 from lumina.planner.posterior import fit
 from lumina.planner.prior import EXPONENTS, SHIPPED, Prior
 
@@ -57,6 +61,11 @@ def findings(curve: Curve, aim: Aim, tokens_per_param: float) -> dict[str, float
         ]
         found["wobble"] = math.sqrt(sum(one**2 for one in left) / (len(left) - 2)) / level
     return found | sort_of(aim, tokens_per_param)
+
+
+def tokens_per_param(config: Config, begun: Event) -> float:
+    """Of a run, by its configuration and its `run` event; in the default law's count, whatever law is in use."""
+    return float(begun["steps"] * begun["batch_tokens"] / params_of(count(config.model), LAWS[DEFAULT]))
 
 
 def sort_of(aim: Aim, tokens_per_param: float) -> dict[str, float]:

@@ -60,8 +60,8 @@ class History:
 
     @property
     def aim(self) -> Aim | None:
-        """Where it was going; None if it never began or its configuration cannot be read."""
-        if self.config is None or not self.begun:
+        """Where it was going; None if it never began, its configuration cannot be read, or it is too old to say."""
+        if self.config is None or not {"phases", "steps", "batch_tokens", "data"} <= self.begun.keys():
             return None
         return aim_of(self.config, self.begun)
 
@@ -93,7 +93,7 @@ def total(run: History) -> tuple[float | None, str]:
 def _worked(events: Sequence[Event]) -> float:
     """Seconds of steps, evaluations, looks and waiting for saves in these events, whatever became of them."""
     aside = {"eval": "seconds", "probe": "seconds", "checkpoint": "stall"}
-    seconds = [float(event[aside[event["t"]]]) for event in events if event["t"] in aside]
+    seconds = [float(event.get(aside[event["t"]], 0.0)) for event in events if event["t"] in aside]
     return sum(seconds) + sum(_trained(events).values())
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lumina.model.cost import count
 from lumina.planner import calibration
-from lumina.planner.actual import Comparison, compare
-from lumina.planner.findings import findings
+from lumina.planner.actual import Comparison, compared
+from lumina.planner.findings import findings, tokens_per_param
 from lumina.planner.hardware import known_as
 from lumina.planner.history import History, asides, spread_of_steps
-from lumina.planner.laws import DEFAULT, LAWS, params_of
 
 
 def keep(path: Path) -> None:
@@ -24,16 +22,15 @@ def keep(path: Path) -> None:
         return
     machine = run.begun["machine"]
     device = known_as(run.begun["device"], machine["device_name"], machine["cores"])
-    tokens = run.begun["steps"] * run.begun["batch_tokens"]
-    params = params_of(count(run.config.model), LAWS[DEFAULT])  # one count for all: runs are compared by it
-    figures = _figures(run, compare(path)) | findings(run.recorder(aim).curve, aim, tokens / params)
+    curve = findings(run.recorder(aim).curve, aim, tokens_per_param(run.config, run.begun))
+    figures = _figures(run, compared(run)) | curve
     calibration.record(device, run.config, run.begun["processes"], figures)
 
 
-def _figures(run: History, compared: Comparison) -> dict[str, float]:
+def _figures(run: History, held: Comparison) -> dict[str, float]:
     """What the calibration keeps of times, memory and loss."""
     found = dict[str, float]()
-    items = {item.name: item for item in compared.items}
+    items = {item.name: item for item in held.items}
     step = items["step"].actual
     if step is not None:
         low, high = spread_of_steps(run)

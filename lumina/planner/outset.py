@@ -19,7 +19,7 @@ from lumina.model.cost import count
 from lumina.planner import memory, time
 from lumina.planner.calibration import Store
 from lumina.planner.deviation import Reference
-from lumina.planner.findings import prior_of, reference_of, sort_of
+from lumina.planner.findings import prior_of, reference_of, sort_of, tokens_per_param
 from lumina.planner.hardware import Fleet
 from lumina.planner.laws import Interval, Law, params_of
 from lumina.planner.outlook import Optimum, aim_of
@@ -71,19 +71,19 @@ def outset(
             "notes": [*([law.note] if law.note else []), *law.outside(params, trained)],
         },
         "prior": asdict(prior_of([entry.figures for entry in store.entries])),
-        "reference": _reference(config, begun, store, trained / params),
+        "reference": _reference(config, begun, store),
         "missing": missing,
     }
 
 
-def _reference(config: Config, begun: Event, store: Store, tokens_per_param: float) -> dict[str, Any] | None:
+def _reference(config: Config, begun: Event, store: Store) -> dict[str, Any] | None:
     """The newest own run of the same sort, whose curve this one is held against; None if there is none."""
     runs = [
         (f"a {entry.kind} run that ended {datetime.fromtimestamp(entry.at, UTC):%Y-%m-%d %H:%M} UTC", entry.figures)
         for entry in store.entries
         if entry.kind == config.model.kind
     ]
-    found = reference_of(runs, sort_of(aim_of(config, begun), tokens_per_param))
+    found = reference_of(runs, sort_of(aim_of(config, begun), tokens_per_param(config, begun)))
     return None if found is None else asdict(found)
 
 

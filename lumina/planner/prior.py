@@ -43,12 +43,12 @@ class Prior:
 
 # Of the runs in benchmarks/planner/curves.json that its README names for it; a test computes it again.
 SHIPPED = Prior(
-    exponents=(0.36, 0.16, 0.13, 0.11, 0.06, 0.03, 0.03, 0.03, 0.03, 0.03, 0.03),
-    gain=0.12,
-    gain_spread=0.03,
-    drift=0.035,
-    repeat=0.15,
-    wobble=0.01,
-    ahead=0.3,
-    runs=10,
+    exponents=(0.340, 0.126, 0.108, 0.107, 0.084, 0.059, 0.046, 0.037, 0.033, 0.031, 0.029),
+    gain=0.1197,
+    gain_spread=0.0321,
+    drift=0.0381,
+    repeat=0.147,
+    wobble=0.0104,
+    ahead=0.15,  # with it, each run left out of the constants once, 68 of 76 ends lay in the interval
+    runs=19,
 )

@@ -258,6 +258,20 @@ def test_facts() -> None:
     }
 
 
+def test_epochs_are_how_often_windows_are_read() -> None:
+    """Counted against the batches themselves: of each source with a weight, of a kind without, over all phases."""
+    phases = (DataPhase(0, "text"), DataPhase(30, "both"))
+    for shards in (many(), (text(2401), chat(100))):
+        made = loader(*shards, mode="hybrid_interleaved", phases=phases, sequences=100, steps=250)
+        ids = np.concatenate([made.ids(i) for i in range(250)])
+        seen = Counter((np.searchsorted(made.offsets, ids, side="right") - 1).tolist())
+        assert len(made.epochs) == len(shards)
+        for name, epochs in made.epochs.items():
+            mine = [i for i, one in enumerate(shards) if name in (one.name, one.kind)]
+            read = sum(seen[i] for i in mine) / sum(len(made.windows[i]) for i in mine)
+            assert epochs == pytest.approx(read, rel=0.01), name
+
+
 def test_throughput_is_measured() -> None:
     assert loader(text(1000)).throughput() > 0
 

@@ -12,6 +12,7 @@ import pytest
 from test_loss_forecast import STEPS, curve
 
 from lumina.config.resolve import resolve, settle, write
+from lumina.errors import UserError
 from lumina.planner import calibration, keeping, outset
 from lumina.planner.actual import compare
 from lumina.planner.calibration import Entry, Store
@@ -158,6 +159,23 @@ def test_a_run_that_went_back_by_itself_is_one_process(tmp_path: Path) -> None:
     items = {item.name: item for item in found.items}
     assert items["total"].actual == pytest.approx(23)
     assert found.undone_seconds == pytest.approx(2)
+
+
+def test_an_event_that_lacks_what_it_should_say_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="an event lacks"):
+        compare(folder(tmp_path / "run", [begun(), {"t": "step", "attempt": 0, "step": 1}]))
+
+
+def test_the_oldest_run_in_the_repository_is_read() -> None:
+    """Before phases, plans and the stalls of saves were told."""
+    demo = Path(__file__).parents[2] / "benchmarks" / "demo" / "2026-11-25"
+    found = compare(demo)
+    assert found.finished
+    assert {item.name: item.forecast for item in found.items} == dict.fromkeys(
+        ("memory", "step", "training", "total", "loss")
+    )
+    assert all(item.actual is not None for item in found.items)
+    assert found.lines()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99}'])
