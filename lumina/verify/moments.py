@@ -42,6 +42,7 @@ PLACES = (
     Place("linking", "lumina.checkpoint.places.point", "disk"),
     Place("evaluating", "lumina.training.oom.evaluate", "calls"),
     Place("tidying", "lumina.checkpoint.retention.prune", "disk"),
+    Place("sweeping", "lumina.checkpoint.retention.sweep", "disk"),
     Place("restoring", "lumina.training.saving.Saver.restore", "disk"),
 )
 INDEX = {place.name: i for i, place in enumerate(PLACES)}
