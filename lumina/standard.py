@@ -32,15 +32,6 @@ def discard(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-def lost(stream: TextIO) -> bool:
-    """Whether `stream` takes no more. What it refused before is tried again."""
-    try:
-        stream.flush()
-    except OSError:
-        return True
-    return False
-
-
 def complain(line: str) -> None:
     """Says it on standard error past Python's buffers, as a signal handler or another thread may; or to nobody."""
     with suppress(OSError):

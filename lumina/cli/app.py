@@ -31,7 +31,7 @@ from lumina.cli.output import say
 from lumina.errors import OutOfMemory, Told, UserError
 from lumina.run import supervised, watchdog
 from lumina.run.exit_codes import BUG, DONE, INTERRUPTED, OUT_OF_MEMORY, USER_ERROR
-from lumina.standard import discard, lost
+from lumina.standard import discard
 
 Verb = Callable[..., None]
 VERBS: dict[str, Verb | dict[str, Verb]] = {
@@ -101,10 +101,8 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             say("\nstopped at once; checkpoints saved before are complete", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            if not lost(sys.stdout):  # another pipe broke, which is a bug of ours
-                raise
-            discard(sys.stdout)  # its reader went away: nobody is left to tell
+        except BrokenPipeError:  # the reader of standard output went away: nobody is left to tell
+            discard(sys.stdout)
             raise typer.Exit(DONE) from None
         except OSError as error:  # what no room foresaw: a name too long, a disk that fails or fills
             where = f"{error.filename}: " if error.filename else ""

@@ -227,6 +227,8 @@ def _finish(train: Callable[[], Run], console: Console, voice: Voice) -> Run:
         if voice.quiet:
             say(str(stop.run.path))
         raise typer.Exit(STOPPED) from None
+    except BrokenPipeError as error:  # not that of a reader, who may go away: else it would pass for the run's end
+        raise RuntimeError("a pipe inside of the program broke") from error
     links = ", ".join(name for name in ("latest", "best") if (run.checkpoints / name).exists())
     name = shlex.quote(str(run.path))
     voice.say(f"files  {run.path}/  config.yaml · events.jsonl · log.txt · tokenizer/ · checkpoints/ ({links})")

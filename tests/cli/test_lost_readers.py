@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import signal
@@ -112,8 +113,8 @@ def test_an_error_that_nobody_reads_has_its_code(here: Path, unread: int) -> Non
 
 def test_another_pipe_that_breaks_is_no_reader_that_went_away(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def break_pipe(*_: object) -> None:
-        raise BrokenPipeError
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     monkeypatch.setattr("lumina.training.trainer.Trainer.fit", break_pipe)
-    with pytest.raises(BrokenPipeError):
+    with pytest.raises(RuntimeError, match="a pipe inside of the program"):
         main([*TRAIN[3:], "train.steps=3"])
