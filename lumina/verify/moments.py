@@ -43,6 +43,7 @@ PLACES = (
     Place("linking", "lumina.checkpoint.places.point", "disk"),
     Place("evaluating", "lumina.training.oom.evaluate", "calls"),
     Place("tidying", "lumina.checkpoint.retention.prune", "disk"),
+    Place("sweeping", "lumina.checkpoint.retention.sweep", "disk"),
     Place(RESTORING, "lumina.training.saving.Saver.restore", "disk"),
     Place(SETTING_ASIDE, "lumina.checkpoint.places.set_aside", "disk"),
     Place("reading back", "lumina.checkpoint.writer.Save._read_back", "disk"),

@@ -333,7 +333,8 @@ def test_a_run_that_lost_its_checkpoints_says_that_it_begins_again(tmp_path: Pat
     shutil.rmtree(store.folder(run.checkpoints, 2))
     said: list[str] = []
     assert resume(run, [Console(show=said.append)]).finished
-    assert skipped(run) == [["step-000002", "gone: it was saved"]]
+    undone = ["step-000004", "the run went back before it"]
+    assert skipped(run) == [["step-000002", "gone: it was saved"], undone]
     assert f"resume {run.path} from step 0" in said
     assert "! skipped step-000002: gone: it was saved" in said
 
