@@ -124,14 +124,13 @@ class Case:
     def config(self, **keys: Any) -> Config:
         """With two micro-batches of the size that `lumina train` chooses."""
         chosen: dict[str, Any] = {
-            "model.kind": self.kind, "precision.mode": self.precision, "precision.eval": self.precision,
+            "model.kind": self.kind, "precision.mode": self.precision,
+            "precision.eval": self.precision.removesuffix("_pure"),
             "train.recompute": self.recompute, "train.compile": "off", "train.steps": 10**6, "parallel.device": "cpu",
             "parallel.threads": 1, **keys,
         }  # fmt: skip
         if self.kind in ("moe", "hybrid"):
             chosen["model.moe.kernel"] = "grouped"
-        if self.precision == "bf16_pure":
-            del chosen["precision.eval"]
         config = resolve(self.preset, chosen).config
         micro = min(forecasts.micro_batch(config), max(1, config.train.batch_tokens // config.model.seq_len // 2))
         sizes = {"train.micro_batch": micro, "train.batch_tokens": MICRO_BATCHES * micro * config.model.seq_len}

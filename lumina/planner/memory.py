@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lumina.config.schema.config import Config
 from lumina.config.schema.model import ModelConfig
-from lumina.model.cost import has_experts, is_routed, state_bytes
+from lumina.model.cost import block_parameters, has_experts, is_routed, state_bytes
 from lumina.planner.footprint import units
 from lumina.planner.footprint.layers import Net
 from lumina.planner.footprint.operators import FLAG, INDEX, WIDE
@@ -143,7 +143,7 @@ class _Step:
         training = self._training()
         yield "forward", list(self._forward(training))
         yield "backward", list(self._backward(training))
-        yield "optimizer", [self._own(gradients=True) + self._batch() + Bytes({OPTIMIZER: self._directions()})]
+        yield "optimizer", [self._own(gradients=True) + self._batch() + self._stepping()]
         yield "evaluation", list(self._evaluation())
 
     # -- what is held all the time -------------------------------------------------------------------------------------
@@ -165,34 +165,48 @@ class _Step:
         rope = tokens * self.model.head_dim * WIDE + tokens * INDEX
         return Bytes({ACTIVATIONS: rope + mask * tokens * self.model.seq_len * FLAG})
 
+    def _gathered(self, blocks: int) -> Bytes:
+        """What FSDP puts together of weights that are shared out: the head all the time, and so many blocks at once.
+
+        Forward: the block that computes, and the next one. Backward also the one before, whose gradients are under way.
+        """
+        if self.processes == 1:
+            return Bytes()
+        largest = max(block_parameters(self.model, layer) for layer in range(self.model.layers))
+        whole = blocks * largest + self.model.vocab * self.model.width
+        return Bytes({GATHERED: whole * self.size})
+
     # -- the moments ---------------------------------------------------------------------------------------------------
 
     def _training(self) -> list[Unit]:
         return list(self._units(self.batch, training=True))
 
     def _forward(self, walked: list[Unit]) -> Iterator[Bytes]:
-        held = self._own(gradients=self.later) + self._batch() + self._view(self.batch, mask=True)
+        held = self._own(gradients=self.later) + self._batch() + self._view(self.batch, mask=True) + self._gathered(2)
         for unit in walked:
             yield held + unit.forward
             held += unit.held
 
     def _backward(self, walked: list[Unit]) -> Iterator[Bytes]:
         mask = self.config.train.recompute != "none"
-        held = self._own(gradients=self.later) + self._batch() + self._view(self.batch, mask)
+        held = self._own(gradients=self.later) + self._batch() + self._view(self.batch, mask) + self._gathered(3)
         for unit in walked:
             held += unit.stays
-        for unit in reversed(walked):
+        following = self._gathered(2) - self._gathered(0)  # gradients of a block before, while they are summed
+        for turn, unit in enumerate(reversed(walked)):
             held -= unit.stays
-            yield held + unit.backward
-            held += Bytes({GRADIENTS: unit.gradients // self.processes})
+            yield held + unit.backward + (following if turn > 1 else Bytes())
+            shared = self.processes if turn else 1  # the head's are given away when all is over
+            held += Bytes({GRADIENTS: unit.gradients // shared})
 
     def _evaluation(self) -> Iterator[Bytes]:
         batch = max(1, EVAL_TOKENS // self.model.seq_len)
-        held = self._own(gradients=True) + self._batch() + self._view(batch, mask=True)
+        held = self._own(gradients=True) + self._batch() + self._view(batch, mask=True) + self._gathered(2)
         stream = Bytes({ACTIVATIONS: batch * self.model.seq_len * self.model.width * self.size})
         for unit in self._units(batch, training=False):
             yield held + stream + unit.forward
-            held += Bytes({CASTS: unit.held[CASTS]})
+            if self.processes == 1:  # of weights that are put together anew autocast keeps none
+                held += Bytes({CASTS: unit.held[CASTS]})
 
     def _units(self, batch: int, training: bool) -> Iterator[Unit]:
         """The embedding, every block and the head; blocks of one sort are walked once."""
@@ -205,10 +219,11 @@ class _Step:
             yield _block(shape, is_routed(self.model, layer), has_experts(self.model, layer))
         yield _end(shape, first=False)
 
-    def _directions(self) -> int:
-        if self.config.train.optimizer != "muon" or self.rank:
-            return 0
-        return muon(self.model, self.size, self.processes)
+    def _stepping(self) -> Bytes:
+        """Muon's directions; and of several processes the sums that gradients came from, which FSDP still has."""
+        own = self.config.train.optimizer == "muon" and not self.rank
+        sums = self.state.gradients // self.processes if self.processes > 1 else 0
+        return Bytes({OPTIMIZER: muon(self.model, self.size, self.processes) if own else 0, GATHERED: sums})
 
     # -- beside --------------------------------------------------------------------------------------------------------
 
