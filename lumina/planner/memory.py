@@ -216,7 +216,8 @@ class _Step:
         )  # fmt: skip
         yield _end(shape, first=True)
         for layer in range(self.model.layers):
-            yield _block(shape, is_routed(self.model, layer), has_experts(self.model, layer))
+            learns = layer > 0 or self.rank == 0
+            yield _block(shape, is_routed(self.model, layer), has_experts(self.model, layer), learns)
         yield _end(shape, first=False)
 
     def _stepping(self) -> Bytes:
@@ -267,11 +268,11 @@ class _Shape:
 
 
 @lru_cache(256)
-def _block(shape: _Shape, routed: bool, experts: bool) -> Unit:
+def _block(shape: _Shape, routed: bool, experts: bool, learns: bool) -> Unit:
     sizes = shape.batch, shape.model.seq_len, routed, experts
     if shape.recompute is None:
         return units.deciding(shape.net(), *sizes)
-    return units.block(shape.net(), *sizes, shape.recompute)
+    return units.block(shape.net(), *sizes, shape.recompute, learns)
 
 
 @lru_cache(256)

@@ -94,15 +94,12 @@ def project(net: Net, x: Tensor, rows: float, inputs: int, parts: tuple[int, ...
     y = linear(x, net.leaf(inputs * sum(parts)), rows * sum(parts))
     if not net.rank:
         return y
-    adapters = [
-        linear(
-            linear(x, net.leaf(net.rank * inputs, adapter=True), rows * net.rank),
-            net.leaf(net.rank * part, adapter=True),
-            rows * part,
-        )
-        for part in parts
-    ]
-    return add(y, scale(cat(adapters)))
+    return add(y, scale(cat([_adapter(net, x, rows, inputs, part) for part in parts])))
+
+
+def _adapter(net: Net, x: Tensor, rows: float, inputs: int, outputs: int) -> Tensor:
+    low = linear(x, net.leaf(net.rank * inputs, adapter=True), rows * net.rank)
+    return linear(low, net.leaf(net.rank * outputs, adapter=True), rows * outputs)
 
 
 def attend(net: Net, x: Tensor, view: View) -> Tensor:
