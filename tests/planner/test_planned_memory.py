@@ -76,6 +76,13 @@ def test_a_longer_batch_and_less_recomputation_take_more() -> None:
     assert two - one >= 4 * count(config("hybrid").model).total  # gradients of the micro-batch before
 
 
+def test_a_capacity_that_falls_takes_what_it_begins_with() -> None:
+    falling, whole = (
+        memory(config("mod", **{f"model__mod__{key}": value})) for key, value in (("anneal", 4), ("capacity", 1))
+    )
+    assert falling.moments["forward"] == whole.moments["forward"] > memory(config("mod")).moments["forward"]
+
+
 def test_every_gradient_and_moment_is_there_and_shared_out() -> None:
     asked = config("moe", train__optimizer="adamw")
     state = state_bytes(asked.model, "adamw", "fp32")

@@ -106,7 +106,8 @@ def _compute(net: Net, x: Tensor, view: View, routed: bool, moe: bool) -> list[T
         y, losses = _branch(net, x, view, moe)
         return [add(x, y), *losses]
     assert net.model.mod is not None
-    selected = chosen(net.model.mod.capacity, view.length)
+    most = 1.0 if net.model.mod.anneal else net.model.mod.capacity  # a capacity that falls begins with every token
+    selected = chosen(most, view.length)
     choice = depth.select(net, x, view, selected)
     x_C, view_C = depth.take(net, x, view, choice.index, selected)
     y_C, losses = _branch(net, x_C, view_C, moe)
