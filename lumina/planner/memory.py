@@ -143,7 +143,7 @@ class _Step:
         training = self._training()
         yield "forward", list(self._forward(training))
         yield "backward", list(self._backward(training))
-        yield "optimizer", [self._own(gradients=True) + self._batch() + self._stepping()]
+        yield "optimizer", [self._own(gradients=True) + self._batch() + Bytes({OPTIMIZER: self._directions()})]
         yield "evaluation", list(self._evaluation())
 
     # -- what is held all the time -------------------------------------------------------------------------------------
@@ -220,11 +220,10 @@ class _Step:
             yield _block(shape, is_routed(self.model, layer), has_experts(self.model, layer), learns)
         yield _end(shape, first=False)
 
-    def _stepping(self) -> Bytes:
-        """Muon's directions; and of several processes the sums that gradients came from, which FSDP still has."""
-        own = self.config.train.optimizer == "muon" and not self.rank
-        sums = self.state.gradients // self.processes if self.processes > 1 else 0
-        return Bytes({OPTIMIZER: muon(self.model, self.size, self.processes) if own else 0, GATHERED: sums})
+    def _directions(self) -> int:
+        if self.config.train.optimizer != "muon" or self.rank:
+            return 0
+        return muon(self.model, self.size, self.processes)
 
     # -- beside --------------------------------------------------------------------------------------------------------
 
