@@ -86,8 +86,8 @@ def _cpu_multiplies_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_tile" in flags
 
 
-def attention_kernel(config: Config, device: str) -> str:
-    """Which of PyTorch's kernels computes attention with our masks.
+def attention_kernel(config: Config, device: str, precision: str | None = None) -> str:
+    """Which of PyTorch's kernels computes attention with our masks in `precision` (default: that of training).
 
     Flash on a CPU. On CUDA flash takes no mask and the memory-efficient one no fewer key-value heads than query heads
     (PyTorch 2.11); cuDNN's takes both, in half precision, and is preferred on compute capability 9 and 10 with cuDNN
@@ -97,7 +97,7 @@ def attention_kernel(config: Config, device: str) -> str:
     model = config.model
     if device != "cuda":
         return "flash"
-    half = mode(config, device) != "fp32"
+    half = (precision or mode(config, device)) != "fp32"
     if half and model.head_dim <= 128 and model.head_dim % 8 == 0 and not config.train.deterministic:
         return "cudnn"
     return "efficient" if model.heads == model.kv_heads else "math"
@@ -117,6 +117,11 @@ def micro_batch(config: Config, processes: int = 1) -> int:
     return next((n for n in micro_batches(config, processes) if n <= limit), 1)
 
 
+def _autocast(precision: str, size: int) -> int | None:
+    """Bytes of an element that autocast multiplies in, None where that is the weights' own format."""
+    return 2 if size == WIDE and precision != "fp32" else None
+
+
 class _Step:
     """A training step of one configuration, moment by moment."""
 
@@ -124,8 +129,11 @@ class _Step:
         self.config, self.model, self.processes, self.device = config, config.model, processes, device
         precision = mode(config, device)
         self.size = 2 if precision == "bf16_pure" else WIDE
-        self.low = 2 if precision in ("bf16", "fp16") else None
-        self.attention = attention or attention_kernel(config, device)
+        held_out = precision if config.precision.eval == "auto" else config.precision.eval
+        self.how = {
+            training: (_autocast(one, self.size), attention or attention_kernel(config, device, one))
+            for training, one in ((True, precision), (False, held_out))
+        }
         self.rank = config.train.lora.rank
         self.batch = micro_batch(config, processes)
         own = max(1, config.train.batch_tokens // config.model.seq_len // processes)
@@ -210,9 +218,10 @@ class _Step:
 
     def _units(self, batch: int, training: bool) -> Iterator[Unit]:
         """The embedding, every block and the head; blocks of one sort are walked once."""
+        low, attention = self.how[training]
+        recompute = self.config.train.recompute if training else None
         shape = _Shape(
-            self.model, batch, self.size, self.low, self.device, self.rank, self.later, self.attention,
-            self.config.train.recompute if training else None,
+            self.model, batch, self.size, low, self.device, self.rank, self.later, attention, recompute,
         )  # fmt: skip
         yield _end(shape, first=True)
         for layer in range(self.model.layers):
