@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lumina.config.schema.config import Config
@@ -25,6 +26,8 @@ from lumina.planner.footprint.units import Bytes, Unit
 
 MICRO_TOKENS = 8192  # of a micro-batch, if it is not configured: more gains nothing on a CPU and costs memory
 EVAL_TOKENS = 16384  # evaluated at once
+NEWEST_TORCH = (2, 13)
+WIDE_NORMS = (2, 12)  # from here on autocast computes RMSNorm in fp32 on CUDA
 SHORT = 4  # bytes of an int32
 WEIGHTS, OPTIMIZER, SPARE, GATHERED, WORKSPACE = "weights", "optimizer", "spare slots", "gathered", "workspace"
 # Bytes that libraries take for themselves. On a CPU the code that is paged in, and oneDNN's buffers: the mean over four
@@ -60,13 +63,30 @@ class Memory:
         return max(self.moments, key=self.moments.__getitem__)
 
 
-def memory(config: Config, processes: int = 1, device: str = "cpu", attention: str | None = None) -> Memory:
+def memory(
+    config: Config,
+    processes: int = 1,
+    device: str = "cpu",
+    attention: str | None = None,
+    torch: tuple[int, int] | None = None,
+) -> Memory:
     """The peak of training `config` on each of `processes` devices.
 
     What the configuration leaves to the machine is filled in as `lumina train` would. `attention` names PyTorch's
-    kernel (flash, cudnn, efficient, math) where it is known; see `attention_kernel`.
+    kernel (flash, cudnn, efficient, math) where it is known; see `attention_kernel`. `torch` is its version, by default
+    that of the one installed here.
     """
-    return _Step(config, processes, device, attention).memory()
+    return _Step(config, processes, device, attention, torch or _torch()).memory()
+
+
+@cache
+def _torch() -> tuple[int, int]:
+    """The installed version, without an import; the newest that is known if there is none."""
+    try:
+        major, minor = version("torch").split(".")[:2]
+    except PackageNotFoundError:
+        return NEWEST_TORCH
+    return int(major), int(minor)
 
 
 def mode(config: Config, device: str) -> str:
@@ -125,7 +145,9 @@ def _autocast(precision: str, size: int) -> int | None:
 class _Step:
     """A training step of one configuration, moment by moment."""
 
-    def __init__(self, config: Config, processes: int, device: str, attention: str | None) -> None:
+    def __init__(
+        self, config: Config, processes: int, device: str, attention: str | None, torch: tuple[int, int]
+    ) -> None:
         self.config, self.model, self.processes, self.device = config, config.model, processes, device
         precision = mode(config, device)
         self.size = 2 if precision == "bf16_pure" else WIDE
@@ -134,6 +156,7 @@ class _Step:
             training: (_autocast(one, self.size), attention or attention_kernel(config, device, one))
             for training, one in ((True, precision), (False, held_out))
         }
+        self.wide_norms = torch >= WIDE_NORMS
         self.rank = config.train.lora.rank
         self.batch = micro_batch(config, processes)
         own = max(1, config.train.batch_tokens // config.model.seq_len // processes)
@@ -221,7 +244,7 @@ class _Step:
         low, attention = self.how[training]
         recompute = self.config.train.recompute if training else None
         shape = _Shape(
-            self.model, batch, self.size, low, self.device, self.rank, self.later, attention, recompute,
+            self.model, batch, self.size, low, self.device, self.rank, self.later, attention, self.wide_norms, recompute,
         )  # fmt: skip
         yield _end(shape, first=True)
         for layer in range(self.model.layers):
@@ -268,11 +291,12 @@ class _Shape:
     rank: int
     later: bool
     attention: str
+    wide_norms: bool
     recompute: str | None  # None: no gradients at all
 
     def net(self) -> Net:
         tape = Tape(self.low, self.device)
-        return Net(self.model, tape, self.size, self.rank, self.later, self.attention)
+        return Net(self.model, tape, self.size, self.rank, self.later, self.attention, self.wide_norms)
 
 
 @lru_cache(256)

@@ -43,6 +43,7 @@ class Net:
     rank: int = 0  # of adapters; 0: everything learns
     later: bool = False  # whether weights have gradients already
     attention: str = "flash"
+    wide_norms: bool = True  # whether autocast on CUDA computes RMSNorm in fp32
 
     def leaf(self, numel: float, adapter: bool = False) -> Leaf:
         """A weight of so many elements; beside adapters all others are frozen."""
@@ -71,7 +72,7 @@ class View:
 def norm(net: Net, x: Tensor, rows: float, gain: bool = True) -> Tensor:
     """RMSNorm of so many rows. On a CPU PyTorch makes it of operators, on CUDA one saves its input and their norms."""
     if net.tape.device == "cuda":
-        return _fused_norm(net, cast(x, WIDE) if net.tape.low else x, rows, gain)  # autocast asks for fp32
+        return _fused_norm(net, cast(x, WIDE) if net.tape.low and net.wide_norms else x, rows, gain)
     wide = cast(x, WIDE)
     rstd = elementwise(reduce(square(wide), rows), saves="output")
     y = mul(wide, rstd)
