@@ -244,7 +244,8 @@ class _Step:
         low, attention = self.how[training]
         recompute = self.config.train.recompute if training else None
         shape = _Shape(
-            self.model, batch, self.size, low, self.device, self.rank, self.later, attention, self.wide_norms, recompute,
+            self.model, batch, self.size, low, self.device, self.rank, self.later, attention, self.wide_norms,
+            recompute,
         )  # fmt: skip
         yield _end(shape, first=True)
         for layer in range(self.model.layers):
