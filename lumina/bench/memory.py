@@ -19,7 +19,7 @@ from lumina.config.resolve import Resolved, resolve, settle
 from lumina.config.schema.config import Config
 from lumina.data.loader import Batch
 from lumina.model.transformer import Transformer
-from lumina.parallel.world import ALONE
+from lumina.parallel.world import ALONE, World
 from lumina.planner import memory as forecasts
 from lumina.planner.memory import EVAL_TOKENS
 from lumina.training import machine
@@ -67,7 +67,7 @@ def resolved(keys: Keys) -> Resolved:
     return resolve("debug", {"model.kind": kind, "train.steps": 1000, **own})
 
 
-def walk(config: Config, model: Transformer, meter: Meter, steps: int = 2) -> Walk:
+def walk(config: Config, model: Transformer, meter: Meter, steps: int = 2, world: World = ALONE) -> Walk:
     """Takes `steps` with the `model` of `config` and evaluates once; random ids, two documents a sequence.
 
     The second step has every moment, and every workspace of a library, already.
@@ -81,15 +81,16 @@ def walk(config: Config, model: Transformer, meter: Meter, steps: int = 2) -> Wa
 
     device = config.parallel.device
     precision = Precision.of(config.precision, device)
-    optimizer = Optimizer(model, config.train, ALONE, LossScale(device) if config.precision.mode == "fp16" else None)
+    optimizer = Optimizer(model, config.train, world, LossScale(device) if config.precision.mode == "fp16" else None)
     meter.begin(model, optimizer)
     mark("state")
     sequences = config.train.batch_tokens // config.model.seq_len
     plan = Step(
-        micro_batches=sequences // int(config.train.micro_batch),
+        micro_batches=sequences // world.size // int(config.train.micro_batch),
         clip=config.train.clip,
         z_loss=config.train.z_loss,
         bias_rate=config.model.moe.bias_rate if config.model.moe else 0.0,
+        world=world,
         frozen=config.train.lora.rank > 0,
     )
     batch = random_batch(config, sequences)

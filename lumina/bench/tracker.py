@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lumina.bench import report as pages
 from lumina.bench.harness import circumstances
@@ -26,8 +27,11 @@ from lumina.config.schema.config import Config
 from lumina.config.schema.model import KINDS
 from lumina.model.cost import CHUNK_ELEMENTS
 from lumina.model.transformer import Transformer
+from lumina.parallel.sharding import local
+from lumina.parallel.world import World
 from lumina.planner import memory as forecasts
 from lumina.progress import Tell, silent, tracked
+from lumina.training import setup
 from lumina.training.optim import Optimizer
 from lumina.training.precision import Precision
 
@@ -54,7 +58,8 @@ class TrackerMeter:
 
     def begin(self, model: Transformer, optimizer: Optimizer) -> None:
         state = {**optimizer.tensors(), **optimizer.step_tensors()}
-        self.tracker.track_external(*model.parameters(), *model.buffers(), *state.values())
+        parts = [local(tensor) for tensor in (*model.parameters(), *state.values())]
+        self.tracker.track_external(*parts, *model.buffers())
 
     def now(self) -> int:
         held: int = self.tracker.get_tracker_snapshot("current").get(self.device, {}).get("Total", 0)
@@ -82,6 +87,20 @@ def moments(config: Config) -> dict[str, int]:
         model = _model(config)
         with _Totals() as tracker:
             took = walk(config, model, TrackerMeter(tracker), steps=1)
+    return {moment: took.most[moment] for moment in MOMENTS}
+
+
+def shared_moments(config: Config, processes: int) -> dict[str, int]:
+    """The same in one of several processes, which has nobody to talk to (torch's fake backend): with real tensors."""
+    store = FakeStore()
+    torch.distributed.init_process_group("fake", rank=0, world_size=processes, store=store)
+    try:
+        world = World(size=processes, local_size=processes)
+        model = setup.build_model(config, Precision.of(config.precision, "cpu"), world)
+        with _Totals() as tracker:
+            took = walk(config, model, TrackerMeter(tracker), steps=1, world=world)
+    finally:
+        torch.distributed.destroy_process_group()
     return {moment: took.most[moment] for moment in MOMENTS}
 
 
@@ -123,19 +142,26 @@ class Case:
 
     def config(self, **keys: Any) -> Config:
         """With two micro-batches of the size that `lumina train` chooses."""
-        chosen: dict[str, Any] = {
-            "model.kind": self.kind, "precision.mode": self.precision, "precision.eval": self.precision,
-            "train.recompute": self.recompute, "train.compile": "off", "train.steps": 10**6, "parallel.device": "cpu",
-            "parallel.threads": 1, **keys,
-        }  # fmt: skip
-        if self.kind in ("moe", "hybrid"):
-            chosen["model.moe.kernel"] = "grouped"
-        if self.precision == "bf16_pure":
-            del chosen["precision.eval"]
+        chosen = self.settings() | keys
         config = resolve(self.preset, chosen).config
         micro = min(forecasts.micro_batch(config), max(1, config.train.batch_tokens // config.model.seq_len // 2))
         sizes = {"train.micro_batch": micro, "train.batch_tokens": MICRO_BATCHES * micro * config.model.seq_len}
-        return resolve(self.preset, {**chosen, **sizes}).config
+        return resolve(self.preset, chosen | sizes).config
+
+    def settings(self) -> dict[str, Any]:
+        """Its keys, and nothing left to the machine."""
+        kernel = {"model.moe.kernel": "grouped"} if self.kind in ("moe", "hybrid") else {}
+        return {
+            "model.kind": self.kind,
+            "precision.mode": self.precision,
+            "precision.eval": self.precision.removesuffix("_pure"),
+            "train.recompute": self.recompute,
+            "train.compile": "off",
+            "train.steps": 10**6,
+            "parallel.device": "cpu",
+            "parallel.threads": 1,
+            **kernel,
+        }
 
 
 def cases(names: Sequence[str]) -> list[Case]:
@@ -147,6 +173,37 @@ def cases(names: Sequence[str]) -> list[Case]:
     several = [name for name in RECOMPUTED if name in names]
     found += [Case(*one) for one in itertools.product(several, KINDS, ("fp32", "bf16", "bf16_pure"), MODES)]
     return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A small preset, shared out among processes."""
+
+    kind: str
+    precision: str
+    recompute: str
+    preset: str = "debug"
+    processes: int = 4
+
+    def config(self) -> Config:
+        tokens = MICRO_BATCHES * 2 * self.processes * resolve(self.preset).config.model.seq_len
+        sizes = {"train.micro_batch": 2, "train.batch_tokens": tokens}
+        case = Case(self.preset, self.kind, self.precision, self.recompute)
+        return resolve(self.preset, case.settings() | sizes).config
+
+
+SHARED = [
+    Shared(kind, precision, recompute)
+    for kind in KINDS
+    for precision, recompute in (("fp32", "none"), ("bf16", "full"))
+]
+
+
+def measure_shared(case: Shared) -> dict[str, Any]:
+    """Bytes by moment in one process, counted and forecast."""
+    config = case.config()
+    walked = shared_moments(config, case.processes)
+    return _compared(walked, forecasts.memory(config, case.processes, "cpu"))
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -162,19 +219,20 @@ def _measure(whole: Config, case: Case) -> dict[str, Any]:
     slope = {moment: (at[more][moment] - at[few][moment]) / (more - few) for moment in MOMENTS}
     walked = {moment: round(at[more][moment] + (whole.model.layers - more) * slope[moment]) for moment in MOMENTS}
     walked["optimizer"] = optimizer_step(whole)
-    forecast = forecasts.memory(whole, 1, "cpu")
-    said = {moment: held - forecasts.LIBRARIES["cpu"] for moment, held in forecast.moments.items()}  # tensors alone
-    peak = max(walked.values())
     return {
         "layers": whole.model.layers,
         "micro_batch": whole.train.micro_batch,
         "seq_len": whole.model.seq_len,
         "at": {str(depth): found for depth, found in at.items()},
-        "walked": walked,
-        "forecast": said,
-        "peak": peak,
-        "error": max(said.values()) / peak - 1,
+        **_compared(walked, forecasts.memory(whole, 1, "cpu")),
     }
+
+
+def _compared(walked: Mapping[str, int], forecast: forecasts.Memory) -> dict[str, Any]:
+    """What was counted beside what was said of the tensors, which is all that there is to count here."""
+    said = {moment: held - forecasts.LIBRARIES["cpu"] for moment, held in forecast.moments.items()}
+    peak = max(walked.values())
+    return {"walked": walked, "forecast": said, "peak": peak, "error": max(said.values()) / peak - 1}
 
 
 NAMES = tuple(presets())
@@ -185,15 +243,21 @@ def report(names: Sequence[str] = NAMES, progress: Tell = silent) -> tuple[str, 
     """The page of these presets, and every number of it."""
     chosen = cases(names)
     found = [{**vars(case), **measure(case)} for case in tracked(chosen, "walking", len(chosen), progress)]
-    about = circumstances("cpu")
+    parted = [{**vars(case), **measure_shared(case)} for case in tracked(SHARED, "sharing", len(SHARED), progress)]
+    return page(found, parted, about := circumstances("cpu")), {"about": about, "cases": found, "shared": parted}
+
+
+def page(found: Sequence[Mapping[str, Any]], parted: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
+    """One table of every preset, one of a small one that several processes share."""
     errors = [abs(one["error"]) for one in found]
     said = (
         f"{about['date']}, lumina at {about['commit'] or 'no commit'}, torch {about['torch']}; the forecast over "
         f"MemTracker's count, by moment and of the peak. The largest error of a peak is {max(errors):.1%}, the median "
         f"{statistics.median(errors):.1%}, of {len(found)}."
     )
-    page = pages.table("Memory of every preset beside MemTracker", HEADER, [row(one) for one in found], said)
-    return page.lstrip(), {"about": about, "cases": found}
+    whole = pages.table("Memory of every preset beside MemTracker", HEADER, [row(one) for one in found], said)
+    several = "In one of four processes that share the model (FSDP2); real tensors."
+    return whole.lstrip() + pages.table("Shared out", HEADER, [row(one) for one in parted], several)
 
 
 def row(one: Mapping[str, Any]) -> list[str]:

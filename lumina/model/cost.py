@@ -147,6 +147,11 @@ def state_bytes(config: ModelConfig, optimizer: str, precision: str, rank: int =
     return StateBytes(size * counted.total, size * counted.total, size * moments)
 
 
+def block_parameters(config: ModelConfig, layer: int, rank: int = 0) -> int:
+    """All parameters of a block (from 0), with adapters of some `rank`."""
+    return _block(config, is_routed(config, layer), has_experts(config, layer), rank).total
+
+
 def _block(config: ModelConfig, routed: bool, experts: bool, rank: int) -> _Block:
     D = config.width
     adapters = rank * _adapter_sides(config, experts)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 
 from lumina.config.schema.config import Config
 from lumina.config.schema.model import ModelConfig
-from lumina.model.cost import has_experts, is_routed, state_bytes
+from lumina.model.cost import block_parameters, has_experts, is_routed, state_bytes
 from lumina.planner.footprint import units
 from lumina.planner.footprint.layers import Net
 from lumina.planner.footprint.operators import FLAG, INDEX, WIDE
@@ -25,6 +26,8 @@ from lumina.planner.hardware import has_fast_bf16
 
 MICRO_TOKENS = 8192  # of a micro-batch, if it is not configured: more gains nothing on a CPU and costs memory
 EVAL_TOKENS = 16384  # evaluated at once
+NEWEST_TORCH = (2, 13)
+WIDE_NORMS = (2, 12)  # from here on autocast computes RMSNorm in fp32 on CUDA
 SHORT = 4  # bytes of an int32
 WEIGHTS, OPTIMIZER, SPARE, GATHERED, WORKSPACE = "weights", "optimizer", "spare slots", "gathered", "workspace"
 # Bytes that libraries take for themselves. On a CPU the code that is paged in, and oneDNN's buffers: the mean over four
@@ -60,13 +63,30 @@ class Memory:
         return max(self.moments, key=self.moments.__getitem__)
 
 
-def memory(config: Config, processes: int = 1, device: str = "cpu", attention: str | None = None) -> Memory:
+def memory(
+    config: Config,
+    processes: int = 1,
+    device: str = "cpu",
+    attention: str | None = None,
+    torch: tuple[int, int] | None = None,
+) -> Memory:
     """The peak of training `config` on each of `processes` devices.
 
     What the configuration leaves to the machine is filled in as `lumina train` would. `attention` names PyTorch's
-    kernel (flash, cudnn, efficient, math) where it is known; see `attention_kernel`.
+    kernel (flash, cudnn, efficient, math) where it is known; see `attention_kernel`. `torch` is its version, by default
+    that of the one installed here.
     """
-    return _Step(config, processes, device, attention).memory()
+    return _Step(config, processes, device, attention, torch or _torch()).memory()
+
+
+@cache
+def _torch() -> tuple[int, int]:
+    """The installed version, without an import; the newest that is known if there is none."""
+    try:
+        major, minor = version("torch").split(".")[:2]
+    except PackageNotFoundError:
+        return NEWEST_TORCH
+    return int(major), int(minor)
 
 
 def mode(config: Config, device: str) -> str:
@@ -76,8 +96,8 @@ def mode(config: Config, device: str) -> str:
     return "bf16" if device == "cuda" or has_fast_bf16() else "fp32"
 
 
-def attention_kernel(config: Config, device: str) -> str:
-    """Which of PyTorch's kernels computes attention with our masks.
+def attention_kernel(config: Config, device: str, precision: str | None = None) -> str:
+    """Which of PyTorch's kernels computes attention with our masks in `precision` (default: that of training).
 
     Flash on a CPU. On CUDA flash takes no mask and the memory-efficient one no fewer key-value heads than query heads
     (PyTorch 2.11); cuDNN's takes both, in half precision, and is preferred on compute capability 9 and 10 with cuDNN
@@ -87,7 +107,7 @@ def attention_kernel(config: Config, device: str) -> str:
     model = config.model
     if device != "cuda":
         return "flash"
-    half = mode(config, device) != "fp32"
+    half = (precision or mode(config, device)) != "fp32"
     if half and model.head_dim <= 128 and model.head_dim % 8 == 0 and not config.train.deterministic:
         return "cudnn"
     return "efficient" if model.heads == model.kv_heads else "math"
@@ -107,15 +127,26 @@ def micro_batch(config: Config, processes: int = 1) -> int:
     return next((n for n in micro_batches(config, processes) if n <= limit), 1)
 
 
+def _autocast(precision: str, size: int) -> int | None:
+    """Bytes of an element that autocast multiplies in, None where that is the weights' own format."""
+    return 2 if size == WIDE and precision != "fp32" else None
+
+
 class _Step:
     """A training step of one configuration, moment by moment."""
 
-    def __init__(self, config: Config, processes: int, device: str, attention: str | None) -> None:
+    def __init__(
+        self, config: Config, processes: int, device: str, attention: str | None, torch: tuple[int, int]
+    ) -> None:
         self.config, self.model, self.processes, self.device = config, config.model, processes, device
         precision = mode(config, device)
         self.size = 2 if precision == "bf16_pure" else WIDE
-        self.low = 2 if precision in ("bf16", "fp16") else None
-        self.attention = attention or attention_kernel(config, device)
+        held_out = precision if config.precision.eval == "auto" else config.precision.eval
+        self.how = {
+            training: (_autocast(one, self.size), attention or attention_kernel(config, device, one))
+            for training, one in ((True, precision), (False, held_out))
+        }
+        self.wide_norms = torch >= WIDE_NORMS
         self.rank = config.train.lora.rank
         self.batch = micro_batch(config, processes)
         own = max(1, config.train.batch_tokens // config.model.seq_len // processes)
@@ -155,44 +186,61 @@ class _Step:
         rope = tokens * self.model.head_dim * WIDE + tokens * INDEX
         return Bytes({ACTIVATIONS: rope + mask * tokens * self.model.seq_len * FLAG})
 
+    def _gathered(self, blocks: int) -> Bytes:
+        """What FSDP puts together of weights that are shared out: the head all the time, and so many blocks at once.
+
+        Forward: the block that computes, and the next one. Backward also the one before, whose gradients are under way.
+        """
+        if self.processes == 1:
+            return Bytes()
+        largest = max(block_parameters(self.model, layer) for layer in range(self.model.layers))
+        whole = blocks * largest + self.model.vocab * self.model.width
+        return Bytes({GATHERED: whole * self.size})
+
     # -- the moments ---------------------------------------------------------------------------------------------------
 
     def _training(self) -> list[Unit]:
         return list(self._units(self.batch, training=True))
 
     def _forward(self, walked: list[Unit]) -> Iterator[Bytes]:
-        held = self._own(gradients=self.later) + self._batch() + self._view(self.batch, mask=True)
+        held = self._own(gradients=self.later) + self._batch() + self._view(self.batch, mask=True) + self._gathered(2)
         for unit in walked:
             yield held + unit.forward
             held += unit.held
 
     def _backward(self, walked: list[Unit]) -> Iterator[Bytes]:
         mask = self.config.train.recompute != "none"
-        held = self._own(gradients=self.later) + self._batch() + self._view(self.batch, mask)
+        held = self._own(gradients=self.later) + self._batch() + self._view(self.batch, mask) + self._gathered(3)
         for unit in walked:
             held += unit.stays
-        for unit in reversed(walked):
+        following = self._gathered(2) - self._gathered(0)  # gradients of a block before, while they are summed
+        for turn, unit in enumerate(reversed(walked)):
             held -= unit.stays
-            yield held + unit.backward
-            held += Bytes({GRADIENTS: unit.gradients // self.processes})
+            yield held + unit.backward + (following if turn > 1 else Bytes())
+            shared = self.processes if turn else 1  # the head's are given away when all is over
+            held += Bytes({GRADIENTS: unit.gradients // shared})
 
     def _evaluation(self) -> Iterator[Bytes]:
         batch = max(1, EVAL_TOKENS // self.model.seq_len)
-        held = self._own(gradients=True) + self._batch() + self._view(batch, mask=True)
+        held = self._own(gradients=True) + self._batch() + self._view(batch, mask=True) + self._gathered(2)
         stream = Bytes({ACTIVATIONS: batch * self.model.seq_len * self.model.width * self.size})
         for unit in self._units(batch, training=False):
             yield held + stream + unit.forward
-            held += Bytes({CASTS: unit.held[CASTS]})
+            if self.processes == 1:  # of weights that are put together anew autocast keeps none
+                held += Bytes({CASTS: unit.held[CASTS]})
 
     def _units(self, batch: int, training: bool) -> Iterator[Unit]:
         """The embedding, every block and the head; blocks of one sort are walked once."""
+        low, attention = self.how[training]
+        recompute = self.config.train.recompute if training else None
         shape = _Shape(
-            self.model, batch, self.size, self.low, self.device, self.rank, self.later, self.attention,
-            self.config.train.recompute if training else None,
+            self.model, batch, self.size, low, self.device, self.rank, self.later, attention, self.wide_norms,
+            recompute,
         )  # fmt: skip
         yield _end(shape, first=True)
         for layer in range(self.model.layers):
-            yield _block(shape, is_routed(self.model, layer), has_experts(self.model, layer))
+            learns = layer > 0 or self.rank == 0
+            yield _block(shape, is_routed(self.model, layer), has_experts(self.model, layer), learns)
         yield _end(shape, first=False)
 
     def _directions(self) -> int:
@@ -234,19 +282,20 @@ class _Shape:
     rank: int
     later: bool
     attention: str
+    wide_norms: bool
     recompute: str | None  # None: no gradients at all
 
     def net(self) -> Net:
         tape = Tape(self.low, self.device)
-        return Net(self.model, tape, self.size, self.rank, self.later, self.attention)
+        return Net(self.model, tape, self.size, self.rank, self.later, self.attention, self.wide_norms)
 
 
 @lru_cache(256)
-def _block(shape: _Shape, routed: bool, experts: bool) -> Unit:
+def _block(shape: _Shape, routed: bool, experts: bool, learns: bool) -> Unit:
     sizes = shape.batch, shape.model.seq_len, routed, experts
     if shape.recompute is None:
         return units.deciding(shape.net(), *sizes)
-    return units.block(shape.net(), *sizes, shape.recompute)
+    return units.block(shape.net(), *sizes, shape.recompute, learns)
 
 
 @lru_cache(256)

@@ -61,9 +61,8 @@ def _ways(resolved: Resolved, have: int, processes: int) -> str:
     own, smaller = _enlarged(resolved), remedies.largest_preset(config, have, processes, device)
     ways = [f"make {', '.join(own)} smaller"] if own else []
     found = remedies.changes(config, have, processes, device)
-    ways += [
-        f"with {change} it fits" for change in found if "processes" not in change
-    ]  # those would share this machine
+    alone = [change for change in found if "processes" not in change]  # others would share this machine
+    ways += [f"with {change} it fits" for change in alone]
     ways += [f"`lumina train {smaller}` fits"] if smaller else []
     ways += ["share the model among more machines or GPUs with torchrun", "see `lumina presets`"]
     return "; or ".join(ways[:-1]) + f"; {ways[-1]}"

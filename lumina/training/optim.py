@@ -237,7 +237,8 @@ class Optimizer:
         self.adamw.step()
 
     def zero_grad(self) -> None:
-        for parameter in (self.groups.clipped | self.groups.predictors).values():
+        # Of several processes a block's gradients lie in one piece of memory: one that a leaf still has keeps them all.
+        for parameter in (*(self.groups.clipped | self.groups.predictors).values(), *self.leaves.values()):
             parameter.grad = None
 
     def gradients(self, parameters: dict[str, Tensor]) -> list[Tensor]:

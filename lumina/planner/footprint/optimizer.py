@@ -93,6 +93,8 @@ def _portion(portion: tuple[Matrix, ...], size: int, processes: int) -> int:
         if ndim == 2 and processes > 1:
             put_together += local * LOW  # padded
         iterations = 2 * computed * LOW + 2 * square * LOW
+        if processes > 1 and ndim == 2:
+            iterations = max(iterations, 2 * computed * LOW + numel * LOW)  # the shares of all, when they are done
         most = max(most, held + before + put_together + iterations)
         before = local * LOW
         largest = max(one.numel for one in portion)

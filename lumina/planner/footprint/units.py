@@ -32,9 +32,9 @@ class Unit:
     gradients: int  # of weights, left behind by it
 
 
-def walk(tape: Tape, compute: Compute, numel: float, size: int) -> Unit:
-    """Forward and backward of `compute` for an input of `numel` elements."""
-    outs = compute(_input(tape, numel, size))
+def walk(tape: Tape, compute: Compute, numel: float, size: int, learns: bool = True) -> Unit:
+    """Forward and backward of `compute` for an input of `numel` elements, of which a gradient is wanted or not."""
+    outs = compute(_input(tape, numel, size, learns))
     given = Bytes({ACTIVATIONS: round(numel * size)})
     forward = Bytes(tape.at_most) - given
     if not tape.recording:
@@ -49,10 +49,10 @@ def walk(tape: Tape, compute: Compute, numel: float, size: int) -> Unit:
     return Unit(forward, held, stays, Bytes(tape.at_most), tape.parts.get(GRADIENTS, 0))
 
 
-def _input(tape: Tape, numel: float, size: int) -> Tensor:
+def _input(tape: Tape, numel: float, size: int, learns: bool) -> Tensor:
     """A tensor whose gradient is a sum of what comes back, and is passed on to nobody."""
     x = tape.new(numel, size)
-    if tape.recording:
+    if tape.recording and learns:
         x.source = Node(tape, [], [], lambda _: [])
     return x
 
@@ -60,8 +60,8 @@ def _input(tape: Tape, numel: float, size: int) -> Tensor:
 # -- a block ----------------------------------------------------------------------------------------------------------
 
 
-def block(net: Net, batch: int, length: int, routed: bool, moe: bool, recompute: str) -> Unit:
-    """A training block (`transformer.Block.forward`)."""
+def block(net: Net, batch: int, length: int, routed: bool, moe: bool, recompute: str, learns: bool = True) -> Unit:
+    """A training block (`transformer.Block.forward`); `learns`: whether anything before it does."""
     view = _outside(net, batch, length)
 
     def compute(x: Tensor) -> list[Tensor]:
@@ -70,8 +70,11 @@ def block(net: Net, batch: int, length: int, routed: bool, moe: bool, recompute:
     def again(x: Tensor) -> list[Tensor]:
         return _recomputed(net.tape, compute, x)
 
+    numel = view.tokens * net.model.width
+    if recompute == "none":
+        return walk(net.tape, compute, numel, net.size, learns)
     net.tape.selective = recompute == "selective"
-    return walk(net.tape, compute if recompute == "none" else again, view.tokens * net.model.width, net.size)
+    return walk(net.tape, again, numel, net.size)
 
 
 def deciding(net: Net, batch: int, length: int, routed: bool, moe: bool) -> Unit:
@@ -103,7 +106,8 @@ def _compute(net: Net, x: Tensor, view: View, routed: bool, moe: bool) -> list[T
         y, losses = _branch(net, x, view, moe)
         return [add(x, y), *losses]
     assert net.model.mod is not None
-    selected = chosen(net.model.mod.capacity, view.length)
+    most = 1.0 if net.model.mod.anneal else net.model.mod.capacity  # a capacity that falls begins with every token
+    selected = chosen(most, view.length)
     choice = depth.select(net, x, view, selected)
     x_C, view_C = depth.take(net, x, view, choice.index, selected)
     y_C, losses = _branch(net, x_C, view_C, moe)

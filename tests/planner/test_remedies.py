@@ -1,0 +1,74 @@
+"""What to change when training does not fit: every suggestion is tried here, as somebody would who reads it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from support import KINDS
+
+from lumina.config.resolve import resolve
+from lumina.config.schema.config import Config
+from lumina.planner.memory import memory, micro_batches
+from lumina.planner.remedies import fits, largest_micro_batch, remedies
+
+GIB = 2**30
+
+
+def tried(preset: str, kind: str, said: str) -> tuple[Config, int]:
+    """The configuration that a suggestion leads to, and on how many processes."""
+    words = said.split()
+    processes = int(words.pop(0)) if words[1:2] == ["processes"] else 1
+    words = [word for word in words if "=" in word]
+    return resolve(preset, [f"model.kind={kind}", *words]).config, processes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_suggestion_makes_it_fit(kind: str) -> None:
+    config = resolve("debug_200m", {"model.kind": kind}).config
+    capacity = int(0.8 * memory(config, 1, "cuda").training)
+    found = remedies(config, capacity, 1, "cuda")
+    assert [re.split("[= ]", said)[0] for said in found[:2]] == ["train.micro_batch", "train.recompute"]
+    for said in found[:-1]:
+        changed, processes = tried("debug_200m", kind, said)
+        assert memory(changed, processes, "cuda").training <= capacity, said
+    name, *settings = found[-1].split()
+    assert fits(resolve(name, settings).config, capacity, 1, "cuda")
+
+
+def test_suggestions_are_in_the_order_of_their_cost_and_none_is_needless() -> None:
+    config = resolve("b1", {"model.kind": "dense"}).config
+    found = remedies(config, 12 * GIB, 1, "cuda")
+    order = ["train.micro_batch", "train.recompute", "precision.mode", "processes", "model.seq_len", "debug_200m"]
+    first = [next(name for name in order if name in said) for said in found]
+    assert first == sorted(first, key=order.index)
+    assert len(first) >= 3
+    assert remedies(config, 10**15, 1, "cuda")[0].startswith("train.micro_batch=")
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
+    config = resolve("debug_200m", {"model.kind": "dense"}).config
+    sizes = micro_batches(config)
+    for capacity in (6 * GIB, 12 * GIB, 40 * GIB):
+        best = largest_micro_batch(config, capacity, 1, "cuda")
+        assert best is not None
+        changed = resolve("debug_200m", {"model.kind": "dense", "train.micro_batch": best}).config
+        assert memory(changed, 1, "cuda").training <= capacity
+        if best != sizes[0]:
+            larger = sizes[sizes.index(best) - 1]
+            changed = resolve("debug_200m", {"model.kind": "dense", "train.micro_batch": larger}).config
+            assert memory(changed, 1, "cuda").training > capacity
+    assert largest_micro_batch(config, 2**20) is None
+
+
+def test_where_nothing_helps_nothing_is_suggested() -> None:
+    assert remedies(resolve("tiny").config, 1000) == []
+
+
+def test_more_processes_are_suggested_where_one_cannot_hold_the_weights() -> None:
+    config = resolve("b7").config
+    (said,) = (said for said in remedies(config, 80 * GIB, 1, "cuda") if "processes" in said)
+    processes = int(said.split()[0])
+    changed = resolve("b7", [word for word in said.split() if "=" in word]).config
+    assert memory(changed, processes, "cuda").training <= 80 * GIB
+    assert not fits(config, 80 * GIB, processes // 4, "cuda")
