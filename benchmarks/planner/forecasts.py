@@ -1,8 +1,9 @@
 """What `lumina.planner.prior.SHIPPED` holds, and how often forecasts held the end: from the recorded curves.
 
-    python benchmarks/planner/forecasts.py constants | coverage [--json]
+    python benchmarks/planner/forecasts.py constants | coverage | memory
 
-`constants` are measured on the runs marked so; `coverage` replays forecasts of all other runs.
+`constants` are measured on the runs marked so; `coverage` replays forecasts of all other runs; `memory` compares
+lengths of the annealing area's memory.
 """
 
 from __future__ import annotations
@@ -147,16 +148,46 @@ def said_of_deviations(runs: Sequence[Recorded]) -> str:
     return f"{len(zs)} deviations of healthy runs: {beyond} standard deviations."
 
 
+def off_by(run: Recorded, memory: float) -> float:
+    """How far the held-out losses behind the warm-up are from the form, in nats (root mean square), with the S2 of this
+    lambda; the best of the exponents."""
+    schedule = aim_of(run).schedule
+    steps = np.arange(1.0, schedule.steps + 1)
+    falls = np.diff(schedule.fallen(steps), prepend=0.0)
+    momentum, areas = 0.0, []
+    for fall in falls:
+        momentum = memory * momentum + fall
+        areas.append(momentum)
+    S2 = np.cumsum(areas)
+    seen = [one for one in run["heldout"] if one[0] > schedule.warm + 0.1 * schedule.steps]
+    at, losses = np.array([one[0] for one in seen]) - 1, np.array([one[1] for one in seen])
+    x = schedule.area(steps) / schedule.area(steps[-1:])
+    best = math.inf
+    for exponent in EXPONENTS:
+        X = np.stack([np.ones(len(at)), x[at] ** -exponent, -S2[at] / S2[-1]], axis=1)
+        left = losses - X @ np.linalg.lstsq(X, losses, rcond=None)[0]
+        best = min(best, math.sqrt(float(left @ left) / (len(at) - 4)))
+    return best
+
+
+def memory_lines() -> list[str]:
+    runs = [run for use in ("constants", "coverage") for run in recorded(use)]
+    runs = [run for run in runs if run["schedule"] == "wsd" and run["epochs"] <= 1 and len(run["heldout"]) > 7]
+    lines = [f"| λ | median of {len(runs)} runs, nats | mean |", "|---|---|---|"]
+    for memory in (0.999, 0.99, 0.95, 0.9, 0.0):
+        off = [off_by(run, memory) for run in runs]
+        lines.append(f"| {memory:g} | {statistics.median(off):.4f} | {statistics.mean(off):.4f} |")
+    return lines
+
+
 if __name__ == "__main__":
-    what = sys.argv[1]
-    if what == "constants":
-        print(constants(recorded("constants")))
-        for ahead in (0.1, 0.15, 0.2, 0.25, 0.3):
-            rows = left_out(recorded("constants"), ahead)
-            print(f"ahead {ahead}: {sum(row.inside for row in rows)} of {len(rows)} inside, each run left out once")
-    else:
-        rows = list(replay(recorded("coverage")))
-        print("\n".join(as_lines(rows)))
-        print(said_of_deviations(recorded("coverage")))
-        if "--json" in sys.argv:
-            print(json.dumps([row._asdict() | {"inside": row.inside} for row in rows]))
+    match sys.argv[1]:
+        case "constants":
+            print(constants(recorded("constants")))
+            for ahead in (0.1, 0.15, 0.2, 0.25, 0.3):
+                rows = left_out(recorded("constants"), ahead)
+                print(f"ahead {ahead}: {sum(row.inside for row in rows)} of {len(rows)}, each run left out once")
+        case "coverage":
+            print("\n".join([*as_lines(list(replay(recorded("coverage")))), said_of_deviations(recorded("coverage"))]))
+        case "memory":
+            print("\n".join(memory_lines()))
