@@ -59,6 +59,7 @@ TORCHLESS = [
     "lumina.planner.fit",
     "lumina.planner.hardware",
     "lumina.planner.hyperparameters",
+    "lumina.planner.keeping",
     "lumina.planner.memory",
     "lumina.planner.overtraining",
     "lumina.planner.plan",
