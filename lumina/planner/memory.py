@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lumina.config.schema.config import Config
 from lumina.config.schema.model import ModelConfig
-from lumina.model.cost import block_parameters, has_experts, is_routed, state_bytes
+from lumina.model.cost import CHUNK_ELEMENTS, block_parameters, has_experts, is_routed, state_bytes
 from lumina.planner.footprint import units
 from lumina.planner.footprint.layers import Net
 from lumina.planner.footprint.operators import FLAG, INDEX, WIDE
@@ -222,12 +222,14 @@ class _Step:
 
     def _evaluation(self) -> Iterator[Bytes]:
         batch = max(1, EVAL_TOKENS // self.model.seq_len)
-        held = self._own(gradients=True) + self._batch() + self._view(batch, mask=True) + self._gathered(2)
+        held = self._own(gradients=True) + self._batch() + self._gathered(2)
         stream = Bytes({ACTIVATIONS: batch * self.model.seq_len * self.model.width * self.size})
-        for unit in self._units(batch, training=False):
-            yield held + stream + unit.forward
+        *before, head = self._units(batch, training=False)
+        for unit in before:
+            yield held + stream + self._view(batch, mask=True) + unit.forward
             if self.processes == 1:  # of weights that are put together anew autocast keeps none
                 held += Bytes({CASTS: unit.held[CASTS]})
+        yield held + stream + head.forward
 
     def _units(self, batch: int, training: bool) -> Iterator[Unit]:
         """The embedding, every block and the head; blocks of one sort are walked once."""
@@ -235,7 +237,7 @@ class _Step:
         recompute = self.config.train.recompute if training else None
         shape = _Shape(
             self.model, batch, self.size, low, self.device, self.rank, self.later, attention, self.wide_norms,
-            recompute,
+            CHUNK_ELEMENTS[self.device], recompute,
         )  # fmt: skip
         yield _end(shape, first=True)
         for layer in range(self.model.layers):
@@ -272,7 +274,7 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Shape:
-    """All that a walk through a unit depends on."""
+    """All that a walk through a unit depends on; the cached ones know nothing else."""
 
     model: ModelConfig
     batch: int
@@ -283,11 +285,12 @@ class _Shape:
     later: bool
     attention: str
     wide_norms: bool
+    chunk: int  # logits that are computed at once
     recompute: str | None  # None: no gradients at all
 
     def net(self) -> Net:
         tape = Tape(self.low, self.device)
-        return Net(self.model, tape, self.size, self.rank, self.later, self.attention, self.wide_norms)
+        return Net(self.model, tape, self.size, self.rank, self.later, self.attention, self.wide_norms, self.chunk)
 
 
 @lru_cache(256)

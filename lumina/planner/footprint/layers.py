@@ -44,6 +44,7 @@ class Net:
     later: bool = False  # whether weights have gradients already
     attention: str = "flash"
     wide_norms: bool = True  # whether autocast on CUDA computes RMSNorm in fp32
+    chunk: int = 1 << 20  # logits that the head computes at once
 
     def leaf(self, numel: float, adapter: bool = False) -> Leaf:
         """A weight of so many elements; beside adapters all others are frozen."""

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lumina.model.cost import CHUNK_ELEMENTS, chosen, dense_ffn
+from lumina.model.cost import chosen, dense_ffn
 from lumina.planner.footprint import depth
 from lumina.planner.footprint.experts import experts
 from lumina.planner.footprint.layers import Net, View, attend, feed_forward, norm
@@ -193,14 +193,16 @@ def _loss(net: Net, x: Tensor, tokens: int, training: bool) -> Tensor:
         low = cast(detached(weight), size)
         g_h = tape.new(numel, size) if training else None
         g_w = tape.new(table, WIDE) if training and learns else None
-        chunk = max(1, CHUNK_ELEMENTS[tape.device] // V)
+        chunk = max(1, net.chunk // V)
         for _ in range(min(2, -(-tokens // chunk))):  # while a second is made, the first is still there
-            logits = cast(tape.new(min(chunk, tokens) * V, size), WIDE)
+            logits = g = cast(tape.new(min(chunk, tokens) * V, size), WIDE)
             exponentials = tape.new(logits.numel, WIDE) if tape.device == "cuda" else None  # of logsumexp
             del exponentials
             if training:
-                formed = [cast(logits, size), tape.new(table, size) if learns else logits]
-                formed.pop()  # what was added to the weight's gradient
+                g = cast(logits, size)
+                part = tape.new(table, size) if learns else None  # of the weight's gradient
+                del part
+        del logits, g
         out = tape.new(1, WIDE)
 
     def back(_: Gradients) -> list[Tensor | None]:
