@@ -183,12 +183,12 @@ class Fleet:
         machine's cards bounds every one of its GPUs, not a card one of them. Of the 400 GB/s of 8 cards H100s reach
         360 to 260 on 4 to 128 machines (NCCL's issue 1229, reduce-scatter), 46 to 48 of each 50 (nccl-tests' 290).
         """
-        return min(self.device.link, self.device.network) if self.count > NODE else self.device.link
+        return min(self.device.link, self.device.network) if self.machines > 1 else self.device.link
 
     @property
     def machines(self) -> int:
-        """How many machines these GPUs are in, as few as hold equally many each."""
-        if self.device.is_cpu:
+        """How many machines these are in: those that are here in one, others in as few as hold equally many each."""
+        if self.here:
             return 1
         return next(n for n in range(-(-self.count // NODE), self.count + 1) if self.count % n == 0)
 

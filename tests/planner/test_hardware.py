@@ -96,6 +96,7 @@ def test_a_collective_uses_every_network_card_of_a_machine() -> None:
 @pytest.mark.parametrize(("count", "machines"), [(1, 1), (8, 1), (12, 2), (16, 2), (17, 17), (64, 8), (100, 20)])
 def test_machines_are_as_few_as_hold_equally_many(count: int, machines: int) -> None:
     assert Fleet(DEVICES["H100-SXM"], count).machines == machines
+    assert Fleet(DEVICES["H100-SXM"], count, here=True).machines == 1
 
 
 def test_memory_is_what_drivers_report() -> None:
