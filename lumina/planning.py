@@ -115,7 +115,8 @@ def next_command(made: Plan, out: Path | None) -> str:
         return start(made.fleet, [str(out)])
     if question.source is None:
         return f"{command(question)} --out plan.yaml && {start(made.fleet, ['plan.yaml'])}"
-    own = {key: value for key, (value, _) in made.solved.changes.items() if key not in _keys(question)}
+    said = resolve(question.source, question.every_setting).request
+    own = {key: value for key, (value, _) in made.solved.changes.items() if said.get(key) != value}
     settings = [*question.every_setting, *(f"{key}={yaml12.dump_value(value)}" for key, value in own.items())]
     return start(made.fleet, [question.source, *settings])
 

@@ -152,7 +152,7 @@ class Solver:
         trial = self._settle(config, 1)
         step = self.step(trial)
         steps = time.steps_in(trial, step.seconds.mid, seconds, self.fixed(trial))
-        return config.train.batch_tokens * max(1, steps)  # also of a size that is only tried; `solve` refuses none
+        return config.train.batch_tokens * max(1, steps)  # for a size may be tried that is none; `solve` refuses it
 
     def _settle(self, config: Config, steps: int) -> Config:
         train = config.train.model_copy(update={"steps": steps, "tokens": None, "time": None})

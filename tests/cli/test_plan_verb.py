@@ -161,6 +161,14 @@ def test_without_a_preset_the_next_command_can_be_pasted(
     assert main(["config", "check", "plan.yaml"]) == 0
 
 
+def test_what_a_file_says_is_not_said_again(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: debug\nmodel:\n  kind: dense\ntrain:\n  steps: 300\n  lr: 1e-3\n")
+    for settings in ([], ["train.lr=2e-3"]):
+        made = lumina.plan(file, settings, gpus="H100")
+        assert planning.next_command(made, None) == " ".join(["lumina train", str(file), *settings])
+
+
 def test_a_question_is_the_command_that_asks_it() -> None:
     keys = {
         "gpus": "2xX9",
