@@ -12,6 +12,9 @@ from lumina.config.overlay import Overlay, Value
 Data = Literal["replay", "skip"]
 
 
+Stage = Literal["warmup", "stable", "decay"]
+
+
 @dataclass(frozen=True)
 class Observation:
     """What one step did, known one step later. Nothing here depends on a clock."""
@@ -21,11 +24,57 @@ class Observation:
     loss: float  # nats a token
     acc: float  # share of the tokens
     lr: float  # that acted
+    clip: float  # that acted
+    stage: Stage  # of the schedule of this step's phase
+    changed: (
+        str  # what the plan changed with this step: "phase", "capacity", an overlay's id that begins or ends; or ""
+    )
     grad_norm: float  # before clipping
+    grad_embed: float  # the same of parts: the embedding, an untied head, the routers of experts and of depth
+    grad_head: float | None  # None if tied
+    grad_router: float | None  # None without
+    update_ratio: float  # norm of what the step moved over the norm of the weights, of a sample of them
+    adam_rms: float  # root mean square of g / sqrt(v), of a sample: above 2.3 precedes spikes (Wortsman et al. 2023)
+    log_z: float  # root mean square of log Z, nats
     skipped: bool  # the guard moved nothing: loss or gradients were not finite
-    balance: float | None  # largest over mean expert load, mean over layers; None without experts
-    agreement: float | None  # share of tokens on which the causal depth rule and the choice agree; None without
-    loss_scale: float | None  # of fp16
+    batch: int  # number of the batch, as planned, in its phase
+    content: str  # hash of the batch's tokens
+    load: tuple[tuple[float, ...], ...] = ()  # tokens of each expert over the mean, for each layer
+    entropy: tuple[float, ...] = ()  # of the routers' scores a token, nats, for each layer
+    capacity: tuple[float, ...] = ()  # share of the tokens that each depth-routed layer computed
+    agreement: float | None = None  # share of tokens on which the causal depth rule and the choice agree; None without
+    loss_scale: float | None = None  # of fp16
+    broken: tuple[str, ...] = ()  # invariants that do not hold, each a sentence that begins with its name and ": "
+
+    @property
+    def balance(self) -> float | None:
+        """Largest over mean expert load, mean over layers; None without experts."""
+        return sum(max(layer) for layer in self.load) / len(self.load) if self.load else None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the probe saw behind `step`, without gradient and with the causal routing."""
+
+    step: int
+    loss: float  # of a fixed piece of held-out text, nats a token
+    golden: float  # of a fixed batch as training reads it, nats a token: apart from `loss` if the way of data is broken
+    attention: float  # largest attention logit
+    churn: tuple[float | None, ...] = ()  # share of the tokens whose experts changed since the last look, by layer
+    agreement: float | None = None  # of the causal depth rule and top-C on the held-out piece
+    broken: tuple[str, ...] = ()  # invariants that only a look can see
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A step taken again from the restore point in memory, on trial."""
+
+    step: int  # that was repeated
+    loss: float  # as it was observed first
+    again: float  # the same step once more
+    same: bool  # to the bit: loss and gradient norm
+    others: tuple[float, ...]  # losses of the same weights on other batches of the training data
+    heldout: float  # of the weights before the step, on the probe's text
 
 
 @dataclass(frozen=True)
@@ -120,6 +169,10 @@ class Controls(Protocol):
 
     def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> None:
         """Goes on from the end of an arm that was held: its steps, without the probe, are the run's."""
+        ...
+
+    def replay(self) -> Replay | None:
+        """Takes the last observed step again from the restore point, leaves no trace; None if there is no such point."""
         ...
 
     def save(self) -> None:
