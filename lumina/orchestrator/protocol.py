@@ -137,10 +137,16 @@ class Controls(Protocol):
         """What was laid over the plan, ended ones included."""
         ...
 
+    @property
+    def points(self) -> tuple[int, ...]:
+        """The steps that `rollback` can go back to, ascending."""
+        ...
+
     def overlay(self, why: Decision, key: str, value: Value, steps: int | None = None) -> Overlay:
         """Lays a value over the plan from the next step on, for so many steps or to the end.
 
-        `data.skip` leaves out batches that are still to be read.
+        `data.skip` leaves out batches that are still to be read; an edit changes the state before the next step, and
+        `decay` ends the run with so many steps of it: see `lumina.config.overlay`.
         """
         ...
 

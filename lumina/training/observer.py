@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from lumina.model import cost
 from lumina.orchestrator.protocol import Decision, Observation
 from lumina.training import depth, experts, machine
-from lumina.training.schedule import depth_capacity
 from lumina.training.setup import Parts
 from lumina.training.state import Progress
 from lumina.training.step import METRICS
@@ -23,11 +22,20 @@ Emit = Callable[..., None]
 class Observer:
     """Turns the metrics of steps into events and observations.
 
-    `peak` is what MFU is measured against, in FLOP/s; `lr` is the learning rate that acted in a step.
+    `peak` is what MFU is measured against, in FLOP/s; `values` are the numbers that acted in a step, and `last` is the
+    step with which the run ends.
     """
 
-    def __init__(self, parts: Parts, peak: float, emit: Emit, lr: Callable[[int], float]) -> None:
-        self.parts, self.config, self.peak, self.emit, self.lr = parts, parts.config, peak, emit, lr
+    def __init__(
+        self,
+        parts: Parts,
+        peak: float,
+        emit: Emit,
+        values: Callable[[int], dict[str, float]],
+        last: Callable[[], int],
+    ) -> None:
+        self.parts, self.config, self.peak, self.emit = parts, parts.config, peak, emit
+        self.values, self.last = values, last
         self.layers = len(parts.model.moes), len(parts.model.routers)
         self.flops = dict[float | None, float]()  # of a token, by depth capacity
 
@@ -40,10 +48,11 @@ class Observer:
             tokens=progress.tokens,
             loss=metrics["nats"] / metrics["count"],
             acc=metrics["correct"] / metrics["count"],
-            lr=self.lr(progress.step),
+            lr=self.values(progress.step)["lr"],
             grad_norm=metrics["grad_norm"],
             skipped=bool(metrics["skipped"]),
-            balance=metrics["balance"] if moes else None,
+            clip=0.0, stage="stable", changed="", grad_embed=0.0, grad_head=None, grad_router=None,
+            update_ratio=0.0, adam_rms=0.0, log_z=0.0, batch=progress.step - 1, content="",
             agreement=metrics["agreement"] if routers else None,
             loss_scale=metrics["loss_scale"] if self.parts.optimizer.loss_scale else None,
         )
@@ -60,27 +69,28 @@ class Observer:
             tok_s=round(tok_s, 1),
             mfu=round(tok_s * self._flops(progress.step) / self.peak, 4),
             mem=machine.memory_used(config.parallel.device),
-            bal=seen.balance,
+            bal=metrics["balance"] if moes else None,
             agree=seen.agreement,
         )
         if seen.skipped:
             self._skipped(seen)
         else:
             self._count(progress, values[len(METRICS) :])
-        if progress.step % config.telemetry.log_every == 0 or progress.step == self.parts.steps:
+        if progress.step % config.telemetry.log_every == 0 or progress.step == self.last():
             self._tell(progress)
         return seen
 
     def _flops(self, step: int) -> float:
         """Of a token trained in this step."""
-        mod = self.config.model.mod
-        capacity = depth_capacity(mod, step, self.parts.steps) if mod else None
+        capacity = self.values(step)["mod_capacity"] if self.config.model.mod else None
         if capacity not in self.flops:
             rank = self.config.train.lora.rank
             self.flops[capacity] = cost.count(self.config.model, capacity=capacity, rank=rank).flops_per_token
         return self.flops[capacity]
 
     def _skipped(self, seen: Observation) -> None:
+        if self.values(seen.step)["skip"]:
+            return  # it was asked for, and told then
         if seen.loss_scale is not None and math.isfinite(seen.loss):
             why = Decision("overflow", "skip_step", {"loss_scale": seen.loss_scale, "halved_to": seen.loss_scale / 2})
         else:

@@ -203,14 +203,15 @@ class Optimizer:
             if leaf in ("w_qkv", "w_gate_up"):
                 splits[name] = modules[owner].splits
         self.muon = Muon(self.groups.matrices, splits, world)
-        plain = self.groups.plain | self.groups.predictors
-        self.named = self.groups.decayed | plain
+        self.predictor_rate = 1.0  # of the learning rate of the step to come
+        self.named = self.groups.decayed | self.groups.plain | self.groups.predictors
         # What AdamW moves: the parameter itself, or this process's rows of it as a leaf in the same memory.
         self.leaves = {name: p if local(p) is p else nn.Parameter(local(p)) for name, p in self.named.items()}
         self.adamw = torch.optim.AdamW(
             [
                 {"params": [self.leaves[name] for name in self.groups.decayed], "weight_decay": self.weight_decay},
-                {"params": [self.leaves[name] for name in plain], "weight_decay": 0.0},
+                {"params": [self.leaves[name] for name in self.groups.plain], "weight_decay": 0.0},
+                {"params": [self.leaves[name] for name in self.groups.predictors], "weight_decay": 0.0},
             ],
             lr=train.lr,
             betas=train.betas,
@@ -231,10 +232,18 @@ class Optimizer:
         for name, leaf in self.leaves.items():
             gradient = self.named[name].grad
             leaf.grad = None if gradient is None else local(gradient)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+        for group, rate in zip(self.adamw.param_groups, (1.0, 1.0, self.predictor_rate), strict=True):
+            group["lr"] = lr * rate
         self.adamw.found_inf = skip  # type: ignore[attr-defined]
         self.adamw.step()
+
+    def reset(self) -> None:
+        """As new: no moments, and AdamW counts its steps from 0, by which it corrects them. A loss scale stays."""
+        for momentum in self.muon.momentum.values():
+            momentum.zero_()
+        for state in self.adamw.state.values():
+            for tensor in state.values():
+                tensor.zero_()
 
     def zero_grad(self) -> None:
         # Of several processes a block's gradients lie in one piece of memory: one that a leaf still has keeps them all.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lumina.config.phases import phases
 from lumina.config.schema.data import DataConfig
@@ -62,6 +62,15 @@ def parts(train: TrainConfig, data: DataConfig, steps: int) -> list[Part]:
 def rate(planned: Sequence[Part], schedule: str, step: int) -> float:
     """The learning rate of step `step`, counted from 1."""
     return next(phase for phase in reversed(planned) if step > phase.begin).rate(step, schedule)
+
+
+def shortened(planned: Sequence[Part], begin: int, steps: int) -> list[Part]:
+    """The phases when the decay is started in step `begin`: that phase ends with `steps` of it, and with it the run.
+
+    What was planned behind is left out: up to there and from there on it is the run that was planned so long.
+    """
+    before = [phase for phase in planned if begin > phase.begin]
+    return [*before[:-1], replace(before[-1], end=begin - 1 + steps, decay=steps)]
 
 
 def depth_capacity(mod: MoDConfig, step: int, steps: int) -> float:

@@ -104,7 +104,7 @@ class Session:
                 with self._refusals():  # where no save comes, at the end of a run, none would tidy either
                     self.saver.tidy()
             self.course.begin()
-            while self.state.progress.step < self.parts.steps:
+            while self.state.progress.step < self.course.steps:
                 with suppress(Interrupted):
                     self._step()
                 self._answer(self.world.max(self.requests.take()))
@@ -125,7 +125,7 @@ class Session:
         step, every = self.state.progress.step, int(self.config.checkpoint.every)
         with self._pausing(), self._refusals():
             self.saver.poll(self.state.progress.step_seconds)
-        if step < self.parts.steps and every and step % every == 0:
+        if step < self.course.steps and every and step % every == 0:
             self._save()
 
     # -- where it goes on from ----------------------------------------------------------------------------------------
@@ -194,10 +194,14 @@ class Session:
             self.events.attempt = attempt
 
     def way_back(self, begin: int) -> int:
-        """The newest restore point before step `begin`, on disk or in memory."""
-        points = self.world.decide(self.saver.saved)
-        points += [self.point.state["progress"].step] if self.point else []
-        return max((step for step in points if step < begin), default=begin - 1)
+        """The newest restore point before step `begin`."""
+        return max((step for step in self.restore_points() if step < begin), default=begin - 1)
+
+    def restore_points(self) -> tuple[int, ...]:
+        """The steps that it can go back to, on disk or in memory, ascending."""
+        at_hand = [self.point.state["progress"].step] if self.point else []
+        points = {*self.world.decide(self.saver.saved), *at_hand}
+        return tuple(sorted(step for step in points if step < self.state.progress.step))
 
     def _go_to(self, point: Snapshot | store.Checkpoint | None) -> None:
         """Stands at a restore point; without one, at the start, where a session begins anyway."""
@@ -370,6 +374,7 @@ class Session:
                 reason=reason,
                 why=why.fields() if why else None,
                 overlays=overlay.pack(self.state.overlays),
+                ends=self.course.steps,
                 path=str(self.run.path),
                 at=round(time.time(), 3),  # from here to `end` is how long the attempt took
                 began=self.began,

@@ -38,6 +38,7 @@ class Step:
     world: World = ALONE
     seed: int = 0  # of the noise
     frozen: bool = False  # only adapters learn: router biases and depth thresholds rest
+    skip: bool = False  # asked for: the step moves nothing, as if it were not finite
 
 
 class Sums(NamedTuple):
@@ -119,6 +120,8 @@ def apply(
     finite = torch.isfinite(norm) & torch.isfinite(losses).all()
     if predictors:
         finite &= torch.isfinite(gradient_norm(predictors, plan.world))
+    if plan.skip:
+        finite = torch.zeros_like(finite)
     skip = (~finite).float()
     torch._foreach_mul_(clipped, (plan.clip / (norm + 1e-6)).clamp(max=1.0))
     optimizer.step(lr, skip)

@@ -56,20 +56,20 @@ def trained(root: Path, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch, a
         return Trainer("tiny", root=root, **keys).fit()
 
 
-def last(run: Run) -> store.Checkpoint:
+def last(run: Run, steps: int = STEPS) -> store.Checkpoint:
     """The newest checkpoint that counts, of the last step."""
     newest, skipped = store.newest(run.checkpoints, without=abandoned(run.checkpoints, lineage(run).counts))
     assert newest is not None
     assert not skipped
-    assert newest.step == STEPS
+    assert newest.step == steps
     return newest
 
 
-def tensors(run: Run) -> dict[str, torch.Tensor]:
+def tensors(run: Run, steps: int = STEPS) -> dict[str, torch.Tensor]:
     """All that were saved last."""
     return {
         f"{path.parent.name}/{name}": tensor
-        for path in last(run).path.glob("*/*.safetensors")
+        for path in last(run, steps).path.glob("*/*.safetensors")
         for name, tensor in load_file(path).items()
     }
 
