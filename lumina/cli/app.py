@@ -13,6 +13,7 @@ import typer
 
 from lumina import __version__
 from lumina.cli import (
+    act,
     bench,
     chat,
     checkpoints,
@@ -44,6 +45,9 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "chat": chat.chat,
     "lora": {"export": lora.export, "merge": lora.merge},
     "runs": runs.runs,
+    "act": act.act,
+    "undo": act.undo,
+    "decisions": act.decisions,
     "checkpoints": checkpoints.checkpoints,
     "presets": presets.presets,
     "plan": plan.plan,

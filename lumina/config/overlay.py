@@ -137,7 +137,9 @@ def check(overlay: Overlay, fork: bool = False) -> Overlay:
         raise UserError(f"{overlay.key}: acts once, not for several steps", fix="leave out how many")
     if key.pair:
         if not _is_pair(value):
-            raise UserError(f"{overlay.key}={value}: not an expert", fix="give its layer and its number, from 0: [0, 3]")
+            raise UserError(
+                f"{overlay.key}={value}: not an expert", fix="give its layer and its number, from 0: [0, 3]"
+            )
         return overlay
     plain = type(value) in (int, float) and (not key.whole or float(_number(overlay)).is_integer())
     if not plain or not key.low <= _number(overlay) <= key.high:

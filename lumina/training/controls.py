@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lumina.config.overlay import DECAY, KEYS, SKIP, Overlay, Value, added, lifted, pack, require_kind, skipped
 from lumina.errors import UserError
-from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Outcome
+from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Outcome, Replay
 from lumina.training import edits
 from lumina.training.arms import Arms
 
@@ -129,6 +129,9 @@ class SessionControls(Controls):
     def snapshot(self) -> int:
         self.session.point = self.course.take(into=self.session.point)
         return self.session.point.bytes
+
+    def replay(self) -> Replay | None:
+        return None
 
     @contextmanager
     def fork(self, step_seconds: float) -> Iterator[Arms]:

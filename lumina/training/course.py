@@ -38,6 +38,7 @@ from lumina.training.step import Step
 COMPILED = ("micro_batch", "recompute", "temperature", "balance", "capacity_factor", "expert_dropout")
 SHAPES = (*COMPILED, "mod_capacity")  # another one may take a compiler or an allocator its time
 
+
 class Course:
     """Steps through a run: what it trains with, where it stands, and who is told."""
 

@@ -1,14 +1,14 @@
 """Edits: what changes the state once, between two steps, on purpose; see `lumina.config.overlay`.
 
-Each is a pure function of the state (weights, moments, router state), of the edit and of the seed, and the same in every
-process: a run that goes on from before it makes it again to the bit, and an undo is the run that never had it.
+Each is a pure function of the state (weights, moments, router state), of the edit and of the seed, and the same in
+every process: a run that goes on from before it makes it again, to the bit, and its undo is the run that never had it.
 
 | edit | what becomes of the state |
 |---|---|
 | `optimizer.reset` | all moments are zero, and AdamW's bias correction begins anew |
 | `qk_clip` | where the largest attention logit of a layer exceeds tau, it becomes tau (Kimi K2, 2507.20534, alg. 1) |
 | `router.reset` | an expert's router row is drawn as for a new model, its bias is 0, the row's moments are zero |
-| `expert.reseed` | an expert becomes the layer's most loaded one with noise, and so its router row; its moments are zero |
+| `expert.reseed` | an expert and its router row become the layer's most loaded one, with noise; their moments are 0 |
 
 Kimi K2 scales a head's query and key weights by sqrt(tau / largest logit) each. Here their norms come after them, so
 that the norms' gains take those factors; all heads of a layer share them.
@@ -181,4 +181,3 @@ class _Expert:
             if (tensor := own.get(f"{self.name}.{leaf}.{moment}")) is not None:
                 for _, row in self._rows(leaf, self.expert):
                     local(tensor)[row] = 0.0
-

@@ -29,6 +29,7 @@ from lumina.run.watchdog import Watchdog
 from lumina.training import machine, oom, room, setup
 from lumina.training.course import Course
 from lumina.training.forecasting import Forecaster
+from lumina.training.hand import Hand
 from lumina.training.saving import Saver
 
 Listener = Callable[[dict[str, Any]], None]
@@ -77,6 +78,7 @@ class Session:
         recast = resolved.origins["precision.mode"] == RESUME
         self.saver = Saver(run, parts, self.state, self.told, self._emit, recast)
         self.point: Snapshot | None = None  # the restore point in memory
+        self.hand = Hand(self)
         self.began = machine.work_began()
         self.ending = ""  # who asked to stop, if not a signal
 
@@ -104,10 +106,12 @@ class Session:
                 with self._refusals():  # where no save comes, at the end of a run, none would tidy either
                     self.saver.tidy()
             self.course.begin()
+            if self.world.max(self.hand.waiting()):  # since the run was left
+                self.hand.obey()
             while self.state.progress.step < self.course.steps:
                 with suppress(Interrupted):
                     self._step()
-                self._answer(self.world.max(self.requests.take()))
+                self._answer(self.world.max(2 * self.requests.take() + self.hand.waiting()))
                 if self.ending:
                     self._stop(self.ending)
             self._finish()
@@ -247,12 +251,17 @@ class Session:
     # -- saving, stopping ----------------------------------------------------------------------------------------------
 
     def _answer(self, asked: int) -> None:
-        """Does what signals asked, of any process, since the last step."""
-        stop, save = signals.read(asked)
+        """Does what signals asked, of any process, since the last step, and then people.
+
+        `asked` is twice the number of the signals, and 1 more if something is in the inbox.
+        """
+        stop, save = signals.read(asked // 2)
         if stop:
             self._stop(stop)
         elif save:
             self._save(signal=save)
+        if asked % 2:
+            self.hand.obey()
 
     def _save(self, last: bool = False, **why: str) -> None:
         """Begins to save this step, if that is not done; its time is not training time. After the `last` comes none."""
@@ -336,6 +345,10 @@ class Session:
             fields["at"] = round(time.time(), 3)
         if self.world.main:
             self.events.emit(type, **fields)
+
+    def tell(self, type: str, /, **fields: Any) -> None:
+        """Tells something of this step."""
+        self._emit(type, step=self.state.progress.step, **fields)
 
     def record(self, type: str, /, **fields: Any) -> None:
         """Tells what must be known before it is done; returns when the disk knows it.

@@ -23,6 +23,7 @@ from lumina.parallel.world import World, join
 from lumina.progress import Tell, silent, whole
 from lumina.run import index
 from lumina.run.folder import Run
+from lumina.run.inbox import Inbox
 from lumina.run.lineage import lineage
 from lumina.run.lock import RunLock
 from lumina.training import machine, memory, oom, room, setup
@@ -137,11 +138,11 @@ def resume(
 
     `settings` change how it is computed, kept and shown from here on, as `config.change` lists; its `config.yaml`
     holds them then, so that it goes on with them the next time. A finished run is returned as it is, unless it goes
-    back: then it is unfinished again. Raises `UserError` if it cannot go on so, with nothing changed; `OutOfMemory`;
-    and `MachineFailed` for an error of the system that may pass.
+    back or something in its inbox may: then it is unfinished again. Raises `UserError` if it cannot go on so, with
+    nothing changed; `OutOfMemory`; and `MachineFailed` for an error of the system that may pass.
     """
     world = join()
-    if back is None and world.decide(lambda: run.finished):
+    if back is None and world.decide(lambda: run.finished and not Inbox(run).waiting()):
         return run
     before = world.each(lambda: read(run.config))
     resolved = _changed(run, before, settings, world)

@@ -10,7 +10,20 @@ from typing import Any
 import pytest
 
 from lumina.config.overlay import (
-    KEYS, SKIP, Block, Overlay, acting, added, check, edits, lifted, pack, require_kind, shortened, skipped, unpack,
+    KEYS,
+    SKIP,
+    Block,
+    Overlay,
+    acting,
+    added,
+    check,
+    edits,
+    lifted,
+    pack,
+    require_kind,
+    shortened,
+    skipped,
+    unpack,
 )  # fmt: skip
 from lumina.errors import UserError
 

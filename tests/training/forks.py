@@ -84,7 +84,7 @@ def values(run: Run) -> dict[str, Any]:
 def history(run: Run) -> list[tuple[Any, ...]]:
     """Every number that training determines, in order; text, so that NaN equals NaN."""
     told = ("step", "eval", "probe", "moe", "mod", "phase", "decision")
-    events = [e for e in run.events() if e["t"] in told and e.get("rule") != "test"]
+    events = [e for e in run.events() if e["t"] in told and e.get("rule") not in ("test", "hand")]
     return [tuple(str(event.get(key)) for key in KEYS) for event in events]
 
 

@@ -16,8 +16,8 @@ from lumina.checkpoint import retention, store
 from lumina.config.overlay import DECAY, KEYS, SKIP, Value
 from lumina.errors import DiskRefused, UserError
 from lumina.events import EventWriter
-from lumina.orchestrator.protocol import Controls, Decision
 from lumina.model.transformer import Block, Transformer
+from lumina.orchestrator.protocol import Controls, Decision
 from lumina.run.folder import Run
 from lumina.training import controls as module
 from lumina.training.controls import SessionControls
@@ -96,11 +96,20 @@ def test_how_a_step_is_computed_changes_at_once_and_back(
     forward, computed = Transformer.forward, Block._compute
 
     def counted(how: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given, **more: (calls.append(0), how(*given, **more))[1]
+        def counting(*given: Any, **more: Any) -> Any:
+            calls.append(0)
+            return how(*given, **more)
+
+        return counting
 
     def lay(controls: SessionControls) -> None:
+        count(controls)
         laid = controls.overlay(WHY, "recompute", 2) if mode == "full" else controls.overlay(WHY, "micro_batch", 1)
-        act(monkeypatch, {4: count, 5: count, 6: lambda c: (count(c), c.undo(WHY, laid.id))})
+        act(monkeypatch, {4: count, 5: count, 6: lambda c: undo(c, laid.id)})
+
+    def undo(controls: SessionControls, id: str) -> None:
+        count(controls)
+        controls.undo(WHY, id)
 
     def count(controls: SessionControls) -> None:
         counts.append(len(calls))
@@ -109,7 +118,7 @@ def test_how_a_step_is_computed_changes_at_once_and_back(
     counts: list[int] = []
     monkeypatch.setattr(Transformer, "forward", counted(forward) if mode == "off" else forward)
     monkeypatch.setattr(Block, "_compute", counted(computed) if mode == "full" else computed)
-    run = trained(tmp_path, keys, monkeypatch, {3: lambda c: (count(c), lay(c))})
+    run = trained(tmp_path, keys, monkeypatch, {3: lay})
     assert counts == [8 if mode == "full" else 4, 4, 4, 4]  # the first are of a rehearsal and three steps
     require_equal(plain, run)
 
@@ -160,20 +169,25 @@ def test_an_overlay_that_ends_by_itself_and_one_that_is_lifted_are_one(
 EDITS = [(key, value) for key, value in VALUES if key in KEYS and KEYS[key].once]
 
 
+@pytest.mark.parametrize("after", [4, 7])
 @pytest.mark.parametrize(("key", "value"), EDITS, ids=lambda v: str(v))
 def test_a_crash_forgets_no_edit(
-    key: str, value: Value, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, value: Value, after: int, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the journal and the edit, and after it with the checkpoint of before: it is made, once."""
+
+    def lay(controls: SessionControls) -> None:
+        controls.overlay(WHY, key, value)
+        if after == 4:
+            crash()
+
     made = trained(tmp_path / "made", keys, monkeypatch, {4: lambda c: c.overlay(WHY, key, value)})
-    for after, last in (4, 4), (7, 4):
-        with monkeypatch.context() as patch:
-            crashing = {after: lambda c: (c.overlay(WHY, key, value) if after == 4 else None, crash())}
-            act(patch, {4: lambda c: c.overlay(WHY, key, value)} | crashing)
-            patch.setattr(Session, "_save", lambda session: None if session.state.progress.step > last else save(session))
-            with pytest.raises(RuntimeError, match="power cut"):
-                Trainer("tiny", root=tmp_path / str(after), **keys).fit()
-        require_equal(made, resume(Run(next((tmp_path / str(after)).iterdir()))))
+    with monkeypatch.context() as patch:
+        act(patch, {7: crash, 4: lay})
+        patch.setattr(Session, "_save", lambda session: None if session.state.progress.step > 4 else save(session))
+        with pytest.raises(RuntimeError, match="power cut"):
+            Trainer("tiny", root=tmp_path / "crashed", **keys).fit()
+    require_equal(made, resume(Run(next((tmp_path / "crashed").iterdir()))))
 
 
 @pytest.mark.parametrize("after", [5, 8])
