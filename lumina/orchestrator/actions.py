@@ -248,7 +248,7 @@ def named(overlays: Sequence[Overlay], asked: str) -> str:
 
 def _point(controls: Controls, step: int) -> int:
     """The newest restore point at or before `step`, or so many steps back."""
-    wanted, points = (step if step >= 0 else controls.step + step), controls.points
+    wanted, points = (step if step >= 0 else controls.step + step), controls.points()
     if before := [point for point in points if point <= wanted]:
         return max(before)
     there = ", ".join(map(str, points)) or "none"

@@ -11,6 +11,7 @@ from lumina.errors import UserError
 from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Outcome, Replay
 from lumina.training import edits
 from lumina.training.arms import Arms
+from lumina.training.replay import replay
 
 if TYPE_CHECKING:
     from lumina.training.session import Session
@@ -32,10 +33,6 @@ class SessionControls(Controls):
     @property
     def overlays(self) -> tuple[Overlay, ...]:
         return self.state.overlays
-
-    @property
-    def points(self) -> tuple[int, ...]:
-        return self.session.restore_points()
 
     # -- what lies over the plan -----------------------------------------------------------------------------------
 
@@ -123,15 +120,14 @@ class SessionControls(Controls):
 
     # -- going back, trying ------------------------------------------------------------------------------------------
 
+    def points(self) -> tuple[int, ...]:
+        return self.session.restore_points()
+
     def rollback(self, why: Decision, step: int, data: Data = "replay") -> None:
         self.session.rollback(step, (step + 1, self.step) if data == "skip" else None, why=why)
 
     def snapshot(self) -> int:
-        self.session.point = self.course.take(into=self.session.point)
-        return self.session.point.bytes
-
-    def replay(self) -> Replay | None:
-        return None
+        return self.session.take_point().bytes
 
     @contextmanager
     def fork(self, step_seconds: float) -> Iterator[Arms]:
@@ -144,6 +140,9 @@ class SessionControls(Controls):
         self.session.secure()
         self._lay(why, overlays, ahead=outcome.steps, arm=outcome.name)
         fork.keep(outcome)
+
+    def replay(self) -> Replay | None:
+        return replay(self.session)
 
     # -- saving, stopping --------------------------------------------------------------------------------------------
 

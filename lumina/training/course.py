@@ -21,11 +21,12 @@ from lumina.config import overlay
 from lumina.config.overlay import RECOMPUTE, Overlay, acting, skipped
 from lumina.config.resolve import Resolved
 from lumina.data.loader import Batch
-from lumina.orchestrator.protocol import Observation
+from lumina.orchestrator.protocol import Look, Observation
 from lumina.progress import Tell
 from lumina.run.folder import Run
 from lumina.training import edits
 from lumina.training.evaluate import Evaluation
+from lumina.training.invariants import Invariants
 from lumina.training.observer import Emit, Observer
 from lumina.training.oom import Fitting
 from lumina.training.probe import TOKENS as PROBE_TOKENS
@@ -57,8 +58,11 @@ class Course:
         self.first = "the first step"
         looked_at = parts.heldout(parts.main_kind, PROBE_TOKENS)[0]
         self.probe = Probe(parts.model, looked_at, parts.precision)
+        self.invariants = None if parts.config.orchestrator.mode == "off" else Invariants(parts)
+        self.seen: Observation | None = None  # the newest of this attempt
+        self.looked: Look | None = None  # likewise
         self.state = State(parts.model, parts.optimizer, self.probe)
-        self.observer = Observer(parts, peak, self._tell, self.values, lambda: self.steps)
+        self.observer = Observer(parts, peak, self._tell, self)
         self.fitting = Fitting(run, resolved, parts, self.state, told, emit)
         self.last_eval: tuple[int, Evaluation] | None = None
         self.last = 0.0  # when the last step ended, less what since was not training
@@ -93,15 +97,27 @@ class Course:
         self.beat(any(values[name] != before[name] for name in SHAPES))
         self._tell_phase(step)
         self._prepare(values, before)
-        for edit in overlay.edits(self.state.overlays, step):
-            edits.make(edit, parts, self.probe.batch)
-        metrics = self.fitting.step(self._batch(step, values), values["lr"], self._plan(values), step)
+        self._edit(step)
+        batch = self._batch(step, values)
+        metrics = self.fitting.step(batch, values["lr"], self._plan(values), step)
         self.observe()
+        if self.invariants:
+            self.invariants.after_step(progress, step, self.values(step), batch, skipped(self.state.overlays))
+        else:
+            progress.batch = parts.loader.planned(step - 1, skipped(self.state.overlays))
         now = time.perf_counter()
         progress.step_seconds, self.last = now - self.last, now
         progress.step, progress.tokens = step, progress.tokens + train.batch_tokens
         progress.wall += progress.step_seconds
         self.state.pending = Lagged(metrics)
+
+    def _edit(self, step: int) -> None:
+        """Makes the edits that come before this step; what the step before did is told first, as it was."""
+        for edit in overlay.edits(self.state.overlays, step):
+            self.observe()
+            edits.make(edit, self.parts, self.probe)
+            if edit.key == "optimizer.reset":  # its count of steps is then of those that are still to come
+                self.state.progress.skipped = self.state.progress.step
 
     def _batch(self, step: int, values: dict[str, float]) -> Batch:
         return self.parts.loader.batch(step - 1, skipped(self.state.overlays), int(values["data.order"]))
@@ -172,6 +188,15 @@ class Course:
         if before and self.config.train.compile == "on" and any(values[name] != before[name] for name in COMPILED):
             torch.compiler.reset()  # what was compiled in must not count towards the limit of graphs
 
+    def changed(self, step: int) -> str:
+        """What the plan, or what lies over it, changed with a step."""
+        phase = any(step == phase.begin + 1 for phase in self.phases[1:])
+        found = [*(["phase"] if phase else [])]
+        if step > 1 and self.values(step)["mod_capacity"] != self.values(step - 1)["mod_capacity"]:
+            found.append("capacity")
+        found += [one.id for one in self.state.overlays if step in (one.begin, 1 + (one.end or step))]
+        return ", ".join(found)
+
     def take(self, into: Snapshot | None = None) -> Snapshot:
         """Where the run stands, as a restore point in memory; overlays are no part of it. `into` is used again."""
         state = {"progress": self.state.progress, "pending": self.state.pending, "last_eval": self.last_eval}
@@ -204,7 +229,8 @@ class Course:
         if self.first:
             self.told(self.first, 1, 1)
             self.first = ""
-        return self.observer(self.state.progress, values)
+        self.seen = self.observer(self.state.progress, values)
+        return self.seen
 
     def evaluate(self) -> Evaluation:
         """Evaluates all held-out tokens of each kind with the causal routing; its time is not training time.
@@ -233,13 +259,27 @@ class Course:
         assert self.last_eval is not None
         return self.last_eval[1]
 
-    def look(self) -> None:
+    def look(self) -> Look:
         """Tells what the probe sees; its time is not training time."""
-        start = time.perf_counter()
-        seen = self.probe()
+        start, step = time.perf_counter(), self.state.progress.step
+        golden = self.parts.loader.batch(0)
+        seen = self.probe(golden)
+        broken = self._broken(golden)
         seconds = time.perf_counter() - start
-        self.emit("probe", step=self.state.progress.step, seconds=round(seconds, 3), **seen)
+        self.looked = seen.look(step, broken)
+        told = {"broken": list(broken)} if broken else {}
+        self.emit("probe", step=step, seconds=round(seconds, 3), **seen.fields(), **told)
         self.last += seconds
+        return self.looked
+
+    def _broken(self, golden: Batch) -> tuple[str, ...]:
+        """Invariants that only a look can see."""
+        if not self.invariants:
+            return ()
+        since = self.state.progress.step - (self.config.orchestrator.probe_every or 0)
+        held = [one for one in self.state.overlays if one.begin <= self.state.progress.step]
+        asked = frozenset(one.key for one in held if one.end is None or one.end > since)
+        return self.invariants.at_look(self.state.progress, golden, asked)
 
     def _tell(self, type: str, /, **fields: Any) -> None:
         self.emit(type, **fields)

@@ -13,42 +13,38 @@ every process: a run that goes on from before it makes it again, to the bit, and
 Kimi K2 scales a head's query and key weights by sqrt(tau / largest logit) each. Here their norms come after them, so
 that the norms' gains take those factors; all heads of a layer share them.
 
-Shapes: B sequences, S tokens, H query heads, G key-value heads, K head dim, E experts.
+Shapes: E experts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lumina.config.overlay import Overlay
-from lumina.data.loader import Batch
 from lumina.errors import UserError
-from lumina.model.attention import Attention, rotate
 from lumina.model.init import STD, name_seed
 from lumina.model.moe import MoE
 from lumina.model.noise import fold, uniform
 from lumina.model.transformer import Transformer
 from lumina.parallel.sharding import local, own_rows
-from lumina.training.precision import Precision
+from lumina.training.probe import Probe
 from lumina.training.setup import Parts
 
 NOISE = 0.01  # of the root mean square of what is copied: enough to part the two, too little to change what they do
 
 
 @torch.no_grad()
-def make(edit: Overlay, parts: Parts, looked_at: Batch) -> None:
-    """Does it. `looked_at` is the probe's piece of held-out text, by which attention logits are known."""
+def make(edit: Overlay, parts: Parts, probe: Probe) -> None:
+    """Does it; the probe reads the held-out text by which attention logits are known."""
     if edit.key == "optimizer.reset":
         parts.optimizer.reset()
     elif edit.key == "qk_clip":
         assert not isinstance(edit.value, list)
-        clip_logits(parts.model, looked_at, parts.precision, edit.value)
+        clip_logits(parts.model, probe, edit.value)
     else:
         assert isinstance(edit.value, list)
         layer, expert = edit.value
@@ -65,59 +61,15 @@ def require_expert(model: Transformer, edit: Overlay) -> None:
         raise UserError(wrong, fix=f"layers are 0 to {len(moes) - 1}, experts 0 to {experts - 1}")
 
 
-def clip_logits(model: Transformer, batch: Batch, precision: Precision, tau: float) -> None:
-    """Scales the gains of the query and the key norm so that no logit of `batch` exceeds `tau`, layer by layer.
+def clip_logits(model: Transformer, probe: Probe, tau: float) -> None:
+    """Scales the gains of the query and the key norm so that no logit of what the probe reads exceeds `tau`.
 
     Each layer is clipped by what it does with what the others give it now.
     """
-    for attention, largest in zip(_attentions(model), largest_logits(model, batch, precision), strict=True):
+    for block, largest in zip(model.units, probe.attention(), strict=True):
         if largest > tau:
-            for norm in (attention.q_norm, attention.k_norm):
+            for norm in (block.attn.q_norm, block.attn.k_norm):
                 local(norm.weight).mul_(math.sqrt(tau / largest))
-
-
-def largest_logits(model: Transformer, batch: Batch, precision: Precision) -> list[float]:
-    """The largest attention logit of each layer on `batch`, under the causal routing; the same in every process."""
-    found: list[Tensor] = []
-
-    def watch(attention: Attention, stack: ExitStack) -> None:
-        given: list[Any] = []
-
-        def before(_: nn.Module, arguments: Any) -> None:
-            given[:] = arguments[1], arguments[2], arguments[4] if len(arguments) > 4 else None
-
-        def normed(_: nn.Module, arguments: Any, normed_BSHK: Tensor) -> None:
-            given.append(normed_BSHK)
-            if len(given) == 5:
-                rope, mask_B1SS, keep_BS, q_BSHK, k_BSGK = given
-                found.append(_largest(rotate(q_BSHK, *rope), rotate(k_BSGK, *rope), mask_B1SS, keep_BS))
-
-        stack.callback(attention.register_forward_pre_hook(before).remove)
-        for norm in (attention.q_norm, attention.k_norm):
-            stack.callback(norm.register_forward_hook(normed).remove)
-
-    with ExitStack() as stack:
-        for attention in _attentions(model):
-            watch(attention, stack)
-        with precision.evaluating():
-            model.evaluate(batch.ids_BS, batch.segments_BS, batch.targets_BS)
-    return [float(largest) for largest in torch.stack(found).tolist()]
-
-
-def _largest(q_BSHK: Tensor, k_BSGK: Tensor, mask_B1SS: Tensor, keep_BS: Tensor | None) -> Tensor:
-    """Over all pairs that see each other, of the tokens that the layer computes; a sequence at a time."""
-    K, groups = q_BSHK.shape[-1], q_BSHK.shape[2] // k_BSGK.shape[2]
-    largest = []
-    for b in range(len(q_BSHK)):
-        k_HSK = k_BSGK[b].float().repeat_interleave(groups, dim=1).transpose(0, 1)
-        logit_HSS = q_BSHK[b].float().transpose(0, 1) @ k_HSK.mT / math.sqrt(K)
-        seen_1SS = mask_B1SS[b] if keep_BS is None else mask_B1SS[b] & keep_BS[b].view(1, -1, 1)
-        largest.append(logit_HSS.masked_fill(~seen_1SS, -math.inf).amax())
-    return torch.stack(largest).amax()
-
-
-def _attentions(model: Transformer) -> list[Attention]:
-    return [block.attn for block in model.units]
 
 
 class _Expert:

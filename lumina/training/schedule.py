@@ -12,6 +12,7 @@ from lumina.config.schema.model import MoDConfig
 from lumina.config.schema.train import TrainConfig
 from lumina.config.units import span
 from lumina.model.cost import depth_stages
+from lumina.orchestrator.protocol import Stage
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class Part:
             return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
         start = steps - self.decay
         return self.lr if step <= start else self.lr * (steps - step + 1) / (self.decay + 1)
+
+    def stage(self, step: int) -> Stage:
+        """Of the schedule, in step `step` of the run, counted from 1."""
+        if step <= self.begin + self.warmup:
+            return "warmup"
+        return "decay" if step > self.end - self.decay else "stable"
 
 
 def parts(train: TrainConfig, data: DataConfig, steps: int) -> list[Part]:
@@ -71,6 +78,11 @@ def shortened(planned: Sequence[Part], begin: int, steps: int) -> list[Part]:
     """
     before = [phase for phase in planned if begin > phase.begin]
     return [*before[:-1], replace(before[-1], end=begin - 1 + steps, decay=steps)]
+
+
+def stage(planned: Sequence[Part], step: int) -> Stage:
+    """Where the schedule of this step's phase is. A cosine falls from the warm-up on; its decay is where `wsd`'s is."""
+    return next(phase for phase in reversed(planned) if step > phase.begin).stage(step)
 
 
 def depth_capacity(mod: MoDConfig, step: int, steps: int) -> float:

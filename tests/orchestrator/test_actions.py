@@ -23,8 +23,11 @@ class Seen:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.step, self.points = 50, (10, 20, 40)
+        self.step = 50
         self.overlays = (Overlay("lr.scale=0.5@3", "lr.scale", 0.5, 3), Overlay("clip=0.1@5", "clip", 0.1, 5))
+
+    def points(self) -> tuple[int, ...]:
+        return 10, 20, 40
 
     def __getattr__(self, name: str) -> Any:
         def called(*given: Any) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lumina.config.overlay import Overlay, Value
 from lumina.errors import UserError
-from lumina.model.attention import Attention, rotate
 from lumina.training import edits
 from lumina.training.controls import SessionControls
+from lumina.training.probe import Probe
 
 
 def changed(
@@ -28,11 +28,11 @@ def changed(
         course = controls.course
         one, point = Overlay("", key, value, 5, 5), course.take()
         before = {name: tensor.clone() for name, tensor in course.state.tensors().items()}
-        edits.make(one, course.parts, course.probe.batch)
+        edits.make(one, course.parts, course.probe)
         after = {name: tensor.clone() for name, tensor in course.state.tensors().items()}
         found.extend((before, after, controls))
         course.return_to(point)
-        edits.make(one, course.parts, course.probe.batch)
+        edits.make(one, course.parts, course.probe)
         assert all(torch.equal(tensor, after[name]) for name, tensor in course.state.tensors().items())
 
     trained(folder, request(folder, kind, train__steps=5), monkeypatch, {4: edit})
@@ -60,10 +60,10 @@ def test_qk_clip_makes_the_largest_logit_tau_and_touches_gains_alone(
     seen: list[list[float]] = []
     make = edits.clip_logits
 
-    def watched(model: Any, batch: Any, precision: Any, tau: float) -> None:
-        seen.append(edits.largest_logits(model, batch, precision))
-        make(model, batch, precision, tau)
-        seen.append(edits.largest_logits(model, batch, precision))
+    def watched(model: Any, probe: Probe, tau: float) -> None:
+        seen.append(probe.attention())
+        make(model, probe, tau)
+        seen.append(probe.attention())
 
     monkeypatch.setattr(edits, "clip_logits", watched)
     before, after, _ = changed(tmp_path, monkeypatch, "qk_clip", 3.0, "dense")
@@ -76,35 +76,6 @@ def test_qk_clip_makes_the_largest_logit_tau_and_touches_gains_alone(
     assert scale.tolist() == pytest.approx([math.sqrt(3 / seen[0][0])] * len(scale))
     (tmp_path / "high").mkdir()
     assert others(*changed(tmp_path / "high", monkeypatch, "qk_clip", 900.0, "dense")[:2]) == []
-
-
-def test_the_largest_logit_is_that_of_attention_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held against a plain computation of all pairs of each layer, causal, inside documents."""
-
-    def compare(controls: SessionControls) -> None:
-        parts, batch = controls.course.parts, controls.course.probe.batch
-        logits: list[float] = []
-
-        def plain(attention: Attention, given: Any) -> None:
-            x, rope, mask = given[:3]
-            q, k, _ = attention.linear(x, "w_qkv").split(attention.splits, dim=-1)
-            q, k = (part.unflatten(-1, (-1, attention.head_dim)) for part in (q, k))
-            q, k = rotate(attention.q_norm(q), *rope), rotate(attention.k_norm(k), *rope)
-            k = k.repeat_interleave(attention.heads // attention.kv_heads, dim=2)
-            scores = torch.einsum("bshk,bnhk->bhsn", q, k) / attention.head_dim**0.5
-            logits.append(scores.masked_fill(~mask, -math.inf).amax().item())
-
-        hooks = [block.attn.register_forward_pre_hook(plain) for block in parts.model.units]
-        with parts.precision.evaluating():
-            parts.model.evaluate(batch.ids_BS, batch.segments_BS, batch.targets_BS)
-        for hook in hooks:
-            hook.remove()
-        assert edits.largest_logits(parts.model, batch, parts.precision) == pytest.approx(logits, rel=1e-5)
-        found.append(1)
-
-    found: list[int] = []
-    trained(tmp_path, request(tmp_path, "dense", train__steps=5), monkeypatch, {4: compare})
-    assert found
 
 
 def test_a_router_row_is_drawn_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
