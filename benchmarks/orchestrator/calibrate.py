@@ -155,7 +155,7 @@ def olmo(run: Curve) -> list[int]:
     skipped, windows = [], ([], [])  # type: tuple[list[int], tuple[list[float], list[float]]]
     for seen in run.steps:
         now = seen.loss, seen.grad_norm
-        if len(windows[0]) >= 64 and not all(_within(value, window) for value, window in zip(now, windows, strict=True)):
+        if not all(_within(*pair) for pair in zip(now, windows, strict=True) if len(pair[1]) >= 64):
             skipped.append(seen.step)
         for value, window in zip(now, windows, strict=True):
             window.append(value)
@@ -289,6 +289,20 @@ def delay(run: Curve, rules: str, put: Put) -> int | None:
     return min(alarms) - run.at if alarms else None
 
 
+def meant(runs: list[Curve], kinds: str) -> list[Curve]:
+    """Runs that a fault is put into: of these kinds, and long enough after it for routers to be judged."""
+    if not kinds:
+        return runs
+    return [run for run in runs if run.name.split()[0] in kinds.split() and len(run.phases) == 1]
+
+
+def later(run: Curve, put: Put, rule: Callable[[Curve], list[int]]) -> int | None:
+    """Steps from the fault to the first that another rule acts on, within `QUIET`, and would not without the fault."""
+    healthy = set(rule(run))
+    alarms = [step for step in rule(faulty(run, put)) if 0 <= step - run.at < QUIET and step not in healthy]
+    return alarms[0] - run.at if alarms else None
+
+
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
@@ -297,9 +311,9 @@ def false_alarms(runs: list[Curve]) -> Iterator[tuple[str, int, int]]:
     heard = [listen(run) for run in runs]
     for one in DETECTORS:
         yield one.name, sum(len(h.alarms[one.name]) for h in heard), sum(h.armed[one.name] for h in heard)
-    steps = sum(len(run.steps) for run in runs)
-    yield "SkipStep (OLMo-core)", sum(len(anew(olmo(run))) for run in runs), steps - 64 * len(runs)
-    yield "ZClip", sum(len(anew(zclip(run))) for run in runs), steps - 25 * len(runs)
+    for name, rule, least in (("SkipStep", olmo, 64), ("ZClip", zclip, 25)):
+        yield name, sum(len(anew(rule(run))) for run in runs), sum(len(run.steps) - least for run in runs)
+        yield f"{name}, every step", sum(len(rule(run)) for run in runs), sum(len(run.steps) - least for run in runs)
 
 
 def main() -> None:
@@ -309,13 +323,24 @@ def main() -> None:
     print("| rule | false alarms | armed steps | in 10,000 |\n|---|---|---|---|")
     for name, alarms, armed in false_alarms(runs):
         print(f"| {name} | {alarms} | {armed:,} | {1e4 * alarms / max(1, armed):.2f} |")
-    print("\n| fault | heard by | runs | heard in | delay: median | longest |\n|---|---|---|---|---|---|")
+    print("\n| fault | heard by | runs | heard in | median delay | longest | SkipStep | ZClip |")
+    print("|---|---|---|---|---|---|---|---|")
     for fault, rules, kinds, put in FAULTS:
-        chosen = [run for run in runs if not kinds or run.name.split()[0] in kinds.split()]
+        chosen = meant(runs, kinds)
         delays = [delay(run, rules, put) for run in chosen]
-        found = sorted(one for one in delays if one is not None)
-        figures = f"{statistics.median(found):g} | {found[-1]}" if found else "– | –"
-        print(f"| {fault} | {rules.replace(' ', ' or ')} | {len(chosen)} | {len(found)} | {figures} |")
+        others = " | ".join(_briefly([later(run, put, rule) for run in chosen]) for rule in (olmo, zclip))
+        print(f"| {fault} | {rules.replace(' ', ' or ')} | {len(chosen)} | {_said(delays)} | {others} |")
+
+
+def _briefly(delays: list[int | None]) -> str:
+    found = [one for one in delays if one is not None]
+    return f"{len(found)}, after {statistics.median(found):g}" if found else "0"
+
+
+def _said(delays: list[int | None]) -> str:
+    """How many there are, their median and the longest."""
+    found = sorted(one for one in delays if one is not None)
+    return f"{len(found)} | {statistics.median(found):g} | {found[-1]}" if found else "0 | – | –"
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def record(number: int) -> dict[str, Any]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
         Trainer("tiny", keys, root=root, fresh=True, listeners=[events.append]).fit()
-    of = {kind: [event for event in events if event["t"] == kind] for kind in ("step", "moe", "mod", "probe", "forecast")}
+    of = {
+        kind: [event for event in events if event["t"] == kind] for kind in ("step", "moe", "mod", "probe", "forecast")
+    }
     begun = next(event for event in events if event["t"] == "run")
     return {
         "name": name,

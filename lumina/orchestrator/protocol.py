@@ -137,6 +137,15 @@ class Controls(Protocol):
         """What was laid over the plan, ended ones included."""
         ...
 
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Steps that `rollback` can go back to, in memory or on disk, ascending."""
+        ...
+
+    def replan(self, why: Decision) -> None:
+        """Sets what the optimizer and the loader are told in memory back to what plan and overlays say."""
+        ...
+
     def overlay(self, why: Decision, key: str, value: Value, steps: int | None = None) -> Overlay:
         """Lays a value over the plan from the next step on, for so many steps or to the end.
 
@@ -172,7 +181,7 @@ class Controls(Protocol):
         ...
 
     def replay(self) -> Replay | None:
-        """Takes the last observed step again from the restore point, leaves no trace; None if there is no such point."""
+        """Takes the last observed step again from the restore point, leaves no trace; None if there is no such."""
         ...
 
     def save(self) -> None:

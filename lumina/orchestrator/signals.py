@@ -7,11 +7,12 @@ it would have judged. Nothing here depends on a clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from lumina.config.schema.config import Config
+from lumina.config.units import span
 from lumina.orchestrator import windows
 from lumina.orchestrator.protocol import Look, Observation
 from lumina.orchestrator.robust import Baseline, median
@@ -20,6 +21,7 @@ from lumina.orchestrator.windows import Contents, Level, Loads
 KEPT = 128  # steps of plain windows
 LOOKS = 32
 FORECASTS = 8
+BROKEN = 32
 SETTLE = 100  # steps after a planned change in which only hard rules hold: it is the window of the baselines
 
 
@@ -33,6 +35,7 @@ class Facts(NamedTuple):
     bias_rate: float = 0.0
     routed: float = 1.0  # share of the tokens that meet every expert layer, at least
     capacity: float | None = None  # of depth routing
+    settles: int = 0  # steps until that is the capacity
 
     @classmethod
     def of(cls, config: Config) -> Facts:
@@ -45,6 +48,7 @@ class Facts(NamedTuple):
             bias_rate=moe.bias_rate if moe else 0.0,
             routed=mod.capacity if mod else 1.0,
             capacity=mod.capacity if mod else None,
+            settles=math.ceil(span(mod.anneal, config.train.steps or 0)) if mod else 0,
         )
 
     @property
@@ -95,10 +99,13 @@ class Signals:
     loads: Loads = field(default_factory=Loads)
     taken: list[list[float]] = field(default_factory=list)  # realised depth capacity, each step's layers
     agreed: float | None = None  # best smoothed agreement
-    apart: list[float] = field(default_factory=list)  # golden less held-out loss, each look
+    look_before: int = 0  # step of the look before the last
+    apart: list[tuple[int, float]] = field(default_factory=list)  # step of a look, golden less held-out loss
     deviations: list[Deviation] = field(default_factory=list)
+    broken: list[tuple[int, str]] = field(default_factory=list)  # invariants that did not hold, and in which step
     changed: int = 0  # step of the last planned change
     first: int = 0  # step of the first observation
+    step: int = 0  # the last that was observed
 
     def observe(self, seen: Observation) -> None:
         """The next step's."""
@@ -125,14 +132,20 @@ class Signals:
             agreed = self.smoothed("agreement")
             if agreed is not None:
                 self.agreed = agreed if self.agreed is None else max(agreed, self.agreed)
-        self.seen = seen
+        self._remember(seen.step, seen.broken)
+        self.seen, self.step = seen, seen.step
+
+    def _remember(self, step: int, broken: Sequence[str]) -> None:
+        self.broken = [*self.broken, *((step, sentence) for sentence in broken)][-BROKEN:]
 
     def looked(self, look: Look) -> None:
         """What the probe saw."""
+        self.look_before = self.look.step if self.look else 0
         self.look = look
+        self._remember(look.step, look.broken)
         apart = look.golden - look.loss
         if math.isfinite(apart):
-            self.apart = [*self.apart[1 - LOOKS :], apart]
+            self.apart = [*self.apart[1 - LOOKS :], (look.step, apart)]
 
     def forecast(self, event: Mapping[str, Any]) -> None:
         """A `forecast` event: its deviation, if it has one."""
@@ -151,12 +164,26 @@ class Signals:
         self.taken, self.agreed, self.deviations, self.apart = [], None, [], []
         self.series["agreement"] = []
 
-    # -- what detectors ask -----------------------------------------------------------------------------------------
+    def rewind(self, step: int) -> None:
+        """The run went back to `step`: what came later is forgotten, and the level of the loss is learned anew."""
+        gone = self.step - step
+        if gone <= 0:
+            return
+        windows_ = [self.judged, self.contents.hashes, self.taken, *self.series.values()]
+        for window in [*windows_, *(one.accepted for one in (self.loss, self.grad, self.ratio))]:
+            del window[-gone:]  # type: ignore[attr-defined]
+        self.contents.again = self.contents.period = 0
+        self.level.forget()
+        self.loads, self.agreed = Loads(), None
+        self.refused = [one for one in self.refused if one <= step]
+        self.deviations = [one for one in self.deviations if one.step <= step]
+        self.apart = [one for one in self.apart if one[0] <= step]
+        self.broken = [one for one in self.broken if one[0] <= step]
+        self.changed = self.changed if self.changed <= step else 0
+        self.seen = self.look = None
+        self.step = step
 
-    @property
-    def step(self) -> int:
-        """The last that was observed."""
-        return self.seen.step if self.seen else 0
+    # -- what detectors ask -----------------------------------------------------------------------------------------
 
     @property
     def sigma(self) -> float:
@@ -193,20 +220,26 @@ class Signals:
         parts = {name: kind(**values.pop(name)) for name, kind in _PARTS.items()}
         seen, look = values.pop("seen"), values.pop("look")
         judged = [Judged(*one) for one in values.pop("judged")]
+        broken = [(step, sentence) for step, sentence in values.pop("broken")]
+        apart = [(step, value) for step, value in values.pop("apart")]
         deviations = [Deviation(*one) for one in values.pop("deviations")]
-        frozen = {name: _frozen(seen[name]) for name in ("load", "entropy", "capacity", "broken")} if seen else {}
-        stilled = {name: _frozen(look[name]) for name in ("churn", "broken")} if look else {}
+        frozen = {name: _frozen(seen[name]) for name in TUPLES} if seen else {}
+        stilled = {name: _frozen(look[name]) for name in STILL} if look else {}
         return cls(
             facts,
             Observation(**(seen | frozen)) if seen else None,
             Look(**(look | stilled)) if look else None,
             judged=judged,
             deviations=deviations,
+            broken=broken,
+            apart=apart,
             **parts,
             **values,
         )
 
 
+TUPLES = [one.name for one in fields(Observation) if str(one.type).startswith("tuple")]
+STILL = [one.name for one in fields(Look) if str(one.type).startswith("tuple")]
 _PARTS: dict[str, Any] = {
     "loss": Baseline, "grad": Baseline, "ratio": Baseline, "level": Level, "contents": Contents, "loads": Loads,
 }  # fmt: skip

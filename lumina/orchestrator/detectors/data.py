@@ -28,7 +28,7 @@ def loader(signals: Signals) -> Finding | None:
 
 def golden(signals: Signals) -> Finding | None:
     """The fixed batch as training reads it has left the held-out text: what is read is no longer what is there."""
-    *before, now = signals.apart or [0.0]
+    *before, now = [apart for _, apart in signals.apart] or [0.0]
     if signals.look is None or len(before) < LEAST:
         return None
     usual = median(before)

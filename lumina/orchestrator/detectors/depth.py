@@ -13,7 +13,7 @@ BAND = 0.5, 2.0  # of the planned capacity: outside, evaluations are not compara
 def capacity(signals: Signals) -> Finding | None:
     """A layer's realised capacity outside half to twice the planned one, on average."""
     planned, taken = signals.facts.capacity, signals.taken[-MEAN:]
-    if planned is None or len(taken) < MEAN:
+    if planned is None or len(taken) < MEAN or signals.step <= signals.facts.settles:
         return None
     low, high = BAND[0] * planned, BAND[1] * planned
     for layer, values in enumerate(zip(*taken, strict=True)):

@@ -7,8 +7,6 @@ threshold needs 0.5 / bias_rate steps to come back, before which nothing is alar
 
 from __future__ import annotations
 
-import math
-
 from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.robust import median
 from lumina.orchestrator.signals import Signals
@@ -20,7 +18,7 @@ STARVES = 1000  # steps below a tenth of the mean
 DEAD = 0.01  # of the mean
 LASTS = 300  # steps: for a hundred, domains of the data make such loads in a healthy run of small batches
 FLOORS = 3.0
-FLAT = 0.25  # of the floor, which no router that chooses by what tokens say stays below
+FLAT = 0.5  # of the floor: healthy routers, which choose by what tokens say, are at 3 times and more
 
 
 def settled(signals: Signals) -> bool:
@@ -52,7 +50,7 @@ def collapse(signals: Signals) -> Finding | None:
     for layer, (load, steps) in enumerate(zip(loads.last, loads.narrow, strict=True)):
         even = entropy(load)
         if steps >= LASTS and max(load) - 1 > FLOORS * floor(len(load), _counted(signals)):
-            text = f"the load of layer {layer} has {even:.2f} of the entropy of an even one; its largest is {max(load):.2f}"
+            text = f"the load of layer {layer} has {even:.2f} of an even one's entropy; the largest is {max(load):.2f}"
             values = {"layer": layer, "load": load, "entropy": even, "threshold": EVEN}
             return Finding("collapse", signals.step, signals.step - steps + 1, text, False, values)
     return None

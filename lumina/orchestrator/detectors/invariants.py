@@ -8,6 +8,8 @@ from __future__ import annotations
 from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.signals import Signals
 
+HARD = frozenset({"schedule", "optimizer step", "batch", "config", "replicas"})  # acted on; others are told
+
 
 def invariant(signals: Signals) -> Finding | None:
     """An invariant of a step is broken."""
@@ -18,7 +20,8 @@ def invariant(signals: Signals) -> Finding | None:
 def looked(signals: Signals) -> Finding | None:
     """An invariant is broken that only a look can see."""
     look = signals.look
-    return _found(signals, "looked", look.step, look.broken) if look is not None and look.broken else None
+    since = signals.look_before + 1
+    return _found(signals, "looked", since, look.broken) if look is not None and look.broken else None
 
 
 def name(sentence: str) -> str:
@@ -28,4 +31,4 @@ def name(sentence: str) -> str:
 
 def _found(signals: Signals, rule: str, since: int, broken: tuple[str, ...]) -> Finding:
     values = {"broken": [name(sentence) for sentence in broken], "sentences": list(broken)}
-    return Finding(rule, signals.step, since, "; ".join(broken), True, values)
+    return Finding(rule, signals.step, since, "; ".join(broken), not HARD.isdisjoint(values["broken"]), values)
