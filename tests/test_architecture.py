@@ -54,6 +54,8 @@ TORCHLESS = [
     "lumina.data.look",
     "lumina.events",
     "lumina.model.cost",
+    "lumina.orchestrator.alarms",
+    "lumina.orchestrator.orchestrator",
     "lumina.orchestrator.protocol",
     "lumina.planner.calibration",
     "lumina.planner.fit",

@@ -22,7 +22,7 @@ EVERY, LOOK = 10, 20
 FIXTURE = Path(__file__).parents[2] / "tests" / "orchestrator" / "healthy.json.xz"
 
 SMALL = {"model.width": 32, "model.layers": 2, "model.heads": 2, "model.kv_heads": 1, "model.ffn": 64}
-SMALL_MOE = SMALL | {"model.moe.ffn": 32}
+SMALL_MOE = {key: value for key, value in SMALL.items() if key != "model.ffn"} | {"model.moe.ffn": 32}
 SOFTMAX = {"model.moe.score": "softmax", "model.moe.balance": 1e-2, "model.moe.bias_rate": 0, "model.moe.z_loss": 1e-3}
 COSINE = {"train.schedule": "cosine"}
 WARM = [{"at": 0}, {"at": 0.5, "lr": 6e-3, "warmup": 0.05}]
@@ -32,7 +32,7 @@ CHATS = {"data.train": ["sample", "sample_chat"], "data.mode": "hybrid_sequentia
 RUNS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("dense wsd", 2000, 512, {}),
     ("dense cosine", 800, 1024, COSINE),
-    ("dense two sequences", 2400, 128, {}),
+    ("dense two sequences", 2000, 128, {}),
     ("dense adamw", 1200, 512, {"train.optimizer": "adamw"}),
     ("dense adamw high", 1000, 512, {"train.optimizer": "adamw", "train.lr": 1e-2} | COSINE),
     ("dense small", 2400, 256, SMALL),
@@ -41,20 +41,20 @@ RUNS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("dense chats", 1000, 512, CHATS | {"train.decay": 0.2}),
     ("moe wsd", 1500, 512, {}),
     ("moe cosine", 800, 512, COSINE),
-    ("moe two sequences", 2000, 128, {"train.decay": 0.2}),
+    ("moe two sequences", 1200, 128, {"train.decay": 0.2}),
     ("moe softmax", 1200, 512, SOFTMAX),
     ("moe eight", 1000, 512, {"model.moe.experts": 8, "model.moe.ffn": 64, "train.decay": 0.1}),
-    ("moe small adamw", 2000, 256, SMALL_MOE | {"train.optimizer": "adamw"}),
+    ("moe small adamw", 1200, 256, SMALL_MOE | {"train.optimizer": "adamw"}),
     ("moe chats", 800, 512, CHATS),
     ("mod wsd", 1500, 512, {}),
     ("mod cosine", 800, 512, {"model.mod.capacity": 0.125} | COSINE),
-    ("mod two sequences", 1600, 128, {}),
-    ("mod small adamw", 2000, 256, SMALL | {"train.optimizer": "adamw", "train.decay": 0.2}),
+    ("mod two sequences", 1200, 128, {}),
+    ("mod small adamw", 1500, 256, SMALL | {"train.optimizer": "adamw", "train.decay": 0.2}),
     ("mod anneal", 800, 512, {"model.mod.anneal": 0.25}),
-    ("hybrid wsd", 1500, 512, {}),
+    ("hybrid wsd", 1200, 512, {}),
     ("hybrid cosine", 800, 1024, COSINE),
     ("hybrid two sequences", 1600, 128, {"train.decay": 0.2}),
-    ("hybrid small adamw", 2000, 256, SMALL_MOE | {"train.optimizer": "adamw"}),
+    ("hybrid small adamw", 1200, 256, SMALL_MOE | {"train.optimizer": "adamw"}),
     ("hybrid softmax", 800, 512, SOFTMAX),
 ]
 

@@ -18,7 +18,7 @@ from lumina.orchestrator.protocol import Look, Observation
 from lumina.orchestrator.robust import Baseline, median
 from lumina.orchestrator.windows import Contents, Level, Loads
 
-KEPT = 128  # steps of plain windows
+KEPT = 256  # steps of plain windows: divergence is heard 112 after it began, and is held against what was before
 LOOKS = 32
 FORECASTS = 8
 BROKEN = 32
@@ -48,7 +48,7 @@ class Facts(NamedTuple):
             bias_rate=moe.bias_rate if moe else 0.0,
             routed=mod.capacity if mod else 1.0,
             capacity=mod.capacity if mod else None,
-            settles=math.ceil(span(mod.anneal, config.train.steps or 0)) if mod else 0,
+            settles=span(mod.anneal, config.train.steps or 0) if mod else 0,
         )
 
     @property
@@ -124,7 +124,7 @@ class Signals:
             del window[:-KEPT]
         if not_finite(seen):
             self.refused = [*self.refused[1 - KEPT :], seen.step]
-        self.level.take(seen.loss, sigma, self.facts.uniform)
+        self.level.take(seen.step, seen.loss, sigma, self.facts.uniform)
         self.contents.take(seen.content)
         self.loads.take(seen.load, self.facts.assignments)
         if seen.capacity:
@@ -165,7 +165,7 @@ class Signals:
         self.series["agreement"] = []
 
     def rewind(self, step: int) -> None:
-        """The run went back to `step`: what came later is forgotten, and the level of the loss is learned anew."""
+        """The run went back to `step`: what came later is forgotten, and what is held against it is what was before."""
         gone = self.step - step
         if gone <= 0:
             return
@@ -173,7 +173,7 @@ class Signals:
         for window in [*windows_, *(one.accepted for one in (self.loss, self.grad, self.ratio))]:
             del window[-gone:]  # type: ignore[attr-defined]
         self.contents.again = self.contents.period = 0
-        self.level.forget()
+        self.level.rewind(step)
         self.loads, self.agreed = Loads(), None
         self.refused = [one for one in self.refused if one <= step]
         self.deviations = [one for one in self.deviations if one.step <= step]

@@ -17,6 +17,7 @@ TREND = 50  # steps whose trend says whether a loss returns
 SEVERE = 0.3  # nats above the best
 SEVERE_SIGMA = 6.0  # standard deviations of a smoothed loss above the best
 BRIEF = 9  # steps whose median is held against that of a uniform guess
+MARK, MARKS = 25, 64  # every so many steps the best is kept, so many times
 LEARNED = 0.3  # nats below a uniform guess, after which a loss above it is a fault
 MEDIAN = 1.2533  # standard error of a median of normal noise over that of the mean: sqrt(pi / 2)
 
@@ -41,8 +42,9 @@ class Level:
     above: int = 0  # steps in a row that it was
     learned: bool = False
     unlearned: int = 0  # steps in a row above a uniform guess, after it was below
+    marks: list[list[float]] = field(default_factory=list)  # step, best and margin then, for a way back
 
-    def take(self, loss: float, sigma: float, uniform: float) -> None:
+    def take(self, step: int, loss: float, sigma: float, uniform: float) -> None:
         """`sigma`: standard deviation of one loss, nats. `uniform`: what guessing costs, nats."""
         if math.isfinite(loss):
             self.recent = [*self.recent[1 - TREND :], loss]
@@ -53,14 +55,24 @@ class Level:
         if len(self.recent) < SMOOTH:
             return
         self.smoothed = median(self.recent[-SMOOTH:])
-        self.margin = max(SEVERE, SEVERE_SIGMA * MEDIAN * sigma / math.sqrt(SMOOTH))
         self.best = self.smoothed if self.best is None else min(self.best, self.smoothed)
+        if self.smoothed <= self.best + SEVERE:  # else what leaves would widen what it is judged by
+            self.margin = max(SEVERE, SEVERE_SIGMA * MEDIAN * sigma / math.sqrt(SMOOTH))
         self.above = self.above + 1 if self.smoothed > self.best + self.margin else 0
+        if step % MARK == 0:
+            self.marks = [*self.marks[1 - MARKS :], [step, self.best, self.margin]]
 
     @property
     def slope(self) -> float | None:
         """Of the last `TREND` losses, nats a step."""
         return line(self.recent)[0] if len(self.recent) == TREND else None
+
+    def rewind(self, step: int) -> None:
+        """The run went back: the best is the one before, so that what comes again is judged as the first time."""
+        marks = [mark for mark in self.marks if mark[0] <= step]
+        self.forget()
+        if marks:
+            self.marks, (_, self.best, self.margin) = marks, marks[-1]
 
     def forget(self) -> None:
         """What comes is planned to be otherwise; that something was learned stays."""
@@ -85,9 +97,9 @@ class Contents:
         self.hashes = [*self.hashes[1 - CONTENTS :], content]
 
     @property
-    def others(self) -> bool:
-        """Whether batches came before those that repeat."""
-        return len(set(self.hashes)) > self.period
+    def distinct(self) -> int:
+        """How many are remembered; no more than the period if none came before those that repeat."""
+        return len(set(self.hashes))
 
 
 @dataclass

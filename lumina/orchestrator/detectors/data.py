@@ -6,7 +6,11 @@ from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.robust import MAD, median
 from lumina.orchestrator.signals import Signals
 
-AGAIN = 3  # batches in a row that came the same number of steps before: epochs of a few windows are drawn anew each
+AGAIN = 3  # batches in a row that came the same number of steps before
+AGAIN_FEW = (
+    12  # the same where no more than `FEW` others came: epochs of three windows have six orders, drawn anew each
+)
+FEW = 32
 APART = 0.3  # nats
 SIGMAS = 8.0
 LEAST = 4  # looks
@@ -16,14 +20,15 @@ def loader(signals: Signals) -> Finding | None:
     """Batches of equal content one after another, or a few that go round. Not if nothing else ever came: then that is
     all the data there is."""
     contents, seen = signals.contents, signals.seen
-    if seen is None or contents.again < AGAIN or not contents.others:
+    least = AGAIN if contents.distinct > FEW else AGAIN_FEW
+    if seen is None or contents.again < least or contents.distinct <= contents.period:
         return None
     period = contents.period
     begin = seen.step - contents.again - period + 1
     what = "the same batch comes" if period == 1 else f"the same {period} batches come"
     text = f"{what} again and again, {contents.again} times by now, under other numbers"
     values = {"period": period, "again": contents.again, "batch": seen.batch, "content": seen.content}
-    return Finding("loader", seen.step, begin + period, text, True, values | {"threshold": AGAIN})
+    return Finding("loader", seen.step, begin + period, text, True, values | {"threshold": least})
 
 
 def golden(signals: Signals) -> Finding | None:
