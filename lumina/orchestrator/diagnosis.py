@@ -68,7 +68,7 @@ def judge(replay: Replay, signals: Signals) -> Verdict:
         return "any batch"
     if not math.isfinite(replay.again):
         return "data"
-    margin = max(SEVERE, SEVERE_SIGMA * signals.sigma)
+    margin = max(SEVERE, SEVERE_SIGMA * signals.loss.spread)
     return "data" if replay.again - median(others) > margin else "any batch"
 
 

@@ -109,7 +109,7 @@ class Orchestrator:
     def _handle(self, finding: Finding, controls: Controls) -> bool:
         """Returns whether the run was acted on: what else was found is of a state that is no more."""
         replay = controls.replay() if finding.hard else None
-        points = controls.points if finding.hard else ()
+        points = controls.points() if finding.hard else ()
         made = self._safely(lambda: self._judge(finding, diagnose(finding, replay, self.signals), points))
         if made is None:
             return False

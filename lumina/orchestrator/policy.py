@@ -150,5 +150,5 @@ class Policy:
 
     def unpack(self, packed: Mapping[str, Any]) -> None:
         self.open = Open(**packed["open"]) if packed["open"] else None
-        self.quiet = packed["quiet"]  # and `over` ends here: a person has looked, and went on
+        self.quiet = packed["quiet"]  # that it was handed over ends here: a person has looked, and went on
         self.places = [list(place) for place in packed["places"]]

@@ -10,8 +10,6 @@ from typing import Any, Literal, Protocol
 from lumina.config.overlay import Overlay, Value
 
 Data = Literal["replay", "skip"]
-
-
 Stage = Literal["warmup", "stable", "decay"]
 
 
@@ -26,9 +24,7 @@ class Observation:
     lr: float  # that acted
     clip: float  # that acted
     stage: Stage  # of the schedule of this step's phase
-    changed: (
-        str  # what the plan changed with this step: "phase", "capacity", an overlay's id that begins or ends; or ""
-    )
+    changed: str  # what the plan changed with this step: "phase", "capacity", ids of overlays that begin or end; or ""
     grad_norm: float  # before clipping
     grad_embed: float  # the same of parts: the embedding, an untied head, the routers of experts and of depth
     grad_head: float | None  # None if tied
@@ -63,6 +59,7 @@ class Look:
     churn: tuple[float | None, ...] = ()  # share of the tokens whose experts changed since the last look, by layer
     agreement: float | None = None  # of the causal depth rule and top-C on the held-out piece
     broken: tuple[str, ...] = ()  # invariants that only a look can see
+    attentions: tuple[float, ...] = ()  # largest attention logit of each block
 
 
 @dataclass(frozen=True)
@@ -137,13 +134,12 @@ class Controls(Protocol):
         """What was laid over the plan, ended ones included."""
         ...
 
-    @property
     def points(self) -> tuple[int, ...]:
-        """Steps that `rollback` can go back to, in memory or on disk, ascending."""
+        """The steps that `rollback` can go back to, ascending."""
         ...
 
     def replan(self, why: Decision) -> None:
-        """Sets what the optimizer and the loader are told in memory back to what plan and overlays say."""
+        """Sets the optimizer's constants back to the configuration's; all else is asked of the plan in each step."""
         ...
 
     def overlay(self, why: Decision, key: str, value: Value, steps: int | None = None) -> Overlay:
@@ -169,7 +165,7 @@ class Controls(Protocol):
         ...
 
     def snapshot(self) -> int:
-        """Makes this step the restore point in memory, in place of the one before; returns its bytes."""
+        """Makes this step a restore point in memory, in place of the older of two; returns its bytes."""
         ...
 
     def fork(self, step_seconds: float) -> AbstractContextManager[Fork]:
@@ -181,7 +177,10 @@ class Controls(Protocol):
         ...
 
     def replay(self) -> Replay | None:
-        """Takes the last observed step again from the restore point, leaves no trace; None if there is no such."""
+        """Takes the last observed step again from the restore point before it; None if there is none.
+
+        It leaves no trace.
+        """
         ...
 
     def save(self) -> None:

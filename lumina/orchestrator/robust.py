@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 WINDOW = 100  # values; with 100 and 8 deviations 1 to 1.6 false alarms in 10,000 steps of simulated noise
 DELAY = 5
@@ -49,6 +48,7 @@ class Baseline:
 
     accepted: list[float] = field(default_factory=list)
     rejected: list[float] = field(default_factory=list)  # since one was accepted
+    spread: float = 0.0  # robust standard deviation of the last value that was judged; 0 before any was
 
     def z(self, value: float) -> float | None:
         """Robust deviations of a positive `value` above what the line leads to expect; None while too little is known.
@@ -61,6 +61,7 @@ class Baseline:
         if found is None or value <= 0:
             return None
         expected, spread = found
+        self.spread = spread * math.exp(expected)
         return (math.log(value) - expected) / spread
 
     def expected(self) -> tuple[float, float] | None:
@@ -86,11 +87,4 @@ class Baseline:
 
     def forget(self) -> None:
         """Begins anew: what comes is planned to be otherwise."""
-        self.accepted, self.rejected = [], []
-
-    def pack(self) -> dict[str, Any]:
-        return {"accepted": list(self.accepted), "rejected": list(self.rejected)}
-
-    @classmethod
-    def unpack(cls, packed: dict[str, Any]) -> Baseline:
-        return cls(list(packed["accepted"]), list(packed["rejected"]))
+        self.accepted, self.rejected, self.spread = [], [], 0.0

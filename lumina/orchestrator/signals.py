@@ -90,7 +90,6 @@ class Signals:
     look: Look | None = None
     loss: Baseline = field(default_factory=Baseline)
     grad: Baseline = field(default_factory=Baseline)
-    ratio: Baseline = field(default_factory=Baseline)  # of the update
     judged: list[Judged] = field(default_factory=list)
     series: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in NAMES})
     refused: list[int] = field(default_factory=list)  # steps that the guard did not take, or whose loss is not finite
@@ -113,10 +112,8 @@ class Signals:
         if seen.changed:
             self._forget(seen.step)
         z = Judged(self.loss.z(seen.loss), self.grad.z(seen.grad_norm))
-        sigma = self.sigma
         self.loss.take(seen.loss, z.loss)
         self.grad.take(seen.grad_norm, z.grad)
-        self.ratio.take(seen.update_ratio, self.ratio.z(seen.update_ratio))
         self.judged = [*self.judged[1 - KEPT :], z]
         for name, window in self.series.items():
             value = getattr(seen, name)
@@ -124,7 +121,7 @@ class Signals:
             del window[:-KEPT]
         if not_finite(seen):
             self.refused = [*self.refused[1 - KEPT :], seen.step]
-        self.level.take(seen.step, seen.loss, sigma, self.facts.uniform)
+        self.level.take(seen.step, seen.loss, self.loss.spread, self.facts.uniform)
         self.contents.take(seen.content)
         self.loads.take(seen.load, self.facts.assignments)
         if seen.capacity:
@@ -158,7 +155,7 @@ class Signals:
     def _forget(self, step: int) -> None:
         """From `step` on the plan is another."""
         self.changed = step
-        for baseline in (self.loss, self.grad, self.ratio):
+        for baseline in (self.loss, self.grad):
             baseline.forget()
         self.level.forget()
         self.taken, self.agreed, self.deviations, self.apart = [], None, [], []
@@ -170,7 +167,7 @@ class Signals:
         if gone <= 0:
             return
         windows_ = [self.judged, self.contents.hashes, self.taken, *self.series.values()]
-        for window in [*windows_, *(one.accepted for one in (self.loss, self.grad, self.ratio))]:
+        for window in [*windows_, *(one.accepted for one in (self.loss, self.grad))]:
             del window[-gone:]  # type: ignore[attr-defined]
         self.contents.again = self.contents.period = 0
         self.level.rewind(step)
@@ -184,12 +181,6 @@ class Signals:
         self.step = step
 
     # -- what detectors ask -----------------------------------------------------------------------------------------
-
-    @property
-    def sigma(self) -> float:
-        """Robust standard deviation of one step's loss, nats; 0 while too little is known."""
-        found = self.loss.expected()
-        return found[1] * math.exp(found[0]) if found else 0.0
 
     @property
     def settling(self) -> bool:
@@ -241,7 +232,7 @@ class Signals:
 TUPLES = [one.name for one in fields(Observation) if str(one.type).startswith("tuple")]
 STILL = [one.name for one in fields(Look) if str(one.type).startswith("tuple")]
 _PARTS: dict[str, Any] = {
-    "loss": Baseline, "grad": Baseline, "ratio": Baseline, "level": Level, "contents": Contents, "loads": Loads,
+    "loss": Baseline, "grad": Baseline, "level": Level, "contents": Contents, "loads": Loads,
 }  # fmt: skip
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from lumina.config.overlay import SKIP, Overlay, Value, added, lifted, pack, skipped
 from lumina.errors import UserError
-from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Outcome
+from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Outcome, Replay
 from lumina.training.arms import Arms
+from lumina.training.replay import replay
 from lumina.training.session import Session
 
 
@@ -77,8 +78,7 @@ class SessionControls(Controls):
         self.session.rollback(step, (step + 1, self.step) if data == "skip" else None, why=why)
 
     def snapshot(self) -> int:
-        self.session.point = self.course.take(into=self.session.point)
-        return self.session.point.bytes
+        return self.session.take_point().bytes
 
     @contextmanager
     def fork(self, step_seconds: float) -> Iterator[Arms]:
@@ -92,10 +92,17 @@ class SessionControls(Controls):
         self._lay(why, overlays, ahead=outcome.steps, arm=outcome.name)
         fork.keep(outcome)
 
+    def replay(self) -> Replay | None:
+        return replay(self.session)
+
     # -- saving, stopping --------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         self.session._save()
+
+    def replan(self, why: Decision) -> None:
+        self.session.record("decision", step=self.step, **why.fields())
+        self.course.parts.optimizer.replan(self.course.config.train)
 
     def stop(self, why: Decision) -> None:
         self.session.record("decision", step=self.step, **why.fields())

@@ -18,10 +18,11 @@ from lumina.checkpoint.snapshot import Snapshot
 from lumina.config.overlay import acting, skipped
 from lumina.config.resolve import Resolved
 from lumina.data.loader import Batch
-from lumina.orchestrator.protocol import Observation
+from lumina.orchestrator.protocol import Look, Observation
 from lumina.progress import Tell
 from lumina.run.folder import Run
 from lumina.training.evaluate import Evaluation
+from lumina.training.invariants import Invariants
 from lumina.training.observer import Emit, Observer
 from lumina.training.oom import Fitting
 from lumina.training.probe import TOKENS as PROBE_TOKENS
@@ -49,8 +50,11 @@ class Course:
         self.first = "the first step"
         looked_at = parts.heldout(parts.main_kind, PROBE_TOKENS)[0]
         self.probe = Probe(parts.model, looked_at, parts.precision)
+        self.invariants = None if parts.config.orchestrator.mode == "off" else Invariants(parts)
+        self.seen: Observation | None = None  # the newest of this attempt
+        self.looked: Look | None = None  # likewise
         self.state = State(parts.model, parts.optimizer, self.probe)
-        self.observer = Observer(parts, peak, self._tell, lambda step: self.values(step)["lr"])
+        self.observer = Observer(parts, peak, self._tell, self.values, self.changed)
         self.freeze_from = parts.steps - parts.phases[-1].decay
         self.fitting = Fitting(run, resolved, parts, self.state, told, emit)
         self.last_eval: tuple[int, Evaluation] | None = None
@@ -86,13 +90,18 @@ class Course:
         self._set_capacity(step)
         values = self.values(step)
         parts.optimizer.weight_decay = values["weight_decay"]
+        batch = self._batch(step, values)
         metrics = self.fitting.step(
-            self._batch(step, values),
+            batch,
             values["lr"],
             replace(parts.plan, clip=values["clip"], z_loss=values["z_loss"], bias_rate=values["bias_rate"]),
             step,
         )
         self.observe()
+        if self.invariants:
+            self.invariants.after_step(progress, step, self.values(step), batch, skipped(self.state.overlays))
+        else:
+            progress.batch = parts.loader.planned(step - 1, skipped(self.state.overlays))
         now = time.perf_counter()
         progress.step_seconds, self.last = now - self.last, now
         progress.step, progress.tokens = step, progress.tokens + train.batch_tokens
@@ -114,6 +123,15 @@ class Course:
             "data.order": 0,
         }
         return acting(self.state.overlays, step, planned)
+
+    def changed(self, step: int) -> str:
+        """What the plan, or what lies over it, changed with a step."""
+        phase = any(step == phase.begin + 1 for phase in self.parts.phases[1:])
+        found = [*(["phase"] if phase else [])]
+        if step > 1 and self._capacity(step) != self._capacity(step - 1):
+            found.append("capacity")
+        found += [one.id for one in self.state.overlays if step in (one.begin, 1 + (one.end or step))]
+        return ", ".join(found)
 
     def take(self, into: Snapshot | None = None) -> Snapshot:
         """Where the run stands, as a restore point in memory; overlays are no part of it. `into` is used again."""
@@ -156,7 +174,8 @@ class Course:
         if self.first:
             self.told(self.first, 1, 1)
             self.first = ""
-        return self.observer(self.state.progress, values)
+        self.seen = self.observer(self.state.progress, values)
+        return self.seen
 
     def evaluate(self) -> Evaluation:
         """Evaluates all held-out tokens of each kind with the causal routing; its time is not training time.
@@ -185,13 +204,22 @@ class Course:
         assert self.last_eval is not None
         return self.last_eval[1]
 
-    def look(self) -> None:
+    def look(self) -> Look:
         """Tells what the probe sees; its time is not training time."""
-        start = time.perf_counter()
-        seen = self.probe()
+        start, step = time.perf_counter(), self.state.progress.step
+        golden = self.parts.loader.batch(0)
+        seen = self.probe(golden)
+        broken = self._broken(golden)
         seconds = time.perf_counter() - start
-        self.emit("probe", step=self.state.progress.step, seconds=round(seconds, 3), **seen)
+        self.looked = seen.look(step, broken)
+        told = {"broken": list(broken)} if broken else {}
+        self.emit("probe", step=step, seconds=round(seconds, 3), **seen.fields(), **told)
         self.last += seconds
+        return self.looked
+
+    def _broken(self, golden: Batch) -> tuple[str, ...]:
+        """Invariants that only a look can see."""
+        return self.invariants.at_look(self.state.progress, golden) if self.invariants else ()
 
     def _tell(self, type: str, /, **fields: Any) -> None:
         self.emit(type, **fields)

@@ -27,6 +27,8 @@ from lumina.training import memory
 from lumina.training.precision import DTYPES
 
 MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # large enough that waiting for the device does not count
+SNAPSHOTS = 2  # so that one lies before a step that is suspected when the next has been taken
+SNAPSHOT_STEPS = 100  # a copy then costs less than a hundredth of a step each (benchmarks/orchestrator/)
 MATMUL_SECONDS = 0.25
 COMPILE_SECONDS, COMPILE_SAVES = 35.0, 0.17  # docs/log.md; measured on a CPU
 Choices = dict[str, tuple[Any, str]]
@@ -100,10 +102,21 @@ def choose(config: Config, world: World = ALONE) -> Choices:
         used = choices.get("parallel.threads", (config.parallel.threads, ""))[0]
         room = memory.room_for_copy(config, world.size, world.local_size)
         choices["checkpoint.write"] = choose_writing(device, int(used), room, world)
+    if config.orchestrator.snapshot_every == "auto":
+        choices["orchestrator.snapshot_every"] = choose_snapshots(config, world)
     if tokens := config.train.known_tokens:
         steps = max(1, round(tokens / config.train.batch_tokens))
         choices["train.steps"] = (steps, f"train.tokens={tokens} / train.batch_tokens")
     return choices
+
+
+def choose_snapshots(config: Config, world: World) -> tuple[int, str]:
+    """Steps between restore points in memory: none where it has no room for two, beside the copy that is written."""
+    if config.orchestrator.mode == "off":
+        return 0, "nobody would go back to them"
+    if not memory.room_for_copy(config, world.size, world.local_size, copies=SNAPSHOTS + 1):
+        return 0, f"{SNAPSHOTS} copies of the state do not fit into memory"
+    return SNAPSHOT_STEPS, "memory has room for them"
 
 
 def require_micro_batch(config: Config, world: World) -> None:

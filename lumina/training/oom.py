@@ -150,6 +150,12 @@ class Fitting:
             self._gradients(batch, step, self.parts.plan, REHEARSED)
             self.parts.optimizer.zero_grad()
 
+    def loss(self, batch: Batch, step: int) -> Tensor:
+        """What `Sums.loss` is for `batch`, of this process; the gradients are thrown away."""
+        found = self._gradients(batch, step, self.parts.plan)
+        self.parts.optimizer.zero_grad()
+        return found.loss
+
     def step(self, batch: Batch, lr: float, plan: Step, step: int) -> Tensor:
         """The step of the session's parts by `plan`: the metrics of `step.apply`.
 

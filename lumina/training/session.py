@@ -29,6 +29,7 @@ from lumina.run.watchdog import Watchdog
 from lumina.training import machine, oom, room, setup
 from lumina.training.course import Course
 from lumina.training.forecasting import Forecaster
+from lumina.training.oversight import Oversight
 from lumina.training.saving import Saver
 
 Listener = Callable[[dict[str, Any]], None]
@@ -76,9 +77,10 @@ class Session:
         self.forecaster = Forecaster(run, parts, rate, self._emit)
         recast = resolved.origins["precision.mode"] == RESUME
         self.saver = Saver(run, parts, self.state, self.told, self._emit, recast)
-        self.point: Snapshot | None = None  # the restore point in memory
+        self.points: list[Snapshot] = []  # restore points in memory, the older first
         self.began = machine.work_began()
         self.ending = ""  # who asked to stop, if not a signal
+        self.oversight = Oversight(self)
 
     def train(self, back: Back | None = None) -> None:
         """Trains to the end, from where the run stands or goes `back` to.
@@ -104,6 +106,7 @@ class Session:
                 with self._refusals():  # where no save comes, at the end of a run, none would tidy either
                     self.saver.tidy()
             self.course.begin()
+            self.oversight.begin()
             while self.state.progress.step < self.parts.steps:
                 with suppress(Interrupted):
                     self._step()
@@ -118,15 +121,31 @@ class Session:
         self.events = stack.enter_context(writer)
 
     def _step(self) -> None:
-        """The next step, and a checkpoint where one is due."""
+        """The next step, what whoever watches makes of it, and the restore points that are due."""
+        attempt = self.state.attempt
         if any(one.begin == self.state.progress.step + 1 for one in self.state.overlays):
             self.keep_ways_back()
+        self.course.seen = self.course.looked = None
         self.course.advance()
-        step, every = self.state.progress.step, int(self.config.checkpoint.every)
         with self._pausing(), self._refusals():
             self.saver.poll(self.state.progress.step_seconds)
-        if step < self.parts.steps and every and step % every == 0:
+        self.oversight.after_step()
+        step, every = self.state.progress.step, int(self.config.checkpoint.every)
+        if self.state.attempt > attempt or step == self.parts.steps:
+            return
+        if every and step % every == 0:
             self._save()
+        often = int(self.config.orchestrator.snapshot_every)
+        if self.oversight.watching and often and step % often == 0:
+            self.take_point()
+
+    def take_point(self) -> Snapshot:
+        """Makes this step a restore point in memory, in place of the older of two; its time is not training time."""
+        with self._pausing():
+            self.points = [point for point in self.points if _step(point) < self.state.progress.step]
+            spare = self.points.pop(0) if len(self.points) == machine.SNAPSHOTS else None
+            self.points.append(self.course.take(into=spare))
+        return self.points[-1]
 
     # -- where it goes on from ----------------------------------------------------------------------------------------
 
@@ -169,7 +188,7 @@ class Session:
             raise UserError(f"step {step}: the run is at step {self.state.progress.step}", "name an earlier step")
         with self._refusals():
             self.saver.finish()
-        at_hand = self.point if self.point and self.point.state["progress"].step == step else None
+        at_hand = next((point for point in self.points if _step(point) == step), None)
         found = at_hand or self.saver.find(step)
         overlays = self.state.overlays if overlays is None else overlays
         overlays = self._without(skip, step) if skip else overlays
@@ -196,7 +215,7 @@ class Session:
     def way_back(self, begin: int) -> int:
         """The newest restore point before step `begin`, on disk or in memory."""
         points = self.world.decide(self.saver.saved)
-        points += [self.point.state["progress"].step] if self.point else []
+        points += [_step(point) for point in self.points]
         return max((step for step in points if step < begin), default=begin - 1)
 
     def _go_to(self, point: Snapshot | store.Checkpoint | None) -> None:
@@ -210,8 +229,8 @@ class Session:
             setup.load_origin(self.parts)
 
     def _went_back(self, step: int) -> None:
-        if self.point and self.point.state["progress"].step > step:
-            self.point = None
+        self.points = [point for point in self.points if _step(point) <= step]
+        self.course.seen = self.course.looked = self.oversight.seen = None
         self.saver.lineage = self.saver.lineage.after(self.state.attempt, step)
         with self._refusals():
             self.world.decide(self.saver.link)
@@ -386,6 +405,11 @@ class Session:
             )
 
         self.world.decide(tell)
+
+
+def _step(point: Snapshot) -> int:
+    step: int = point.state["progress"].step
+    return step
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: an arm was left because the run is asked to stop

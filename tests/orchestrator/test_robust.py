@@ -79,4 +79,4 @@ def test_a_slow_rise_is_judged_by_what_was_before_it() -> None:
 def test_memory_is_bounded() -> None:
     baseline = fed(noisy(2000))
     assert len(baseline.accepted) == WINDOW + DELAY
-    assert Baseline.unpack(baseline.pack()) == baseline
+    assert 0.05 < baseline.spread < 0.07  # 2 % of 3

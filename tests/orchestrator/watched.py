@@ -51,10 +51,13 @@ class Door:
     """`Controls` of a run that only writes down; `answers` are what replays come to."""
 
     def __init__(self, points: tuple[int, ...] = (), answer: Replay | None = None, refuse: str = "") -> None:
-        self.points, self.answer, self.refuse = points, answer, refuse
+        self.known, self.answer, self.refuse = points, answer, refuse
         self.did: list[tuple[Any, ...]] = []
         self.why: list[Decision] = []
         self.replays = 0
+
+    def points(self) -> tuple[int, ...]:
+        return self.known
 
     def replay(self) -> Replay | None:
         self.replays += 1

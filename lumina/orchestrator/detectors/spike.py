@@ -38,8 +38,11 @@ def spike(signals: Signals) -> Finding | None:
 
 def explosion(signals: Signals) -> Finding | None:
     """Gradient norms `EXPLODES` times what is expected, beyond noise, in `LASTS` of 5 steps."""
-    seen, expected = signals.seen, signals.grad.expected()
-    if seen is None or expected is None:
+    seen, last = signals.seen, [one.grad for one in signals.judged[-5:]]
+    if seen is None or sum(z is not None and z > ALONE for z in last) < LASTS:  # else nothing costly is asked
+        return None
+    expected = signals.grad.expected()
+    if expected is None:
         return None
     norm, spread = math.exp(expected[0]), expected[1]
     recent = [value for value in signals.series["grad_norm"][-5:] if value is not None]

@@ -1,0 +1,119 @@
+"""The call site of the orchestrator, after each step: what it hears, and what becomes of the run if it fails.
+
+Of several processes the main one thinks; what it does through `Controls` all do together (`following`). An exception in
+it is told as an incident and ends it for the attempt: the run stands where it stood and trains on.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from lumina.errors import DiskRefused, MachineFailed, OutOfMemory
+from lumina.orchestrator.orchestrator import Orchestrator
+from lumina.orchestrator.protocol import Observation
+from lumina.training.following import Leading, follow
+
+if TYPE_CHECKING:
+    from lumina.training.session import Session
+
+KIND = "orchestrator failed"  # of the incident
+
+
+class Oversight:
+    """The orchestrator of a session, if its mode is not `off`."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        mode = session.config.orchestrator.mode
+        self.watching = mode != "off"
+        self.seen: Observation | None = None  # the last that was heard of the run as it is now
+        self.orchestrator = Orchestrator(mode) if mode != "off" and session.world.main else None
+
+    def begin(self) -> None:
+        """Goes on from what the checkpoint holds."""
+        if not self.watching:
+            return
+        state = self.session.state.unpacked
+        if self.orchestrator:
+            if state is not None:
+                orchestrator, known = self.orchestrator, state
+                self._guarded(lambda: orchestrator.unpack(known))
+            self.session.state.orchestrator = self._pack
+        self.watching = self.session.world.decide(lambda: self.orchestrator is not None)
+
+    def after_step(self) -> None:
+        """What the last step and look showed is heard, then what has to be done is done; not training time."""
+        course = self.session.course
+        self.seen = course.seen or self.seen
+        if not self.watching:
+            return
+        start, last = time.perf_counter(), course.last
+        try:
+            self._after_step()
+        finally:
+            if course.last == last:  # else what was done reckoned for itself
+                course.last += time.perf_counter() - start
+
+    def _after_step(self) -> None:
+        from lumina.training.controls import SessionControls
+
+        session, controls = self.session, SessionControls(self.session)
+        if session.world.size == 1:
+            self._hear(controls)
+        elif session.world.main:
+            with Leading(controls, session.world) as leading:
+                self._hear(leading)
+        else:
+            follow(controls, session.world)
+        if session.world.size > 1:
+            self.watching = session.world.decide(lambda: self.orchestrator is not None)
+        else:
+            self.watching = self.orchestrator is not None
+
+    def _hear(self, controls: Any) -> None:
+        orchestrator, course = self.orchestrator, self.session.course
+        seen, look = course.seen, course.looked
+        if orchestrator is None:
+            return
+
+        def hear() -> None:
+            if seen:
+                orchestrator.observe(seen)
+            if look:
+                orchestrator.looked(look)
+            orchestrator.between(controls)
+
+        self._guarded(hear)
+
+    def _guarded(self, work: Any) -> None:
+        """What fails inside ends the orchestrator, unless the attempt itself has to end."""
+        from lumina.training.session import Interrupted
+
+        session = self.session
+        ends = (Interrupted, OutOfMemory, MachineFailed)
+        try:
+            work()
+        except ends:
+            raise
+        except Exception as error:
+            if isinstance(error, DiskRefused) and session.config.checkpoint.on_error == "stop":
+                raise
+            self.orchestrator = None
+            session._emit("incident", step=session.state.progress.step, kind=KIND, error=_said(error))
+
+    def _pack(self) -> dict[str, Any] | None:
+        """Its state; that of the checkpoint before if it failed since."""
+        if self.orchestrator is None:
+            return self.session.state.unpacked
+        orchestrator, found = self.orchestrator, dict[str, Any]()
+        self._guarded(lambda: found.update(orchestrator.pack()))
+        return found if self.orchestrator else self.session.state.unpacked
+
+
+def _said(error: Exception) -> str:
+    """The error and where it was raised."""
+    trace, where = error.__traceback__, ""
+    while trace is not None:
+        where, trace = f"{trace.tb_frame.f_code.co_name}, line {trace.tb_lineno}", trace.tb_next
+    return f"{type(error).__name__}: {error}"[:500] + f" (in {where})"
