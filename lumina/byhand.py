@@ -20,7 +20,7 @@ from lumina.config.overlay import Overlay, unpack
 from lumina.config.resolve import read
 from lumina.errors import UserError
 from lumina.events import Event, read_events
-from lumina.orchestrator import actions, decisions
+from lumina.orchestrator import actions, ledger
 from lumina.orchestrator.actions import ACTIONS, Request
 from lumina.run import index, lineage
 from lumina.run.folder import Run
@@ -136,14 +136,15 @@ class OpenRun:
 
     def decisions(self) -> list[dict[str, Any]]:
         """All that was decided, in order, with evidence and what undoes it."""
-        return decisions.told(self._events())
+        return [entry.fields() for entry in self.entries()]
+
+    def entries(self) -> list[ledger.Entry]:
+        """The same, as `lumina.orchestrator.ledger` tells it."""
+        return ledger.entries(read_events(self.run.event_log)) if self.run.event_log.exists() else []
 
     def _newest(self, type: str) -> Event:
         found = [event for event in self.run.events() if event["t"] == type]
         return found[-1] if found else {}
-
-    def _events(self) -> list[Event]:
-        return list(read_events(self.run.event_log)) if self.run.event_log.exists() else []
 
 
 def open_run(run: Run | str | Path, root: str | Path = "runs") -> OpenRun:

@@ -58,15 +58,20 @@ def undo(
 def decisions(run: RunName, root: Root = Path("runs"), json: Json = False) -> None:
     """What was decided about a run, by rule or by hand: with evidence, and what undoes it."""
     from lumina.byhand import open_run
-    from lumina.orchestrator.decisions import text
+    from lumina.events import as_plain
+    from lumina.orchestrator.ledger import told
 
-    found = open_run(run, root).decisions()
+    opened = open_run(run, root)
     if json:
-        print_json(found)
-    elif not found:
+        print_json(as_plain(opened.decisions()))
+        return
+    found = opened.entries()
+    for entry in found:
+        typer.echo(told(entry))
+    if not found:
         typer.echo("nothing was decided: every step was taken as planned")
-    for decision in [] if json else found:
-        typer.echo(text(decision).replace("lumina undo RUN", f"lumina undo {shlex.quote(run)}"))
+    if any(entry.undo for entry in found):
+        typer.echo(f"undo one: lumina undo {shlex.quote(str(opened.run.path))} NAME")
 
 
 def _ask(opened: OpenRun, request: Request, json: bool) -> None:

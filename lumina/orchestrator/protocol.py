@@ -138,6 +138,10 @@ class Controls(Protocol):
         """The steps that `rollback` can go back to, ascending."""
         ...
 
+    def replan(self, why: Decision) -> None:
+        """Sets the optimizer's constants back to the configuration's; all else is asked of the plan in each step."""
+        ...
+
     def overlay(self, why: Decision, key: str, value: Value, steps: int | None = None) -> Overlay:
         """Lays a value over the plan from the next step on, for so many steps or to the end.
 

@@ -149,6 +149,10 @@ class SessionControls(Controls):
     def save(self) -> None:
         self.session._save()
 
+    def replan(self, why: Decision) -> None:
+        self.session.record("decision", step=self.step, **why.fields())
+        self.course.parts.optimizer.replan(self.course.config.train)
+
     def stop(self, why: Decision) -> None:
         self.session.record("decision", step=self.step, **why.fields())
         self.session.ending = why.rule

@@ -63,6 +63,9 @@ class Leading(Controls):
         points: tuple[int, ...] = self._do("points")
         return points
 
+    def replan(self, why: Decision) -> None:
+        self._do("replan", why)
+
     def snapshot(self) -> int:
         size: int = self._do("snapshot")
         return size

@@ -129,7 +129,9 @@ class Invariants:
         broken += self._golden(progress, golden)
         sums, live = self._sums(), self.parts.optimizer.steps_taken
         if progress.sums is not None:
-            broken += self._moves(progress, sums.tolist(), live > progress.looked and progress.rates > 0, asked)
+            # In the first step adapters and predictors, of which a factor is zero, have no gradient.
+            stepped = live > max(progress.looked, 1) and progress.rates > 0
+            broken += self._moves(progress, sums.tolist(), stepped, asked)
         broken += self._replicas(progress)
         progress.sums, progress.looked, progress.rates, progress.travel = sums.flatten().tolist(), live, 0.0, 0.0
         return tuple(broken)

@@ -250,6 +250,11 @@ class Optimizer:
             for tensor in state.values():
                 tensor.zero_()
 
+    def replan(self, train: TrainConfig) -> None:
+        """Its constants as the configuration has them; rate and decay are given anew with each step."""
+        for group in self.adamw.param_groups:
+            group["betas"], group["eps"] = train.betas, train.eps
+
     def zero_grad(self) -> None:
         # Of several processes a block's gradients lie in one piece of memory: one that a leaf still has keeps them all.
         for parameter in (*(self.groups.clipped | self.groups.predictors).values(), *self.leaves.values()):

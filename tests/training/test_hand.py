@@ -91,7 +91,7 @@ def test_each_acts_and_its_undo_is_the_run_that_never_had_it(
     assert all(seen[step] == usual[step] for step in range(1, 5))
     require_equal(plain, run)
     decision, back = lumina.open_run(run).decisions()
-    assert (decision["step"], decision["rule"], decision["state"], decision["undo"]) == (4, "hand", "undone", None)
+    assert (decision["step"], decision["rule"], decision["state"], decision["undo"]) == (4, "hand", "undone", "")
     assert back["action"].startswith("undo=")
     assert not Inbox(run).waiting()
 

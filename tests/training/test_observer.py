@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,24 @@ from lumina.model.mod import SUMS
 from lumina.orchestrator.protocol import Observation
 from lumina.training import setup
 from lumina.training.observer import Observer
+from lumina.training.schedule import Part
 from lumina.training.state import Progress
 from lumina.training.step import METRICS
+
+
+@dataclass
+class Acted:
+    """What acts in nine steps, of which the third begins a phase."""
+
+    phases: list[Part]
+    acted: dict[str, float]
+    steps: int = 9
+
+    def values(self, step: int) -> dict[str, float]:
+        return self.acted
+
+    def changed(self, step: int) -> str:
+        return "phase" * (step == 3)
 
 
 class Told:
@@ -27,8 +44,8 @@ class Told:
         corpus = setup.load_data(resolved.config)
         parts = setup.build(setup.settle_all(resolved, corpus)[0].config, corpus)
         self.events: list[dict[str, Any]] = []
-        acted = {"lr": 1e-3, "clip": 0.5}
-        self.observer = Observer(parts, 1e9, self.tell, lambda step: acted, lambda step: "phase" * (step == 3))
+        acting = Acted(parts.phases, {"lr": 1e-3, "clip": 0.5, "skip": 0, "mod_capacity": 0.125})
+        self.observer = Observer(parts, 1e9, self.tell, acting)
         self.moes, self.routers = len(parts.model.moes), len(parts.model.routers)
         self.progress, self.lost = Progress(step_seconds=1.0), 0
 
