@@ -74,6 +74,9 @@ class SessionControls(Controls):
 
     # -- going back, trying ------------------------------------------------------------------------------------------
 
+    def points(self) -> tuple[int, ...]:
+        return self.session.restore_points()
+
     def rollback(self, why: Decision, step: int, data: Data = "replay") -> None:
         self.session.rollback(step, (step + 1, self.step) if data == "skip" else None, why=why)
 

@@ -59,6 +59,10 @@ class Leading(Controls):
     def rollback(self, why: Decision, step: int, data: Data = "replay") -> None:
         self._do("rollback", why, step, data)
 
+    def points(self) -> tuple[int, ...]:
+        points: tuple[int, ...] = self._do("points")
+        return points
+
     def replan(self, why: Decision) -> None:
         self._do("replan", why)
 

@@ -117,7 +117,8 @@ class Session:
 
     def _open_log(self, stack: ExitStack) -> None:
         hold = self.config.checkpoint.on_error == "continue"
-        writer = EventWriter(self.run.event_log, self.state.attempt, [*self.listeners, self.forecaster], hold)
+        listeners: list[Listener] = [*self.listeners, self.forecaster, self.oversight.hear]
+        writer = EventWriter(self.run.event_log, self.state.attempt, listeners, hold)
         self.events = stack.enter_context(writer)
 
     def _step(self) -> None:
@@ -136,7 +137,7 @@ class Session:
         if every and step % every == 0:
             self._save()
         often = int(self.config.orchestrator.snapshot_every)
-        if self.oversight.watching and often and step % often == 0:
+        if self.oversight.watching and often and step % often == 0 and self.oversight.calm():
             self.take_point()
 
     def take_point(self) -> Snapshot:
@@ -213,10 +214,14 @@ class Session:
             self.events.attempt = attempt
 
     def way_back(self, begin: int) -> int:
-        """The newest restore point before step `begin`, on disk or in memory."""
-        points = self.world.decide(self.saver.saved)
-        points += [_step(point) for point in self.points]
-        return max((step for step in points if step < begin), default=begin - 1)
+        """The newest restore point before step `begin`."""
+        return max((step for step in self.restore_points() if step < begin), default=begin - 1)
+
+    def restore_points(self) -> tuple[int, ...]:
+        """The steps that it can go back to, on disk or in memory, ascending."""
+        at_hand = [_step(point) for point in self.points]
+        points = {*self.world.decide(self.saver.saved), *at_hand}
+        return tuple(sorted(step for step in points if step < self.state.progress.step))
 
     def _go_to(self, point: Snapshot | store.Checkpoint | None) -> None:
         """Stands at a restore point; without one, at the start, where a session begins anyway."""
