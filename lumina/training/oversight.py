@@ -10,8 +10,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from lumina.errors import DiskRefused, MachineFailed, OutOfMemory
+from lumina.events import Event
 from lumina.orchestrator.orchestrator import Orchestrator
 from lumina.orchestrator.protocol import Observation
+from lumina.orchestrator.signals import Facts
 from lumina.training.following import Leading, follow
 
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ class Oversight:
         mode = session.config.orchestrator.mode
         self.watching = mode != "off"
         self.seen: Observation | None = None  # the last that was heard of the run as it is now
-        self.orchestrator = Orchestrator(mode) if mode != "off" and session.world.main else None
+        self.orchestrator: Orchestrator | None = None
+        if mode != "off" and session.world.main:
+            self.orchestrator = Orchestrator(mode, Facts.of(session.config), session._emit)
 
     def begin(self) -> None:
         """Goes on from what the checkpoint holds."""
@@ -41,6 +45,16 @@ class Oversight:
                 self._guarded(lambda: orchestrator.unpack(known))
             self.session.state.orchestrator = self._pack
         self.watching = self.session.world.decide(lambda: self.orchestrator is not None)
+
+    def hear(self, event: Event) -> None:
+        """A listener, in the main process: what forecasts expect is part of what is seen."""
+        orchestrator = self.orchestrator
+        if orchestrator is not None and event["t"] == "forecast":
+            self._guarded(lambda: orchestrator.forecast(event))
+
+    def calm(self) -> bool:
+        """Whether the run as it stands may become a restore point: the same in every process."""
+        return self.session.world.decide(lambda: self.orchestrator is None or self.orchestrator.calm)
 
     def after_step(self) -> None:
         """What the last step and look showed is heard, then what has to be done is done; not training time."""

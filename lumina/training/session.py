@@ -121,7 +121,8 @@ class Session:
 
     def _open_log(self, stack: ExitStack) -> None:
         hold = self.config.checkpoint.on_error == "continue"
-        writer = EventWriter(self.run.event_log, self.state.attempt, [*self.listeners, self.forecaster], hold)
+        listeners: list[Listener] = [*self.listeners, self.forecaster, self.oversight.hear]
+        writer = EventWriter(self.run.event_log, self.state.attempt, listeners, hold)
         self.events = stack.enter_context(writer)
 
     def _step(self) -> None:
@@ -140,7 +141,7 @@ class Session:
         if every and step % every == 0:
             self._save()
         often = int(self.config.orchestrator.snapshot_every)
-        if self.oversight.watching and often and step % often == 0:
+        if self.oversight.watching and often and step % often == 0 and self.oversight.calm():
             self.take_point()
 
     def take_point(self) -> Snapshot:

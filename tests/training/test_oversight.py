@@ -12,7 +12,9 @@ from support import KINDS
 from lumina.config.overlay import Overlay
 from lumina.errors import UserError
 from lumina.events import read_events
+from lumina.orchestrator.orchestrator import Emit
 from lumina.orchestrator.protocol import Controls, Look, Observation
+from lumina.orchestrator.signals import Facts
 from lumina.run.folder import Run
 from lumina.training import oversight
 from lumina.training.trainer import Trainer, resume
@@ -24,8 +26,13 @@ class Spy:
     heard: list[Any]
     fails: dict[str, int]
 
-    def __init__(self, mode: str) -> None:
+    calm = True
+
+    def __init__(self, mode: str, facts: Facts, emit: Emit) -> None:
         self.mode, self.count = mode, 0
+
+    def forecast(self, event: dict[str, Any]) -> None:
+        pass
 
     def _heard(self, what: str, step: int, item: Any) -> None:
         Spy.heard.append(item)
