@@ -104,7 +104,7 @@ class Request:
 
     def pack(self) -> dict[str, Any]:
         """As plain values."""
-        return {name: value for name, value in vars(self).items() if value not in (None, False)}
+        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
     @classmethod
     def unpack(cls, content: Mapping[str, Any]) -> Request:

@@ -126,7 +126,13 @@ def test_every_key_of_a_run_has_an_action_and_every_action_its_words() -> None:
 
 
 def test_a_request_is_written_and_read() -> None:
-    for request in (Request("lr.scale", 0.5, 20), Request("rewind", 40, skip=True), Request("router.reset", [0, 3])):
+    zero = Request("predictor", 0.0), Request("rewind", 0)  # a zero is a value
+    for request in (
+        Request("lr.scale", 0.5, 20),
+        Request("rewind", 40, skip=True),
+        Request("router.reset", [0]),
+        *zero,
+    ):
         assert Request.unpack(request.pack()) == request
     assert Request("router.reset", [0, 3]).text == "router.reset=[0,3]"
     for wrong in ({}, {"name": 3}, {"name": "save", "more": 1}, {"name": "lr.scale", "value": True}):
