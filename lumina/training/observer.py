@@ -83,10 +83,11 @@ class Observer:
             **{name: _short(getattr(seen, name)) for name in FIGURES},
             **({"broken": list(seen.broken)} if seen.broken else {}),
         )
-        progress.skipped += seen.skipped
+        unmoved = bool(dict(zip(METRICS, values, strict=False))["skipped"])
+        progress.skipped += unmoved
         if seen.skipped:
             self._skipped(seen)
-        else:
+        elif not unmoved:
             self._count(progress, values[len(METRICS) :])
         if progress.step % config.telemetry.log_every == 0 or progress.step == self.acting.steps:
             self._tell(progress)
@@ -113,7 +114,7 @@ class Observer:
             update_ratio=metrics["update_ratio"],
             adam_rms=metrics["adam_rms"],
             log_z=math.sqrt(metrics["square"] / metrics["count"]),
-            skipped=bool(metrics["skipped"]),
+            skipped=bool(metrics["skipped"]) and not (acted["skip"] and math.isfinite(metrics["grad_norm"])),
             batch=progress.batch,
             content=progress.content,
             load=tuple(map(tuple, experts.loads(rows[:end], moes))),
@@ -133,8 +134,6 @@ class Observer:
         return self.flops[capacity]
 
     def _skipped(self, seen: Observation) -> None:
-        if self.acting.values(seen.step)["skip"]:
-            return  # it was asked for, and told then
         if seen.loss_scale is not None and math.isfinite(seen.loss):
             why = Decision("overflow", "skip_step", {"loss_scale": seen.loss_scale, "halved_to": seen.loss_scale / 2})
         else:

@@ -124,6 +124,7 @@ def apply(
     finite = torch.isfinite(norm) & torch.isfinite(losses).all()
     if predictors:
         finite &= torch.isfinite(gradient_norms(predictors, world=plan.world)).all()
+    overflow = (~finite).float()
     if plan.skip:
         finite = torch.zeros_like(finite)
     skip = (~finite).float()
@@ -134,7 +135,7 @@ def apply(
     _update_routers(model, routing, finite, plan, 0.0 if freeze_bias else plan.bias_rate, batch)
     used = scale.scale[0].clone() if scale else torch.ones((), device=sums.device)
     if scale:
-        scale.update(skip)
+        scale.update(overflow)
     metrics = torch.cat([sums, norms, skip.view(1), figures, used.view(1)])
     return torch.cat([metrics, experts.rows(model, routing).flatten(), depth.rows(model, routing).flatten()])
 
