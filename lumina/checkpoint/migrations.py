@@ -31,7 +31,7 @@ def _to_3(state: State) -> None:
     if pending:
         nats, correct, count, norm, skipped, _, _, scale, *rows = pending
         nan, taken = math.nan, float(state["optimizer_steps"])
-        figures = [nats, correct, count, nan, norm, nan, nan, nan, skipped, nan, nan, taken, scale]
+        figures = [nats, correct, count, nan, norm, nan, nan, nan, skipped, nan, nan, nan, nan, taken, scale]
         progress["pending"] = figures + rows
     progress |= {
         "skipped": progress["step"] - state["optimizer_steps"] - last, "batch": -1, "content": "", "broken": [],

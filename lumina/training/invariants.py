@@ -110,7 +110,7 @@ class Invariants:
             yield f"batch: step {step} read other samples than those planned for batch {number}"
         elif seen in progress.contents and _distinct(batch):
             earlier = step - 1 - progress.contents[::-1].index(seen)
-            if not np.array_equal(loader.ids(earlier - 1, past, order), planned):
+            if earlier > 0 and not np.array_equal(loader.ids(earlier - 1, past, order), planned):
                 yield f"batch: what step {step} read is what step {earlier} read, though other samples are planned"
         first = progress.batch < 0 or any(step == phase.begin + 1 for phase in self.parts.phases)
         if not first and number <= progress.batch:
