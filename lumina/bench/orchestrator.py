@@ -7,6 +7,7 @@ restore point are timed apart, and each counts for as many steps as lie between 
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from lumina.config.names import kinds_of
 from lumina.config.resolve import resolve, write
 from lumina.config.schema.model import KINDS
 from lumina.parallel.world import ALONE
-from lumina.progress import silent
+from lumina.progress import Tell, silent, tracked
 from lumina.run.folder import Run as Folder
 from lumina.run.signals import Requests
 from lumina.training import setup
@@ -42,6 +43,23 @@ HEADER = ("kind", "bare, ms", "act, ms", "a look, ms", "a restore point, ms", "a
 def suite(size: str, kinds: Sequence[str] = KINDS, keys: Mapping[str, Any] | None = None) -> list[Arm]:
     """Both arms of each kind, tiny or at shape P."""
     return [_arm(size, kind, mode, keys or {}) for kind in kinds for mode in (BARE, ACT)]
+
+
+def harm(kind: str, steps: int, progress: Tell = silent) -> str:
+    """What is another after so many tiny steps that are watched than after as many that are not; "" if nothing is."""
+    keys = {"model.kind": kind, "train.steps": steps + 1, "train.eval_every": 0, "checkpoint.every": 0}
+    sessions = [
+        _begun("tiny", keys | {"orchestrator.mode": mode, "orchestrator.probe_every": 100}) for mode in ("off", "act")
+    ]
+    for session in sessions:
+        for _ in tracked(range(steps), f"{kind}, {session.config.orchestrator.mode}", steps, progress):
+            session._step()
+        if session.state.progress.step != steps or session.state.attempt:
+            return "something was done"
+    off, act = (session.state.tensors() for session in sessions)
+    # The probe remembers what it saw in both.
+    names = [name for name, tensor in off.items() if not torch.equal(tensor, act[name])]
+    return f"not equal: {', '.join(names)}" if names else ""
 
 
 def _arm(size: str, kind: str, mode: str, keys: Mapping[str, Any]) -> Arm:
@@ -80,24 +98,25 @@ def _stepping(preset: str, keys: Mapping[str, Any], steps: int) -> Run:
 
 def _begun(preset: str, keys: Mapping[str, Any]) -> Session:
     """A session that stands before its first step; its folder goes with the process."""
-    folder, stack = TemporaryDirectory(prefix="lumina-bench-"), ExitStack()
+    stack = ExitStack()
+    atexit.register(stack.close)
+    root = Path(stack.enter_context(TemporaryDirectory(prefix="lumina-bench-")))
     resolved = resolve(preset, dict(keys))
     corpus = setup.load_data(resolved.config)
-    settled, rate = setup.settle_all(resolved, corpus, root=Path(folder.name))
+    settled, rate = setup.settle_all(resolved, corpus, root=root)
     parts = setup.build(settled.config, corpus, ALONE)
-    run = Folder.create(Path(folder.name), settled.source)
+    run = Folder.create(root, settled.source)
     write(settled, run.config)
     run.write_meta({"request": "", "data": corpus.fingerprint, "processes": 1})
     session = Session(run, settled, parts, rate, [], silent)
     if settled.config.orchestrator.mode == "off":
         parts.optimizer.norms = _total_alone(parts.optimizer)  # type: ignore[method-assign]
         parts.optimizer.sample = _NoSample(settled.config.parallel.device)  # type: ignore[assignment]
-    session.requests = stack.enter_context(Requests())
+    session.requests = Requests()  # signals are the benchmark's
     session._open_log(stack)
     stack.enter_context(session.saver.writer)
     session.course.begin()
     session.oversight.begin()
-    session.bench = folder, stack  # type: ignore[attr-defined]  # they live as long as it does
     return session
 
 

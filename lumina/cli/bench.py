@@ -232,6 +232,7 @@ def orchestrator(
     size: Annotated[str, typer.Option(help="tiny: the preset; P: benchmark shape P.")] = "tiny",
     kind: Annotated[list[str] | None, typer.Option(help="This kind alone; may be repeated.")] = None,
     rounds: Rounds = 21,
+    harm: Annotated[int, typer.Option(min=0, help="Instead: after so many tiny steps, is anything another?")] = 0,
     out: Out = None,
     json: Json = False,
 ) -> None:
@@ -246,6 +247,13 @@ def orchestrator(
     if unknown := [one for one in kind or () if one not in KINDS]:
         raise UserError(f"--kind {unknown[0]}: there is no such kind", fix=f"use one of: {', '.join(KINDS)}")
     keys = _training_keys(settings)
+    if harm:
+        with Console(1, quiet=json) as console:
+            harmed = {one: watched.harm(one, harm, console.progress) for one in kind or KINDS}
+        lines = [[one, str(harm), found or "equal to the bit"] for one, found in harmed.items()]
+        page = report.table("Watched and not watched", ("kind", "steps", "result"), lines).lstrip()
+        _tell("no-harm", page, {"steps": harm, "harm": harmed}, out, json)
+        return
     with Console(1, quiet=json) as console:
         arms = watched.suite(size, kind or KINDS, keys)
         measured = harness.measure(arms, rounds, progress=console.progress, settings=keys, size=size)

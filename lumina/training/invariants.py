@@ -45,9 +45,11 @@ def fingerprint(config: Config) -> str:
 
 def counted(progress: Progress, metrics: Mapping[str, float]) -> Iterator[str]:
     """The rule of the steps that the optimizer took, told by the metrics of `progress.step`."""
-    wanted = progress.step - progress.skipped - int(metrics["skipped"])
+    skipped = progress.skipped + int(metrics["skipped"])
+    if progress.edited == progress.step:  # the metrics are of before the edit
+        return
+    wanted = progress.step - skipped - progress.forgotten
     if metrics["optimizer_steps"] != wanted:
-        skipped = progress.step - wanted
         yield (
             f"optimizer step: the optimizer counts {metrics['optimizer_steps']:.0f} steps after step {progress.step}, "
             f"of which {skipped} were skipped"
