@@ -45,9 +45,10 @@ def suite(size: str, kinds: Sequence[str] = KINDS, keys: Mapping[str, Any] | Non
     return [_arm(size, kind, mode, keys or {}) for kind in kinds for mode in (BARE, ACT)]
 
 
-def harm(kind: str, steps: int, progress: Tell = silent) -> str:
+def harm(kind: str, steps: int, own: Mapping[str, Any] | None = None, progress: Tell = silent) -> str:
     """What is another after so many tiny steps that are watched than after as many that are not; "" if nothing is."""
-    keys = {"model.kind": kind, "train.steps": steps + 1, "train.eval_every": 0, "checkpoint.every": 0}
+    keys: dict[str, Any] = {"model.kind": kind, "train.steps": steps + 1, "train.eval_every": 0, "checkpoint.every": 0}
+    keys |= own or {}
     sessions = [
         _begun("tiny", keys | {"orchestrator.mode": mode, "orchestrator.probe_every": 100}) for mode in ("off", "act")
     ]

@@ -249,7 +249,7 @@ def orchestrator(
     keys = _training_keys(settings)
     if harm:
         with Console(1, quiet=json) as console:
-            harmed = {one: watched.harm(one, harm, console.progress) for one in kind or KINDS}
+            harmed = {one: watched.harm(one, harm, keys, console.progress) for one in kind or KINDS}
         lines = [[one, str(harm), found or "equal to the bit"] for one, found in harmed.items()]
         page = report.table("Watched and not watched", ("kind", "steps", "result"), lines).lstrip()
         _tell("no-harm", page, {"steps": harm, "harm": harmed}, out, json)
