@@ -31,11 +31,12 @@ def _to_3(state: State) -> None:
     if pending:
         nats, correct, count, norm, skipped, _, _, scale, *rows = pending
         nan, taken = math.nan, float(state["optimizer_steps"])
-        figures = [nats, correct, count, nan, norm, nan, nan, nan, skipped, nan, nan, taken, scale]
+        figures = [nats, correct, count, nan, norm, nan, nan, nan, skipped, nan, nan, nan, nan, taken, scale]
         progress["pending"] = figures + rows
     progress |= {
-        "skipped": progress["step"] - state["optimizer_steps"] - last, "batch": -1, "content": "", "broken": [],
-        "contents": [], "golden": "", "sums": None, "looked": 0, "rates": 0.0, "travel": 0.0,
+        "skipped": progress["step"] - state["optimizer_steps"] - last, "forgotten": 0, "edited": 0, "batch": -1,
+        "content": "", "broken": [], "contents": [], "golden": "", "sums": None, "looked": 0, "rates": 0.0,
+        "travel": 0.0,
     }  # fmt: skip
 
 

@@ -73,6 +73,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "data": bench.data,
         "checkpoint": bench.checkpoint,
         "memory": bench.memory,
+        "orchestrator": bench.orchestrator,
     },
     "verify": {"resume": verify.resume, "corruption": verify.corruption},
 }

@@ -34,7 +34,7 @@ from lumina.training.probe import Probe
 from lumina.training.schedule import Part, depth_capacity, rate, shortened
 from lumina.training.setup import Parts
 from lumina.training.state import Lagged, State
-from lumina.training.step import Step
+from lumina.training.step import METRICS, Step
 
 COMPILED = ("micro_batch", "recompute", "temperature", "balance", "capacity_factor", "expert_dropout")
 SHAPES = (*COMPILED, "mod_capacity")  # another one may take a compiler or an allocator its time
@@ -196,6 +196,14 @@ class Course:
             found.append("capacity")
         found += [one.id for one in self.state.overlays if step in (one.begin, 1 + (one.end or step))]
         return ", ".join(found)
+
+    def edited(self) -> None:
+        """Says that weights, router biases or the optimizer's steps were edited since the last step: no fault then."""
+        progress = self.state.progress
+        pending = self.state.pending.read() if self.state.pending else progress.pending
+        skipped = progress.skipped + int(pending[METRICS.index("skipped")] if pending else 0)
+        progress.sums, progress.edited = None, progress.step
+        progress.forgotten = progress.step - skipped - self.parts.optimizer.steps_taken
 
     def take(self, into: Snapshot | None = None) -> Snapshot:
         """Where the run stands, as a restore point in memory; overlays are no part of it. `into` is used again."""

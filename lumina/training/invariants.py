@@ -45,9 +45,11 @@ def fingerprint(config: Config) -> str:
 
 def counted(progress: Progress, metrics: Mapping[str, float]) -> Iterator[str]:
     """The rule of the steps that the optimizer took, told by the metrics of `progress.step`."""
-    wanted = progress.step - progress.skipped - int(metrics["skipped"])
+    skipped = progress.skipped + int(metrics["skipped"])
+    if progress.edited == progress.step:  # the metrics are of before the edit
+        return
+    wanted = progress.step - skipped - progress.forgotten
     if metrics["optimizer_steps"] != wanted:
-        skipped = progress.step - wanted
         yield (
             f"optimizer step: the optimizer counts {metrics['optimizer_steps']:.0f} steps after step {progress.step}, "
             f"of which {skipped} were skipped"
@@ -112,7 +114,7 @@ class Invariants:
             yield f"batch: step {step} read other samples than those planned for batch {number}"
         elif seen in progress.contents and _distinct(batch):
             earlier = step - 1 - progress.contents[::-1].index(seen)
-            if not np.array_equal(loader.ids(earlier - 1, past, order), planned):
+            if earlier > 0 and not np.array_equal(loader.ids(earlier - 1, past, order), planned):
                 yield f"batch: what step {step} read is what step {earlier} read, though other samples are planned"
         first = progress.batch < 0 or any(step == phase.begin + 1 for phase in self.parts.phases)
         if not first and number <= progress.batch:

@@ -38,6 +38,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Jordan et a
 NEWTON_SCHULZ_STEPS = 5
 MATCH_RMS = 0.2
 SAMPLE = 64  # elements of a parameter
+FIGURES = ("moved", "size", "adam", "adam_count", "optimizer_steps")  # of a step, from a sample
 PARTS = ("embed", "head", "router")  # whose gradients have a norm of their own
 
 
@@ -321,30 +322,27 @@ class Sample:
         """What they are."""
         return torch.cat(self.weights).float()
 
-    def figures(self, before: Tensor, live: Tensor) -> Tensor:
-        """After a step: how far it moved them over how large they were; AdamW's RMS of g / sqrt(v); its steps.
+    def figures(self, before: Tensor) -> Tensor:
+        """After a step, `FIGURES`: norm of what it moved, and of what they were; of AdamW's g² / v the sum and how many
+        there are, of those that ever had a gradient; its steps.
 
-        The RMS is that of Wortsman et al. (2023, 2304.13013, section 3.4), of v without its bias towards 0; elements
-        that never had a gradient do not count. Both are 0 where `live` (bool) is false.
+        v is without its bias towards 0 (Wortsman et al. 2023, 2304.13013, section 3.4).
         """
-        group = self.optimizer.adamw.param_groups[0]
-        moved = torch.linalg.vector_norm(torch.cat(self.weights).float() - before) / torch.linalg.vector_norm(before)
-        named = self.optimizer.named
+        group, named = self.optimizer.adamw.param_groups[0], self.optimizer.named
+        found = [named[name].grad for name in self.adamw]
         gradients = [
-            torch.zeros_like(v) if (g := named[name].grad) is None else _some(local(g))
-            for name, v in zip(self.adamw, self.squares, strict=True)
+            torch.zeros_like(v) if g is None else _some(local(g)) for g, v in zip(found, self.squares, strict=True)
         ]
-        square = torch.cat(self.squares).float() / (1 - group["betas"][1] ** self.step)
-        ratio = torch.cat(gradients).float().square() / square.clamp_min(group["eps"] ** 2)
-        rms = (ratio.sum() / (square > 0).sum().clamp_min(1)).sqrt()
-        figures = torch.where(live, torch.stack([moved, rms]), 0.0)
-        return torch.cat([figures, self.step.view(1)])
+        v = torch.cat(self.squares).float() / (1 - group["betas"][1] ** self.step)
+        ratio = torch.cat(gradients).float().square() / v.clamp_min(group["eps"] ** 2)
+        moved = torch.linalg.vector_norm(torch.cat(self.weights).float() - before)
+        return torch.stack([moved, torch.linalg.vector_norm(before), ratio.sum(), torch.count_nonzero(v), self.step])
 
 
 def _some(tensor: Tensor) -> Tensor:
-    """Some elements; of what is contiguous a view."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+    """Some elements of a contiguous tensor: a view."""
+    numel = tensor.numel()
+    return tensor.detach().contiguous().as_strided((min(numel, SAMPLE),), (max(1, numel // SAMPLE),))
 
 
 def gradient_norms(gradients: Sequence[Tensor], parts: Sequence[Sequence[int]] = (), world: World = ALONE) -> Tensor:

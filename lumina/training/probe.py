@@ -32,6 +32,7 @@ from lumina.training.precision import Precision
 UNSEEN, PASSED_BY = -1, -2  # instead of an expert: before the first look; of a token that depth routing left out
 TOKENS = 2048  # of the text, or one sequence if that is longer
 LOGITS = 2**22  # attention logits computed at once: 16 MiB
+ATTENDED = 4  # sequences whose attention logits are computed: theirs are like the others'
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,8 @@ def _watch_attention(attn: Attention, stack: ExitStack, found: list[float]) -> N
 
     def compute(_: nn.Module, arguments: Any, output: Tensor) -> None:
         _, rope, mask_B1SN, *_ = arguments
-        q_BSHK, k_BSGK = rotate(parts.pop("q"), *rope), rotate(parts.pop("k"), *rope)
-        found.append(largest_logit(q_BSHK, k_BSGK, mask_B1SN))
+        q_BSHK, k_BSGK = (rotate(parts.pop(name)[:ATTENDED], *(table[:ATTENDED] for table in rope)) for name in "qk")
+        found.append(largest_logit(q_BSHK, k_BSGK, mask_B1SN[:ATTENDED]))
 
     stack.callback(attn.q_norm.register_forward_hook(remember("q")).remove)
     stack.callback(attn.k_norm.register_forward_hook(remember("k")).remove)

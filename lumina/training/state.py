@@ -22,7 +22,7 @@ from lumina.training.step import METRICS
 
 # What figures of the progress are at least.
 LEAST: dict[str, float] = {"tokens": 0, "wall": 0.0, "step_seconds": 0.0, "eval_tokens": 1}
-LEAST |= {"skipped": 0, "looked": 0, "rates": 0.0, "travel": 0.0}
+LEAST |= {"skipped": 0, "forgotten": 0, "edited": 0, "looked": 0, "rates": 0.0, "travel": 0.0}
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Progress:
     depth: list[float] | None = None  # what the depth routers did, likewise
     eval_tokens: int = EVAL_TOKENS  # evaluated at once; less once the memory did not hold so many
     skipped: int = 0  # steps observed that the guard did not take
+    forgotten: int = 0  # optimizer steps that one-time edits took from its count
+    edited: int = 0  # the step behind which the last of them was made
     batch: int = -1  # number of the batch of `step`, as planned; here and below: what `invariants` remember
     content: str = ""  # hash of its tokens
     broken: list[str] = field(default_factory=list)  # invariants that did not hold in `step`

@@ -21,12 +21,12 @@ from lumina.model.noise import keys
 from lumina.model.transformer import RoutingStats, Transformer
 from lumina.parallel.world import ALONE, World
 from lumina.training import depth, experts
-from lumina.training.optim import PARTS, Optimizer, gradient_norms
+from lumina.training.optim import FIGURES, PARTS, Optimizer, gradient_norms
 from lumina.training.precision import Precision
 
 METRICS = (
     "nats", "correct", "count", "square", "grad_norm", *(f"grad_{part}" for part in PARTS), "skipped",
-    "update_ratio", "adam_rms", "optimizer_steps", "loss_scale",
+    *FIGURES, "loss_scale",
 )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def apply(
     torch._foreach_mul_(clipped, (plan.clip / (norm + 1e-6)).clamp(max=1.0))
     before = optimizer.sample.before()
     optimizer.step(lr, skip)
-    figures = optimizer.sample.figures(before, finite)
+    figures = optimizer.sample.figures(before)
     _update_routers(model, routing, finite, plan, 0.0 if freeze_bias else plan.bias_rate, batch)
     used = scale.scale[0].clone() if scale else torch.ones((), device=sums.device)
     if scale:

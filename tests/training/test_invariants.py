@@ -160,3 +160,13 @@ def test_a_number_that_does_not_go_on_is_told(tmp_path: Path, monkeypatch: pytes
     keys = request(tmp_path, "dense")
     found = told(trained(tmp_path, keys, monkeypatch, {6: lambda c: again(c.course, 6)}))
     assert found == {7: ["batch: number 6 comes after 50"]}
+
+
+def test_what_was_edited_by_decision_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def edit(controls: SessionControls) -> None:
+        lose_steps(controls)
+        push(controls)
+        controls.course.edited()
+
+    found = told(trained(tmp_path, request(tmp_path, "moe"), monkeypatch, {6: edit}))
+    assert found == {}
