@@ -23,7 +23,7 @@ Verdict = Literal["differs", "data", "any batch", ""]
 # What a broken invariant says of the cause, by its name.
 INVARIANTS: dict[str, Cause] = {
     "schedule": "learning rate", "optimizer step": "optimizer state", "weights": "optimizer state", "batch": "data",
-    "config": "config", "router bias": "router", "replicas": "hardware",
+    "data": "data", "config": "config", "router bias": "router", "replicas": "hardware",
 }  # fmt: skip
 RULES: dict[str, Cause] = {
     "loader": "data", "golden": "data", "starvation": "router", "collapse": "router", "over_balance": "router",

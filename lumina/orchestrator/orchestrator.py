@@ -9,6 +9,7 @@ checkpoints. A fault in it ends it, says so, and leaves the run alone; what `Con
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from lumina.errors import UserError
@@ -142,7 +143,11 @@ class Orchestrator:
             return
         assert choice.to is not None
         controls.rollback(why, choice.to, "skip" if choice.action == "rewind_skip" else "replay")
+        last = self.signals.seen
         self._safely(lambda: self._went_back(choice.to or 0))
+        if choice.ahead and last is not None:
+            with suppress(UserError):  # there are no more batches in this phase
+                controls.overlay(why, "data.skip", [last.batch + 1, choice.ahead])
 
     def _went_back(self, step: int) -> None:
         self.signals.rewind(step)

@@ -42,6 +42,7 @@ class Choice(NamedTuple):
     reason: str
     to: int | None = None
     replan: bool = False  # before going back, the plan is put back
+    ahead: int = 0  # batches to come that are left out as well
 
 
 @dataclass
@@ -119,21 +120,33 @@ class Policy:
             return Choice("skip_step", False, "the guard moved nothing in this step, so nothing is left to do")
         place = self._place(finding.since)
         times = place[1] if place else 0
-        to = max((step for step in points if step < finding.since), default=None)
+        to = self._point(finding, why, points, times)
         if times >= REWINDS:
             reason = f"the run went back from here {times} times, and it came again: a person has to look"
             return Choice("stop", True, reason)
         if to is None:
             return Choice("stop", True, "there is no restore point before it began, and going on makes it worse")
-        replan = why.cause in ("learning rate", "config") or finding.rule in ("invariant", "looked")
+        replan = why.cause in ("learning rate", "config")
         if why.cause == "data" and why.verdict == "data":
-            reason = f"back to step {to}, and past the batches since, which are left out"
-            return Choice("rewind_skip", True, reason, to, replan)
-        if times and not replan and finding.rule != "loader":
+            ahead = (finding.step - finding.since + 1) * 4**times
+            reason = f"back to step {to}, and past the batches since and {ahead} more, which are left out"
+            return Choice("rewind_skip", True, reason, to, replan, ahead)
+        if times and not replan and finding.rule in ("divergence", "non_finite"):
             reason = f"back to step {to} again; the same batches brought it back, so they are left out"
             return Choice("rewind_skip", True, reason, to)
         put = "the plan is put back, then " if replan else ""
         return Choice("rewind_replay", True, f"{put}back to step {to}, and the same batches again", to, replan)
+
+    def _point(self, finding: Finding, why: Diagnosis, points: Sequence[int], times: int) -> int | None:
+        """The step to go back to: before the fault showed, each time an older one, for the newest may be of after it.
+
+        What is not finite in a step was so in the weights that the step before left. If the replay, which begins at the
+        newest point, has no finite batch, that point is damaged itself.
+        """
+        before = finding.since - (finding.rule == "non_finite")
+        sound = sorted(step for step in points if step < before)
+        older = times + (why.cause == "numerics" and why.verdict == "any batch")
+        return sound[max(0, len(sound) - 1 - older)] if sound else None
 
     def _place(self, step: int) -> list[int] | None:
         """The place near `step` that the run went back from."""

@@ -37,7 +37,7 @@ class Observation:
     content: str  # hash of the batch's tokens
     load: tuple[tuple[float, ...], ...] = ()  # tokens of each expert over the mean, for each layer
     entropy: tuple[float, ...] = ()  # of the routers' scores a token, nats, for each layer
-    capacity: tuple[float, ...] = ()  # share of the tokens that each depth-routed layer computed
+    capacity: tuple[float, ...] = ()  # share of the tokens that each depth-routed layer's causal rule takes
     agreement: float | None = None  # share of tokens on which the causal depth rule and the choice agree; None without
     loss_scale: float | None = None  # of fp16
     broken: tuple[str, ...] = ()  # invariants that do not hold, each a sentence that begins with its name and ": "

@@ -124,7 +124,7 @@ class Signals:
         self.level.take(seen.step, seen.loss, self.loss.spread, self.facts.uniform)
         self.contents.take(seen.content)
         self.loads.take(seen.load, self.facts.assignments)
-        if seen.capacity:
+        if seen.capacity and all(map(math.isfinite, seen.capacity)):
             self.taken = [*self.taken[1 - KEPT :], list(seen.capacity)]
             agreed = self.smoothed("agreement")
             if agreed is not None:

@@ -28,8 +28,8 @@ def rows(model: Transformer, routing: RoutingStats) -> Tensor:
 
 
 def capacities(rows: Sequence[float], layers: int) -> list[float]:
-    """The share of the tokens that each routed layer computed."""
-    return [row["chosen"] / row["tokens"] for row in _rows(rows, layers)]
+    """The share of the tokens that each routed layer's causal rule takes; what training chooses is as planned."""
+    return [row["taken"] / row["tokens"] for row in _rows(rows, layers)]
 
 
 def agreement(rows: Sequence[float]) -> float:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from lumina.errors import DiskRefused, MachineFailed, OutOfMemory
 from lumina.events import Event
+from lumina.orchestrator.alarms import Alarms
 from lumina.orchestrator.orchestrator import Orchestrator
 from lumina.orchestrator.protocol import Observation
 from lumina.orchestrator.signals import Facts
 from lumina.training.following import Leading, follow
+from lumina.training.memory import usable
 
 if TYPE_CHECKING:
     from lumina.training.session import Session
@@ -33,6 +35,7 @@ class Oversight:
         self.orchestrator: Orchestrator | None = None
         if mode != "off" and session.world.main:
             self.orchestrator = Orchestrator(mode, Facts.of(session.config), session._emit)
+            self.alarms = Alarms(usable(session.config.parallel.device), session._emit)
 
     def begin(self) -> None:
         """Goes on from what the checkpoint holds."""
@@ -47,9 +50,12 @@ class Oversight:
         self.watching = self.session.world.decide(lambda: self.orchestrator is not None)
 
     def hear(self, event: Event) -> None:
-        """A listener, in the main process: what forecasts expect is part of what is seen."""
+        """A listener, in the main process: what forecasts expect is part of what is seen; a clock only alarms."""
         orchestrator = self.orchestrator
-        if orchestrator is not None and event["t"] == "forecast":
+        if orchestrator is None:
+            return
+        self._guarded(lambda: self.alarms(event))
+        if event["t"] == "forecast":
             self._guarded(lambda: orchestrator.forecast(event))
 
     def calm(self) -> bool:

@@ -204,8 +204,10 @@ def test_depth_routing_outside_its_band_is_heard() -> None:
     assert first(said, "mod_capacity") is not None
     said = feed(watched(300, MOD, **sound), 60, capacity=(0.25, 0.28), agreement=0.7)
     assert first(said, "mod_agreement") is not None
+    assert feed(watched(300, MOD, **sound), 1, capacity=(math.nan, math.nan), agreement=None) == []
     annealing = MOD._replace(settles=400)
     assert feed(watched(300, annealing, **sound), 60, capacity=(1.0, 1.0), agreement=0.9) == []
+    assert feed(Signals(MOD), 200, capacity=(0.9, 0.05), agreement=lambda step: 1 - step / 400) == []  # it still learns
 
 
 # -- data and invariants ---------------------------------------------------------------------------------------------

@@ -116,7 +116,21 @@ def test_an_invariant_that_a_look_saw_goes_back_to_before_the_sound_one() -> Non
     for step in range(1, 61):
         broken = ("replicas: process 1 holds other values than process 0",) if step == 60 else ()
         watch.step(seen(step), look(step, broken=broken) if step % 20 == 0 else None)
-    assert watch.door.did == [("replan",), ("rollback", 30, "replay")]  # 45 is after the look of 40
+    assert watch.door.did == [("rollback", 30, "replay")]  # 45 is after the look of 40
+
+
+def test_bad_data_is_left_out_with_what_follows() -> None:
+    watch = Watch(points=(250,), answer=replay(330, 8.0, 2.1, 2.2))
+    watch.run(1, 300)
+    for step in range(301, 340):
+        if not watch.door.did:
+            watch.step(seen(step, loss=8.0))
+    back, more = watch.door.did
+    assert back == ("rollback", 250, "skip")
+    assert more[:2] == ("overlay", "data.skip")
+    first, length = more[2]
+    assert first == watch.door.why[0].evidence["step"]  # batches are counted from 0, steps from 1
+    assert length > 20
 
 
 TRAPS: dict[str, Any] = {

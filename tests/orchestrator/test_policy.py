@@ -47,6 +47,31 @@ def test_bad_data_is_left_out_and_a_stuck_loader_reads_again() -> None:
     assert policy().decide(finding("loader"), because("data", "any batch"), CALM, (100,)).action == "rewind_replay"
 
 
+def test_bad_data_that_goes_on_is_left_out_in_ever_larger_blocks() -> None:
+    """150 batches of junk are heard after 20: those read are quarantined, and as many more; then four times as many."""
+    one, why = policy(), because("data", "data")
+    ahead = []
+    for _ in range(REWINDS):
+        choice = one.decide(finding(since=281), why, CALM, (100,))
+        ahead.append(choice.ahead)
+        one.done(finding(since=281), choice, 300)
+    assert ahead == [20, 80]
+
+
+def test_each_way_back_from_a_place_goes_further() -> None:
+    one = policy()
+    first = one.decide(finding(), because(), CALM, (50, 100, 250))
+    one.done(finding(), first, 300)
+    assert (first.to, one.decide(finding(), because(), CALM, (50, 100, 250)).to) == (250, 100)
+
+
+def test_a_restore_point_of_after_the_damage_is_none() -> None:
+    """The loss of step 290 is of the weights that 289 left; if no batch is finite from 250 on, neither is 250 sound."""
+    lasting = finding("non_finite", lasting=True)
+    assert policy().decide(lasting, because("hardware", "differs"), CALM, (100, 250, 289)).to == 250
+    assert policy().decide(lasting, because("numerics", "any batch"), CALM, (100, 250, 289)).to == 100
+
+
 @pytest.mark.parametrize("cause", ["learning rate", "config"])
 def test_a_plan_that_was_left_is_put_back_before_the_way_back(cause: Cause) -> None:
     choice = policy().decide(finding("invariant"), because(cause), CALM, (100,))

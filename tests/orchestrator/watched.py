@@ -68,6 +68,9 @@ class Door:
             raise UserError(self.refuse, "mend it")
         self._do(why, "rollback", step, data)
 
+    def overlay(self, why: Decision, key: str, value: Any, steps: int | None = None) -> None:
+        self._do(why, "overlay", key, value)
+
     def replan(self, why: Decision) -> None:
         self._do(why, "replan")
 

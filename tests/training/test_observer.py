@@ -57,7 +57,7 @@ class Told:
         metrics = dict.fromkeys(METRICS, 1.0) | figures | changes
         self.lost += skipped
         experts = [load, 100.0, 100.0, 100.0, *[50.0] * 5, *[1.0] * 4, 0.25]
-        depth = [*(tokens if name == "tokens" else 10.0 for name in SUMS), 0.5, -0.5]
+        depth = [*({"tokens": tokens, "taken": 20.0}.get(name, 10.0) for name in SUMS), 0.5, -0.5]
         rows = experts * self.moes + depth * self.routers
         if skipped:
             rows = [math.nan] * len(rows)
@@ -109,7 +109,7 @@ def test_an_observation_says_what_acted_and_what_the_routers_did(tmp_path: Path)
     assert seen.load == ((2.0, *[100 / 150] * 3),) * told.moes
     assert seen.balance == 2.0
     assert seen.entropy == pytest.approx([50 / 300 * math.log(4)] * told.moes)  # sums of 300 tokens of two experts
-    assert seen.capacity == (0.1,) * told.routers
+    assert seen.capacity == (0.2,) * told.routers  # what the causal rule takes
     assert seen.agreement == 0.1
     assert seen.loss_scale is None
     stages = [told.step(100.0, tokens=100.0) for _ in range(8)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.signals import Signals
 
-HARD = frozenset({"schedule", "optimizer step", "batch", "config", "replicas"})  # acted on; others are told
+HARD = frozenset({"schedule", "optimizer step", "batch", "data", "config", "replicas"})  # acted on; others are told
 
 
 def invariant(signals: Signals) -> Finding | None:
