@@ -1,4 +1,4 @@
-"""What is forecast of a run when it begins, as it stands in its `plan.json`; docs/planner.md has the keys.
+"""What is forecast of a run when it begins, as it stands in its `plan.json`; docs/planning.md has the keys.
 
 Nothing reads it but `lumina plan RUN` and the forecasts on the way: a run that lost it trains on.
 """
