@@ -60,7 +60,8 @@ class Law:
     """L(N, D) = E + A/N^α + B/D^β, with its source.
 
     `counts` is the count of parameters it means, `draws` are tuples (E, A, B, α, β) of refits to resampled points,
-    `span` is what it was fitted to, `note` what to know before using it.
+    `span` is what it was fitted to, `note` what to know before using it, `traits` what its runs had in common, where
+    that is known (`planner.traits`).
     """
 
     name: str
@@ -74,6 +75,7 @@ class Law:
     draws: tuple[Draw, ...] = ()
     span: Span | None = None
     note: str = ""
+    traits: tuple[tuple[str, str], ...] = ()
 
     def loss(self, params: float, tokens: float) -> float:
         """Nats a token of `params` parameters after `tokens` tokens, none read twice."""
@@ -255,6 +257,7 @@ def from_values(values: dict[str, Any]) -> Law:
             draws=tuple(map(_draw, values["draws"])),
             span=span and Span(_pair(span["params"]), _pair(span["tokens"])),
             note=str(values["note"]),
+            traits=tuple((str(name), str(value)) for name, value in values.get("traits", ())),
         )
         if found.counts not in ("total", "non_embedding", "active"):
             raise ValueError(f"counts {found.counts!r}")

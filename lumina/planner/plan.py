@@ -17,6 +17,7 @@ from lumina.planner import hyperparameters, overtraining, remedies, repeated, ti
 from lumina.planner.calibration import Store
 from lumina.planner.hardware import Fleet
 from lumina.planner.laws import (
+    DEFAULT,
     FLOPS_A_PARAMETER,
     LAWS,
     Interval,
@@ -31,6 +32,7 @@ from lumina.planner.laws import (
 from lumina.planner.memory import memory
 from lumina.planner.question import Question
 from lumina.planner.solve import Solved, Solver, asked
+from lumina.planner.traits import mismatch
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,7 @@ def make(question: Question, fleet: Fleet, store: Store, data: Data | None = Non
         extrapolated=tuple(hyperparameters.outside(*asked(cost, solved.tokens))),
         use=_use(question.inference, losses[0], chosen, solved.tokens),
     )
-    return replace(plan, warnings=tuple(_warnings(plan, available)))
+    return replace(plan, warnings=tuple(_warnings(plan, available, chosen)))
 
 
 def _others(chosen: Law) -> list[Law]:
@@ -344,12 +346,14 @@ def _use(inference: float | None, loss: Loss, law: Law, tokens: int) -> Use | No
     return Use(inference, flops, overtraining.break_even(loss.params, tokens, inference, law))
 
 
-def _warnings(plan: Plan, available: float | None) -> list[str]:
+def _warnings(plan: Plan, available: float | None, law: Law) -> list[str]:
     found: list[str] = []
     if not plan.memory.fits:
         found.append("it does not fit" + ("" if plan.memory.remedies else ", and no setting helps"))
     if available:
         found += repeated.warnings(available, plan.tokens)
+    if other := mismatch(law, plan.config):
+        found.append(f"{other}: its losses and optima are not this model's; --law {DEFAULT}, or fit one to such runs")
     for name, advice in (("train.lr", plan.lr), ("train.batch_tokens", plan.batch)):
         if not advice.low / 2 <= advice.value <= 2 * advice.high:
             between = f"{advice.low:.2g} to {advice.high:.2g}"

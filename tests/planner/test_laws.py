@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,7 @@ def test_a_mixture_beyond_the_law_is_told() -> None:
 
 def test_a_kept_law_comes_back_and_is_used() -> None:
     mine = Law("own", "three runs", "active", 1.5, 300.0, 900.0, 0.3, 0.31, ((1.4, 310.0, 910.0, 0.3, 0.3),) * 3)
+    mine = replace(mine, traits=(("model.kind", "dense"), ("model.moe", "")))
     laws.own.write(laws.to_values(mine))
     assert law() == law("own") == mine
     assert law("besiroglu") is BESIROGLU
