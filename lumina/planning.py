@@ -24,7 +24,7 @@ from lumina.data.amount import amount
 from lumina.errors import UserError
 from lumina.planner import calibration, time
 from lumina.planner.calibration import Store
-from lumina.planner.hardware import NODE, Fleet, cpu_name, known_as, parse_gpus, this_machine
+from lumina.planner.hardware import Fleet, cpu_name, known_as, parse_gpus, this_machine
 from lumina.planner.plan import Data, Plan, make
 from lumina.planner.question import Question, ask
 from lumina.planner.solve import as_yaml
@@ -51,16 +51,18 @@ def plan(
 
     `source` is a preset or a YAML file, `settings` go over it; without one the model follows from what is known:
     `params`, `tokens`, `compute`, `time`, `budget` and `price`, `available` (tokens that differ), `inference`, `kind`,
-    `law`, as numbers or as people write them. `gpus` such as 8xH100 stand for this machine. `measure` times 20 real
-    steps here and keeps the result. Raises `UserError` for anything wrong with the question.
+    `law`, as numbers or as people write them. `gpus` such as 8xH100 stand for this machine; one that is not known takes
+    `peak_tflops` and `mem`. `measure` times 20 real steps here and keeps the result. Raises `UserError` for anything
+    wrong with the question.
     """
     written = _as_text(settings) + ([f"data.train={yaml12.dump_value(_listed(data))}"] if data is not None else [])
-    question = ask(None if source is None else str(source), written, **known)
-    if measure and gpus:
+    question = ask(None if source is None else str(source), written, gpus=gpus, **known)
+    if measure and gpus is not None:
         raise UserError("--measure times this machine, --gpus names another", fix="drop one of the two")
     store = calibration.load()
     config = _configured(question)
-    fleet = parse_gpus(gpus) if gpus else _here(config, store, measure)
+    named = None if gpus is None else parse_gpus(gpus, question.peak_tflops, question.memory)
+    fleet = named or _here(config, store, measure)
     made = make(question, fleet, store, _data(question, config))
     for _ in range(REMEASURED):
         if not measure or made.step.measured:
@@ -89,9 +91,9 @@ def require_alone(run: Run, given: Sequence[str]) -> None:
         )
 
 
-def configuration(made: Plan, gpus: str | None = None) -> str:
+def configuration(made: Plan) -> str:
     """The YAML file that `lumina train` takes: the plan's preset and what differs, each with its reason."""
-    return as_yaml(made.solved, f"{command(made.question, gpus)}; {made.tokens:.3g} tokens")
+    return as_yaml(made.solved, f"{command(made.question)}; {made.tokens:.3g} tokens")
 
 
 def write_configuration(text: str, path: Path) -> None:
@@ -105,33 +107,69 @@ def write_configuration(text: str, path: Path) -> None:
 
 
 def next_command(made: Plan, out: Path | None) -> str:
-    """What starts the run: `lumina train`, of the file if there is one."""
-    solved, question = made.solved, made.question
+    """What starts the planned run, of the file if there is one; if it does not fit, the plan of one that does."""
+    question = made.question
+    if not made.memory.fits:
+        return _other_plan(made)
     if out is not None:
-        arguments = [str(out)]
-    elif question.source is not None:
-        arguments = [question.source, *question.every_setting]
-        own = {key: value for key, (value, why) in solved.changes.items() if why != "as asked"}
-        arguments += [f"{key}={yaml12.dump_value(value)}" for key, value in own.items()]
-    else:
-        return "lumina plan … --out plan.yaml && lumina train plan.yaml"
-    if not made.memory.fits and made.memory.remedies and "=" in (first := made.memory.remedies[0]).split()[0]:
-        arguments += first.split()
-    processes = ["--supervise", "--processes", str(made.fleet.count)] if 1 < made.fleet.count <= NODE else []
-    return shlex.join(["lumina", "train", *arguments, *processes])
+        return start(made.fleet, [str(out)])
+    if question.source is None:
+        return f"{command(question)} --out plan.yaml && {start(made.fleet, ['plan.yaml'])}"
+    said = resolve(question.source, question.every_setting).request
+    own = {key: value for key, (value, _) in made.solved.changes.items() if said.get(key) != value}
+    settings = [*question.every_setting, *(f"{key}={yaml12.dump_value(value)}" for key, value in own.items())]
+    return start(made.fleet, [question.source, *settings])
 
 
-def command(question: Question, gpus: str | None) -> str:
+def start(fleet: Fleet, arguments: Sequence[str]) -> str:
+    """The command that trains on these devices; of several machines, on each of them."""
+    train, machines = ["lumina", "train", *arguments], fleet.machines
+    if fleet.count == 1:
+        return shlex.join(train)
+    if machines == 1:
+        return shlex.join([*train, "--supervise", "--processes", str(fleet.count)])
+    torchrun = f"torchrun --nnodes {machines} --nproc-per-node {fleet.count // machines} --rdzv-backend c10d"
+    return f"{torchrun} --rdzv-endpoint HOST:29400 -m {shlex.join(train)}"
+
+
+def command(question: Question) -> str:
     """The command line that asks this."""
-    options = {
+    numbers = {
         "--params": question.params, "--tokens": question.tokens, "--compute": question.compute,
-        "--time": question.time, "--budget": question.budget, "--price": question.price,
-        "--tokens-available": question.available, "--inference-tokens": question.inference,
+        "--budget": question.budget, "--price": question.price, "--tokens-available": question.available,
+        "--inference-tokens": question.inference, "--peak-tflops": question.peak_tflops,
     }  # fmt: skip
-    texts = {"--kind": question.kind, "--law": question.law, "--gpus": gpus}
-    said = [part for name, value in options.items() if value is not None for part in (name, f"{value:g}")]
-    said += [part for name, text in texts.items() if text is not None for part in (name, text)]
-    return shlex.join(["lumina", "plan", *([question.source] if question.source else []), *question.settings, *said])
+    said = {name: f"{value:.12g}" for name, value in numbers.items() if value is not None}
+    said |= {} if question.time is None else {"--time": f"{question.time:.12g}s"}
+    said |= {} if question.memory is None else {"--mem": f"{question.memory / 2**20:.12g}MiB"}
+    texts = {"--kind": question.kind, "--law": question.law, "--gpus": question.gpus}
+    said |= {name: text for name, text in texts.items() if text is not None}
+    options = [part for option in said.items() for part in option]
+    return shlex.join(["lumina", "plan", *([question.source] if question.source else []), *question.settings, *options])
+
+
+def _other_plan(made: Plan) -> str:
+    """The plan with the first way to fit: another model by a setting, more GPUs, or a smaller preset."""
+    question = made.question
+    if not made.memory.remedies:
+        return "lumina presets"  # which says what fits here
+    first, *words = made.memory.remedies[0].split()
+    if "=" in first:
+        return command(_with(question, [first, *words]))
+    if words[:1] == ["processes"]:
+        return command(_with(replace(question, gpus=f"{first}x{made.fleet.device.name}"), words[1:]))
+    length = None if any((question.compute, question.time, question.budget)) else question.tokens
+    data = tuple(setting for setting in question.settings if setting.startswith("data."))
+    other = replace(question, source=first, settings=data, params=None, tokens=length, kind=None)
+    return command(_with(other, words))
+
+
+def _with(question: Question, settings: Sequence[str]) -> Question:
+    return replace(question, settings=replace(question, remedies=tuple(settings)).every_setting, kind=None)
+
+
+def _keys(question: Question) -> set[str]:
+    return {setting.split("=")[0].strip() for setting in question.every_setting}
 
 
 def _configured(question: Question) -> Config:
@@ -152,11 +190,12 @@ def _here(config: Config, store: Store, measure: bool) -> Fleet:
 
 def _data(question: Question, config: Config) -> Data | None:
     """What there is to read, as it was said or as the files have it."""
+    chosen = "data.train" in _keys(question) or config.data.train != ("sample",)
+    if question.available is not None and not chosen:
+        return Data(question.available, None, "as asked", counted=True)
     found = amount(config.data, config.model.vocab)
-    chosen = any(setting.split("=")[0].strip() == "data.train" for setting in question.settings)
-    chosen = chosen or config.data.train != ("sample",)
     if question.available is not None:
-        return Data(question.available, found.heldout if found and chosen else None, "as asked", counted=True)
+        return Data(question.available, found.heldout if found else None, "as asked", counted=True)
     return Data(found.train, found.heldout, found.how, found.counted, chosen) if found else None
 
 

@@ -25,6 +25,10 @@ def plan(
     data: Annotated[list[str] | None, typer.Option(help="What it reads, as data.train.", show_default=False)] = None,
     time: Annotated[Text, typer.Option(help="How long it may train: 24h.", show_default=False)] = None,
     gpus: Annotated[Text, typer.Option(help="8xH100, not this machine.", show_default=False)] = None,
+    peak_tflops: Annotated[
+        Text, typer.Option(help="Of --gpus that are not known: dense bf16 TFLOP/s of one.", show_default=False)
+    ] = None,
+    mem: Annotated[Text, typer.Option(help="Likewise: its memory, 64GiB or 64GB.", show_default=False)] = None,
     tokens_available: Annotated[Text, typer.Option(help="Tokens there are: 20B.", show_default=False)] = None,
     compute: Annotated[Text, typer.Option(help="FLOPs there are: 1e20.", show_default=False)] = None,
     params: Annotated[Text, typer.Option(help="Active parameters: 1B.", show_default=False)] = None,
@@ -52,6 +56,7 @@ def plan(
     known: dict[str, Any] = {
         "params": params, "tokens": tokens, "compute": compute, "time": time, "budget": budget, "price": price,
         "tokens_available": tokens_available, "inference_tokens": inference_tokens, "kind": kind, "law": law,
+        "peak_tflops": peak_tflops, "mem": mem,
     }  # fmt: skip
     run = planning.run_called(source, root)
     if run is not None:
@@ -61,7 +66,7 @@ def plan(
         _compare(run.path, json)
         return
     made = planning.plan(source, settings or [], data=data, gpus=gpus, measure=measure, progress=_tell, **known)
-    text = planning.configuration(made, gpus)
+    text = planning.configuration(made)
     if out is not None:
         planning.write_configuration(text, out)
     if json:
@@ -76,7 +81,11 @@ def _print(made: Plan, out: Path | None) -> None:
 
     for line in lines(made):
         typer.echo(line)
-    typer.echo(f"next   {next_command(made, out)}")
+    command = next_command(made, out)
+    typer.echo(f"next   {command}")
+    if " HOST:" in command:
+        machines = made.fleet.machines
+        typer.echo(f"       on each of the {machines} machines, of which HOST is one; nobody has tried several yet")
 
 
 def _compare(run: Path, json: bool) -> None:

@@ -78,16 +78,23 @@ def _memory(plan: Plan) -> Iterator[str]:
     fit, fleet = plan.memory, plan.fleet
     whose = "" if fleet.count == 1 else ", each"
     verdict = "fits" if fit.fits else "does not fit"
-    yield f"{size(fit.total)} of {size(fit.capacity)} of {fleet}{whose}: {verdict}"
+    beside = f", with {' '.join(plan.question.remedies)}; as asked {size(plan.asked.total)}" if plan.asked else ""
+    yield f"{size(fit.total)} of {size(fit.capacity)} of {fleet}{whose}: {verdict}{beside}"
     parts = sorted(fit.parts.items(), key=lambda part: -part[1])
-    yield ", ".join(f"{name} {size(value)}" for name, value in parts if value)
+    yield ", ".join(f"{name} {size(value)}{_stored(name, plan)}" for name, value in parts if value)
     largest = fit.largest_micro_batch
     chosen = plan.config.train.micro_batch
     room = "not even one sequence at a time fits" if largest is None else f"at most {largest} fit"
     yield f"train.micro_batch {chosen} {'sequence' if chosen == 1 else 'sequences'} at once; {room}"
     if fit.corrected:
         yield f"{_interval(fit.corrected, size)} by what finished runs took here, over their forecast"
-    yield from (f"to fit: {remedy}" for remedy in fit.remedies)
+    others = [f"or: {remedy}" for remedy in plan.asked.remedies[1:]] if plan.asked else []
+    yield from others or [f"to fit: {remedy}" for remedy in fit.remedies]
+
+
+def _stored(part: str, plan: Plan) -> str:
+    """In which format whole weights are put together: that in which they are kept, whatever products take."""
+    return "" if part != "gathered" else f" in {'bf16' if plan.config.precision.mode == 'bf16_pure' else 'fp32'}"
 
 
 def _time(plan: Plan) -> Iterator[str]:

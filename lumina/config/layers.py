@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,13 @@ def read_preset(name: str, wanted_by: str = "") -> Layer:
         elif Path(name).is_file():
             fix = f"text is given as data.train={name}; a configuration needs a name that ends in .yaml"
         raise UserError(f"{where}unknown preset {name!r}", fix)
+    return Layer(f"preset {name}", dict(_preset(name)))
+
+
+@cache
+def _preset(name: str) -> Values:
     text = (files("lumina.config") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    return Layer(f"preset {name}", flat(yaml12.load(text)))
+    return flat(yaml12.load(text))
 
 
 def read_file(path: Path) -> File:

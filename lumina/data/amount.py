@@ -80,10 +80,13 @@ def _of_shards(meta: Mapping[str, Any], how: str) -> Amount:
 
 def _cached(files: Mapping[str, list[DataFile]], data: DataConfig, vocab: int) -> Amount | None:
     """The newest entry of the cache that was made of these files, with this vocabulary if one was."""
+    entries = list(_entries())
+    if not entries:
+        return None
     wanted = {str(file.path.resolve()) for file in chain(*files.values())}
     changed = max((_changed(path) for path in wanted), default=0.0)
     best: tuple[bool, float, Mapping[str, Any]] | None = None
-    for entry in _entries():
+    for entry in entries:
         try:
             meta, made = read_meta(entry), _changed(entry / META)
             there = {file["path"] for source in meta["sources"] for file in source["files"]}

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -32,8 +33,9 @@ MOST = 2**20  # devices
 BF16_OVER_FP32 = 1.9
 
 # What trainers reach of an H100's bf16 peak. Dense: torchtitan's Llama 8B on 8 GPUs 33 %, Marin's 2.7B 56 %, between
-# them llm-foundry's 53 runs (8c8dd48) of 760M to 70B at up to 4,096 tokens, 35 to 46 %. MoE: Marin's 256 fine experts
-# 16 %, Mixtral 8x22B in Megatron 49 % (2504.14960), between them nanochat's 8 experts 35 %.
+# them llm-foundry's 53 runs (8c8dd48) of 760M to 70B at up to 4,096 tokens, 35 to 46 %, those that recompute all
+# activations 36 to 44 %: what it takes is in these ranges. MoE: Marin's 256 fine experts 16 %, Mixtral 8x22B in
+# Megatron 49 % (2504.14960), between them nanochat's 8 experts 35 %.
 HOPPER: Mapping[str, Range] = {"dense": (0.33, 0.56), "moe": (0.16, 0.49)}
 # llm-foundry's 41 runs of 125M to 70B on A100s of 80 GB, sequences up to 8,192; nobody published a MoE there: in
 # H100's proportion.
@@ -53,20 +55,24 @@ WITHOUT_DEPTH = {"dense": "dense", "mod": "dense", "moe": "moe", "hybrid": "moe"
 NODE = 8  # GPUs of one machine; the MFU ranges above are of so many
 EFFICIENCY: tuple[tuple[int, Range], ...] = ((NODE, (1.0, 1.0)), (64, (0.98, 1.0)), (512, (0.88, 1.0)))
 BEYOND = (0.75, 1.0)  # not in that table: assumed
-NETWORK = 50 * GB  # bytes/s of a GPU to other machines, one direction: the 400 Gbit/s of a DGX H100
+# Assumed of a GPU that somebody describes: PCIe 4 with 16 lanes, and of a machine, as of a card in none of NVIDIA's,
+# 100 Gbit/s.
+LINK, NETWORK = 32.0, 12.5  # GB/s
 
 
 @dataclass(frozen=True)
 class Device:
     """One accelerator, or a machine's CPU: bytes of memory, bytes/s to it and to its neighbours, FLOP/s by precision.
 
-    `peak` lacks the precisions that it has no units for. `source` names where the figures are from.
+    `memory` of a GPU is what its driver reports. `peak` lacks the precisions that it has no units for. `source` names
+    where the figures are from.
     """
 
     name: str
     memory: int
     bandwidth: float
     link: float  # to the other devices of a machine, one direction
+    network: float  # of a machine of `NODE` to the others, one direction
     peak: Mapping[str, float]
     reached: Mapping[str, Range]
     source: str
@@ -82,7 +88,7 @@ class Device:
         name = precision.removesuffix("_pure")
         if name not in self.peak:
             have = ", ".join(f"precision.mode={other}" for other in self.peak)
-            raise UserError(f"{self.name} has no {name} units", fix=f"use {have}")
+            raise UserError(f"{self.name} has no {name} units that are known", fix=f"use {have}")
         return self.peak[name]
 
     @property
@@ -95,33 +101,39 @@ class Device:
 
 
 def _gpu(
-    name: str, gb: float, gb_s: float, link: float, bf16: float, fp32: float, source: str,
+    name: str, mib: int, gb_s: float, link: float, network: float, bf16: float, fp32: float, source: str,
     reached: Mapping[str, Range] = OTHER, fp16: float = 0.0,
 ) -> Device:  # fmt: skip
-    """Sizes in GB, rates in GB/s and TFLOP/s, as data sheets have them; without bf16 units `bf16` is 0."""
+    """Memory in MiB, as the driver reports it; rates in GB/s and TFLOP/s, as data sheets have them; `bf16` may be 0."""
     peak = {"bf16": bf16, "fp16": fp16 or bf16, "fp32": fp32}
     units = {precision: 1e12 * rate for precision, rate in peak.items() if rate}
-    return Device(name, int(gb * GB), gb_s * GB, link * GB, units, reached, f"NVIDIA, {source}")
+    return Device(name, mib << 20, gb_s * GB, link * GB, network * GB, units, reached, f"NVIDIA, {source}")
 
 
+# Memory is what nvidia-smi prints, which is not the data sheet's figure in any unit: H100, A100, L40S, L4 and T4 in
+# modal-client's pull request 2797; issues of gpu-admin-tools (4: H100 NVL), TensorRT-LLM (10278: B200), DCGM (232:
+# A10G), k8s-vgpu-scheduler (7: V100-16GB), RLinf (255: 4090), club-3090 (1229: 5090, 390: 3090); insightface's
+# arcface_paddle (V100-32GB); printed logs (H200).
 # Links: half of NVLink's figure, which counts both directions; 32 and 16 of PCIe 4 and 3 with 16 lanes, 64 of PCIe 5.
+# Networks: 8 cards of 400 Gbit/s in a DGX H100, H200 or B200; 1,600 Gbit/s of llm-foundry's A100s, as in a DGX A100;
+# 4 of 100 in a DGX-1; of AWS's G6e (L40S) 400, of G5, G6 and G4 (A10G, L4, T4) 100 Gbit/s in all; else assumed.
 _TABLE = (
-    _gpu("B200", 180, 8000, 900, 2250, 75, "Blackwell data sheet, HGX B200 / 8"),
-    _gpu("H200", 141, 4800, 450, 989.5, 67, "H200 data sheet", HOPPER),
-    _gpu("H100-SXM", 80, 3350, 450, 989.5, 67, "H100 data sheet", HOPPER),
-    _gpu("H100-NVL", 94, 3900, 300, 835.5, 60, "H100 NVL data sheet", HOPPER),
-    _gpu("H100-PCIe", 80, 2000, 64, 756.5, 51, "H100 data sheet, first edition", HOPPER),
-    _gpu("A100-80GB", 80, 2039, 300, 312, 19.5, "A100 data sheet, SXM", AMPERE),
-    _gpu("A100-40GB", 40, 1555, 300, 312, 19.5, "A100 data sheet, SXM", AMPERE),
-    _gpu("L40S", 48, 864, 32, 362, 91.6, "L40S data sheet"),
-    _gpu("A10G", 24, 600, 32, 70, 31.5, "A10G as in AWS G5 instances: 70 TFLOP/s of tensor cores, the A10 has 125"),
-    _gpu("L4", 24, 300, 32, 121, 30.3, "L4 data sheet"),
-    _gpu("T4", 16, 320, 16, 0, 8.1, "T4 data sheet", fp16=65),
-    _gpu("V100-32GB", 32, 900, 150, 0, 15.7, "V100 data sheet, SXM2", fp16=125),
-    _gpu("V100-16GB", 16, 900, 150, 0, 15.7, "V100 data sheet, SXM2", fp16=125),
-    _gpu("RTX-5090", 32, 1792, 64, 209.5, 104.8, "RTX Blackwell white paper, fp32 accumulation"),
-    _gpu("RTX-4090", 24, 1008, 32, 165.2, 82.6, "Ada white paper, fp32 accumulation"),
-    _gpu("RTX-3090", 24, 936, 32, 71, 35.6, "GA102 white paper, fp32 accumulation"),
+    _gpu("B200", 183359, 8000, 900, 400, 2250, 75, "Blackwell data sheet, HGX B200 / 8"),
+    _gpu("H200", 143771, 4800, 450, 400, 989.5, 67, "H200 data sheet", HOPPER),
+    _gpu("H100-SXM", 81559, 3350, 450, 400, 989.5, 67, "H100 data sheet", HOPPER),
+    _gpu("H100-NVL", 95830, 3900, 300, NETWORK, 835.5, 60, "H100 NVL data sheet", HOPPER),
+    _gpu("H100-PCIe", 81559, 2000, 64, NETWORK, 756.5, 51, "H100 data sheet, first edition", HOPPER),
+    _gpu("A100-80GB", 81920, 2039, 300, 200, 312, 19.5, "A100 data sheet, SXM", AMPERE),
+    _gpu("A100-40GB", 40960, 1555, 300, 200, 312, 19.5, "A100 data sheet, SXM", AMPERE),
+    _gpu("L40S", 46068, 864, 32, 50, 362, 91.6, "L40S data sheet"),
+    _gpu("A10G", 23028, 600, 32, 12.5, 70, 31.5, "A10G as in AWS G5: 70 TFLOP/s of tensor cores, the A10 has 125"),
+    _gpu("L4", 23034, 300, 32, 12.5, 121, 30.3, "L4 data sheet"),
+    _gpu("T4", 15360, 320, 16, 12.5, 0, 8.1, "T4 data sheet", fp16=65),
+    _gpu("V100-32GB", 32510, 900, 150, 50, 0, 15.7, "V100 data sheet, SXM2", fp16=125),
+    _gpu("V100-16GB", 16160, 900, 150, 50, 0, 15.7, "V100 data sheet, SXM2", fp16=125),
+    _gpu("RTX-5090", 32607, 1792, 64, NETWORK, 209.5, 104.8, "RTX Blackwell white paper, fp32 accumulation"),
+    _gpu("RTX-4090", 24564, 1008, 32, NETWORK, 165.2, 82.6, "Ada white paper, fp32 accumulation"),
+    _gpu("RTX-3090", 24576, 936, 32, NETWORK, 71, 35.6, "GA102 white paper, fp32 accumulation"),
 )
 DEVICES: dict[str, Device] = {device.name: device for device in _TABLE}
 # How people and drivers call them, in lower case without `NVIDIA`, signs and spaces; the first that fits. A name that
@@ -165,22 +177,63 @@ class Fleet:
 
     @property
     def link(self) -> float:
-        """Bytes/s, one direction, over the slowest way between two of them."""
-        return min(self.device.link, NETWORK) if self.count > NODE else self.device.link
+        """Bytes/s that each GPU sends in a collective, one direction, at most.
+
+        Rings go through all GPUs, and each of several leaves a machine by another network card: so the sum of a
+        machine's cards bounds every one of its GPUs, not a card one of them. Of the 400 GB/s of 8 cards H100s reach
+        360 to 260 on 4 to 128 machines (NCCL's issue 1229, reduce-scatter), 46 to 48 of each 50 (nccl-tests' 290).
+        """
+        return min(self.device.link, self.device.network) if self.machines > 1 else self.device.link
+
+    @property
+    def machines(self) -> int:
+        """How many machines these are in: those that are here in one, others in as few as hold equally many each."""
+        if self.here:
+            return 1
+        return next(n for n in range(-(-self.count // NODE), self.count + 1) if self.count % n == 0)
 
 
-def parse_gpus(text: str) -> Fleet:
-    """`8xH100`, `H200`, `2x A100-40GB`, `rtx4090`. Raises `UserError` for an unknown name or a count that is none."""
+def parse_gpus(text: str, peak_tflops: float | None = None, memory: int | None = None) -> Fleet:
+    """`8xH100`, `H200`, `2x A100-40GB`, `rtx4090`; any other name with its bf16 peak and `memory` in bytes.
+
+    Raises `UserError` for an unknown name without those, a known one with them, or a count that is none.
+    """
     match = re.fullmatch(r"\s*(?:([-+.\d]+)\s*[xX*×]\s*)?(.*?)\s*", text, re.DOTALL)
     number, name = match.groups() if match else (None, text)
     if number is not None and not (number.isdecimal() and 0 < int(number) <= MOST):
         raise UserError(f"--gpus {text}: {number} is no number of GPUs", fix="such as --gpus 8xH100")
-    if (device := device_called(name)) is None:
+    device, count = device_called(name), int(number or 1)
+    described = peak_tflops is not None or memory is not None
+    if device is not None and described:
+        raise UserError(
+            f"--gpus {text}: of the {device.name} peak and memory are known",
+            fix="leave --peak-tflops and --mem out, or give the GPU another name",
+        )
+    if device is None and peak_tflops is not None and memory is not None and name and name.isprintable():
+        device = _described(name, peak_tflops, memory)
+    if device is None:
         plain = {_plain(known): known for known in DEVICES} | {"h100": "H100", "a100": "A100", "v100": "V100"}
         close = [plain[found] for found in difflib.get_close_matches(_plain(name), plain, n=2, cutoff=0.5)]
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise UserError(f"--gpus {text}: unknown GPU {name!r}", fix=f"{hint}known are {', '.join(DEVICES)}")
-    return Fleet(device, int(number or 1))
+        hint = f"did you mean {' or '.join(close)}? " if close and not described else ""
+        both = "; --peak-tflops and --mem are needed both" if described else ""
+        raise UserError(
+            f"--gpus {text}: unknown GPU {name!r}{both}",
+            fix=f"{hint}known are {', '.join(DEVICES)}; of any other say its bf16 peak and memory, such as "
+            f"--gpus 8x{name or 'NAME'} --peak-tflops 500 --mem 64GiB",
+        )
+    return Fleet(device, count)
+
+
+def _described(name: str, peak_tflops: float, memory: int) -> Device:
+    """A GPU of which peak and memory are known; the rest is assumed, and its source says so."""
+    units = dict.fromkeys(("bf16", "fp16"), 1e12 * peak_tflops)
+    slowest = min(each.bandwidth / max(each.peak.values()) for each in DEVICES.values())
+    bandwidth = slowest * units["bf16"]
+    source = (
+        f"as given, {peak_tflops:g} TFLOP/s, {memory / 2**30:.3g} GiB; assumed: {bandwidth / GB:,.0f} GB/s to memory "
+        f"(the least of known GPUs for that peak), {LINK:g} to other GPUs (PCIe 4), {NETWORK:g} between machines"
+    )
+    return Device(name, memory, bandwidth, LINK * GB, NETWORK * GB, units, OTHER, source)
 
 
 def device_called(name: str) -> Device | None:
@@ -216,11 +269,13 @@ def this_machine(device: str = "auto", rates: Mapping[str, float] | None = None)
     name, memory = gpus[0]
     known = device_called(name)
     if known is None and not rates:
+        described = f"--gpus {shlex.quote(f'{len(gpus)}x{name}')} --peak-tflops 500 --mem {memory >> 20}MiB"
         raise UserError(
-            f"nothing is known of the {name} here", fix="measure it with --measure, or name another: --gpus"
+            f"nothing is known of the {name} here", fix=f"measure it with --measure, or say its bf16 peak: {described}"
         )
     if known is None:
-        known = Device(name, memory, math.inf, math.inf, dict(rates or {}), OTHER, "its matmul, measured here")
+        inf = math.inf
+        known = Device(name, memory, inf, inf, inf, dict(rates or {}), OTHER, "its matmul, measured here")
     return Fleet(replace(known, memory=memory), sum(gpu[0] == name for gpu in gpus), here=True)
 
 
@@ -279,7 +334,7 @@ def _cpu(rates: Mapping[str, float]) -> Device:
             peak["bf16"] = BF16_OVER_FP32 * peak["fp32"]
     bandwidth = copy_rate()
     name = known_as("cpu", cpu_name(), usable_cores())
-    return Device(name, main_memory(), bandwidth, bandwidth, peak, CPU, source, is_cpu=True)
+    return Device(name, main_memory(), bandwidth, bandwidth, bandwidth, peak, CPU, source, is_cpu=True)
 
 
 def has_fast_bf16() -> bool:

@@ -79,6 +79,11 @@ def memory(
     return _Step(config, processes, device, attention, torch or _torch()).memory()
 
 
+def peak(config: Config, processes: int = 1, device: str = "cpu") -> int:
+    """Bytes that have to be there on each device: of `memory` the `total`, on a GPU what `training` takes."""
+    return _Step(config, processes, device, None, _torch()).peak(evaluation=device == "cpu")
+
+
 @cache
 def _torch() -> tuple[int, int]:
     """The installed version, without an import; the newest that is known if there is none."""
@@ -151,7 +156,12 @@ class _Step:
         self.batch = micro_batch(config, processes)
         own = max(1, config.train.batch_tokens // config.model.seq_len // processes)
         self.later = own > self.batch  # a micro-batch after the first finds gradients
+        self.largest_block = max(block_parameters(self.model, layer) for layer in range(self.model.layers))
         self.state = state_bytes(config.model, config.train.optimizer, precision, self.rank)
+
+    def peak(self, evaluation: bool) -> int:
+        moments = self._moments() if evaluation else self._of_a_step()
+        return max(held.total() for _, moment in moments for held in moment) + LIBRARIES[self.device]
 
     def memory(self) -> Memory:
         found = {name: max(moment, key=Counter.total) for name, moment in self._moments()}
@@ -161,11 +171,14 @@ class _Step:
         return Memory({part: value for part, value in parts.items() if value}, totals, self._staged())
 
     def _moments(self) -> Iterator[tuple[str, list[Bytes]]]:
+        yield from self._of_a_step()
+        yield "evaluation", list(self._evaluation())
+
+    def _of_a_step(self) -> Iterator[tuple[str, list[Bytes]]]:
         training = self._training()
         yield "forward", list(self._forward(training))
         yield "backward", list(self._backward(training))
         yield "optimizer", [self._own(gradients=True) + self._batch() + Bytes({OPTIMIZER: self._directions()})]
-        yield "evaluation", list(self._evaluation())
 
     # -- what is held all the time -------------------------------------------------------------------------------------
 
@@ -193,8 +206,7 @@ class _Step:
         """
         if self.processes == 1:
             return Bytes()
-        largest = max(block_parameters(self.model, layer) for layer in range(self.model.layers))
-        whole = blocks * largest + self.model.vocab * self.model.width
+        whole = blocks * self.largest_block + self.model.vocab * self.model.width
         return Bytes({GATHERED: whole * self.size})
 
     # -- the moments ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from lumina.config.resolve import Resolved
 from lumina.config.schema.config import Config
 from lumina.config.units import span
 from lumina.model.cost import Cost, count
-from lumina.planner import hyperparameters, overtraining, remedies, repeated, time
+from lumina.planner import hyperparameters, memory, overtraining, remedies, repeated, time
 from lumina.planner.calibration import Store
 from lumina.planner.hardware import Fleet
 from lumina.planner.laws import (
@@ -29,10 +29,11 @@ from lumina.planner.laws import (
     moe_gain,
     params_of,
 )
-from lumina.planner.memory import memory
 from lumina.planner.question import Question
 from lumina.planner.solve import Solved, Solver, asked
 from lumina.planner.traits import mismatch
+
+WAYS = ("train.micro_batch", "train.recompute", "precision.mode")  # to train the same model in less memory
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,18 @@ class Data:
 
 @dataclass(frozen=True)
 class Fit:
-    """Bytes of one device by part, of how many there are, and what to change where that does not fit."""
+    """Bytes of one device by part, of how many there are, and what to change where that does not fit.
+
+    On a GPU an evaluation does not count: one that does not fit is done again in smaller batches.
+    """
 
     parts: Mapping[str, int]
     total: int
     capacity: int
+    fits: bool
     largest_micro_batch: int | None
     remedies: tuple[str, ...]
     corrected: Interval | None  # by what finished runs here took over their forecast
-
-    @property
-    def fits(self) -> bool:
-        return self.total <= self.capacity
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,11 @@ class Use:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before it begins. Times in seconds, sizes in bytes, losses in nats a token of the law's own text."""
+    """A run before it begins. Times in seconds, sizes in bytes, losses in nats a token of the law's own text.
+
+    Where the run that was asked for does not fit and a setting is enough that it does, the run is the one with that
+    (`question.remedies`), and `asked` is the memory of the other.
+    """
 
     solved: Solved
     fleet: Fleet
@@ -153,6 +158,7 @@ class Plan:
     flops: float  # counted, attention included
     flops_6nd: float  # as the law counts
     memory: Fit
+    asked: Fit | None
     step: time.StepTime
     mfu: Interval
     run: time.RunTime
@@ -217,7 +223,12 @@ def make(question: Question, fleet: Fleet, store: Store, data: Data | None = Non
         ratios = {bound: store.figures(f"ratio_{bound}", device, kind, precision) for bound in time.BOUNDS}
         return time.step_time(config, fleet, measured(config), ratios)
 
-    solved = Solver(question, fleet, chosen, step_time, measured).solve()
+    solver = Solver(question, fleet, chosen, step_time, measured)
+    solved = solver.solve()
+    fit, unfit = _fit(solved.config, fleet, store), None
+    if (fitting := _remedied(solver, fit, store)) is not None:
+        unfit = fit
+        question, solved, fit = fitting
     config = solved.config
     cost, step = count(config.model), step_time(config)
     meant = data if data and (data.chosen or solved.tokens <= repeated.TOO_MANY * data.tokens) else None
@@ -234,7 +245,8 @@ def make(question: Question, fleet: Fleet, store: Store, data: Data | None = Non
         steps=time.steps_of(config),
         flops=cost.flops_per_token * solved.tokens,
         flops_6nd=FLOPS_A_PARAMETER * losses[0].params * solved.tokens,
-        memory=_fit(config, fleet, store),
+        memory=fit,
+        asked=unfit,
         step=step,
         mfu=step.mfu(config, fleet),
         run=run,
@@ -295,17 +307,40 @@ def _residuals(store: Store, kind: str) -> Residuals | None:
 
 def _fit(config: Config, fleet: Fleet, store: Store) -> Fit:
     where = "cpu" if fleet.device.is_cpu else "cuda"
-    needed, capacity = memory(config, fleet.count, where), fleet.device.memory
-    fits = needed.total <= capacity
+    needed, capacity = memory.memory(config, fleet.count, where), fleet.device.memory
+    fits = remedies.fits(config, capacity, fleet.count, where)
+    ways = [] if fits else remedies.remedies(config, capacity, fleet.count, where)
     ratios = store.figures("memory_ratio", fleet.device.name, config.model.kind)
     return Fit(
         parts=needed.parts,
         total=needed.total,
         capacity=capacity,
+        fits=fits,
         largest_micro_batch=remedies.largest_micro_batch(config, capacity, fleet.count, where),
-        remedies=() if fits else tuple(remedies.remedies(config, capacity, fleet.count, where)),
+        # More processes of one machine's CPU share its memory.
+        remedies=tuple(way for way in ways if not (fleet.device.is_cpu and "processes" in way)),
         corrected=_around(needed.total, ratios),
     )
+
+
+def _remedied(solver: Solver, fit: Fit, store: Store) -> tuple[Question, Solved, Fit] | None:
+    """The run with settings by which it fits, if some are enough that change how a model is trained, and not the model.
+
+    A size that follows from a time may be another with them, and need more of them.
+    """
+    remedies: dict[str, str] = {}
+    for _ in range(len(WAYS)):
+        ways = (remedy.split() for remedy in fit.remedies)
+        enough = next((way for way in ways if all(word.partition("=")[0] in WAYS for word in way)), None)
+        if enough is None:
+            return None
+        remedies |= {word.partition("=")[0]: word for word in enough}
+        question = replace(solver.question, remedies=tuple(remedies.values()))
+        solved = replace(solver, question=question).solve()
+        fit = _fit(solved.config, solver.fleet, store)
+        if fit.fits:
+            return question, solved, fit
+    return None
 
 
 def _around(value: float, ratios: list[float]) -> Interval | None:
@@ -350,6 +385,11 @@ def _warnings(plan: Plan, available: float | None, law: Law) -> list[str]:
     found: list[str] = []
     if not plan.memory.fits:
         found.append("it does not fit" + ("" if plan.memory.remedies else ", and no setting helps"))
+    if plan.asked is not None:
+        lossy = "; bf16 weights lose small updates" if "precision.mode=bf16_pure" in plan.question.remedies else ""
+        found.append(f"as asked it does not fit: this is the plan with {' '.join(plan.question.remedies)}{lossy}")
+    if plan.question.price and plan.fleet.here and plan.fleet.device.is_cpu:
+        found.append(f"the price is taken for an hour of this machine, {plan.fleet}: name what is paid for with --gpus")
     if available:
         found += repeated.warnings(available, plan.tokens)
     if other := mismatch(law, plan.config):

@@ -7,6 +7,7 @@ compute-optimal split of a scaling law.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +20,9 @@ T = TypeVar("T", int, float)
 SMALLEST_COMPUTE, LARGEST_COMPUTE = 1e6, 1e32
 LARGEST = 10**18  # parameters, tokens
 LONGEST = 1e12  # seconds
+LEAST_PEAK, LARGEST_PEAK = 0.1, 1e5  # TFLOP/s
+LEAST_MEMORY, LARGEST_MEMORY = 2**28, 2**46  # bytes
+SIZES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 COMPUTE = ("compute", "time", "budget")  # three ways to say it
 
 
@@ -28,7 +32,8 @@ class Question:
 
     `params` are active parameters, `tokens` all that are trained on, `compute` FLOPs, `time` seconds, `budget` money at
     `price` an hour of a device, `available` tokens that differ, `inference` tokens that the model will read and write
-    in use.
+    in use; `gpus` as `8xH100`, None for this machine, and of an unknown one its bf16 peak and bytes of memory.
+    `remedies` are settings that nobody asked for, without which it would not fit.
     """
 
     source: str | None = None
@@ -43,10 +48,16 @@ class Question:
     inference: float | None = None
     kind: str | None = None
     law: str | None = None
+    gpus: str | None = None
+    peak_tflops: float | None = None
+    memory: int | None = None
+    remedies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises `UserError` for a combination that leaves something open, or says something twice."""
         given = [name for name in COMPUTE if getattr(self, name) is not None]
+        if self.gpus is None and (self.peak_tflops is not None or self.memory is not None):
+            raise UserError("--peak-tflops and --mem describe a GPU without a name", fix="add --gpus, such as 8xNAME")
         if self.budget is not None and self.price is None:
             raise UserError("--budget alone buys nothing that can be counted", fix="add --price, of a device and hour")
         if len(given) > 1:
@@ -71,7 +82,7 @@ class Question:
         if self.params is not None:
             raise UserError(f"{self.source} has its parameters: --params asks for others", fix="drop one of the two")
         lengths = [f"--{name}" for name in ("tokens", *given) if getattr(self, name) is not None]
-        lengths += [key for key in LENGTHS if any(s.split("=")[0].strip() == key for s in self.settings)]
+        lengths += [key for key in LENGTHS if key in map(_key, self.settings)]
         if len(lengths) > 1:
             raise UserError(
                 f"{', '.join(lengths)}: each says how long to train", fix=f"keep one of them, drop {lengths[1]}"
@@ -79,8 +90,14 @@ class Question:
 
     @property
     def every_setting(self) -> tuple[str, ...]:
-        """`settings`, and what `kind` says."""
-        return (*self.settings, *([f"model.kind={self.kind}"] if self.kind else []))
+        """`settings`, but for those that a remedy says otherwise, the remedies, and what `kind` says."""
+        instead = {_key(setting) for setting in self.remedies}
+        own = [setting for setting in self.settings if _key(setting) not in instead]
+        return (*own, *self.remedies, *([f"model.kind={self.kind}"] if self.kind else []))
+
+    def why(self, key: str) -> str:
+        """Why a setting is among `every_setting`."""
+        return "or it would not fit" if key in map(_key, self.remedies) else "as asked"
 
 
 def ask(
@@ -97,8 +114,11 @@ def ask(
     inference_tokens: Any = None,
     kind: str | None = None,
     law: str | None = None,
+    gpus: str | None = None,
+    peak_tflops: Any = None,
+    mem: Any = None,
 ) -> Question:
-    """A question in the units that people write: `1B`, `1e20`, `24h`; numbers are taken as they are.
+    """A question in the units that people write: `1B`, `1e20`, `24h`; numbers are taken as they are, in seconds, bytes.
 
     Raises `UserError` for what cannot be read, is not positive, or does not go together.
     """
@@ -112,13 +132,16 @@ def ask(
         _read("--params", params, parse_count, LARGEST),
         _read("--tokens", tokens, parse_count, LARGEST),
         _read("--compute", compute, _parse_flops, LARGEST_COMPUTE, SMALLEST_COMPUTE),
-        _read("--time", time, parse_seconds, LONGEST),
+        _read("--time", time, _with_unit(parse_seconds, "24h or 90s"), LONGEST),
         _read("--budget", budget, parse_number, 1e15),
         _read("--price", price, parse_number, 1e9),
         _read("--tokens-available", tokens_available, parse_count, LARGEST),
         _read("--inference-tokens", inference_tokens, parse_count, LARGEST),
         kind,
         law,
+        gpus,
+        _read("--peak-tflops", peak_tflops, parse_number, LARGEST_PEAK, LEAST_PEAK),
+        _read("--mem", mem, _with_unit(_parse_memory, "80GB or 80GiB"), LARGEST_MEMORY, LEAST_MEMORY),
     )
 
 
@@ -128,6 +151,30 @@ def _parse_flops(value: Any) -> float:
         return parse_number(value)
     except ValueError:
         raise ValueError("FLOPs are needed, such as 1e20") from None
+
+
+def _parse_memory(value: Any) -> int:
+    """`80GB` (powers of ten), `80GiB` (powers of two), or a number of bytes."""
+    number, unit = re.fullmatch(r"\s*(.*?)\s*([MGT]i?B)?\s*", str(value), re.DOTALL).groups()  # type: ignore[union-attr]
+    try:
+        return round(parse_number(number) * SIZES.get(unit, 1))
+    except ValueError:
+        raise ValueError("a number of bytes is needed, such as 80GB or 80GiB") from None
+
+
+def _with_unit(parse: Callable[[Any], T], such_as: str) -> Callable[[Any], T]:
+    """The same, of texts only those with a unit: nobody means 24 seconds, or bytes."""
+
+    def read(value: Any) -> T:
+        if isinstance(value, str) and re.fullmatch(r"\s*[\d._]+\s*", value):
+            raise ValueError(f"a unit is needed, such as {such_as}")
+        return parse(value)
+
+    return read
+
+
+def _key(setting: str) -> str:
+    return setting.split("=")[0].strip()
 
 
 def _read(option: str, value: Any, parse: Callable[[Any], T], most: float, least: float = 0.0) -> T | None:

@@ -7,13 +7,14 @@ another model.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
 from lumina.config.resolve import flatten, presets, resolve
 from lumina.config.schema.config import Config
 from lumina.model.cost import state_bytes
-from lumina.planner.memory import memory, micro_batch, micro_batches, mode
+from lumina.planner.memory import micro_batch, micro_batches, mode, peak
 
 SAME = ("model.kind", "train.optimizer", "precision.mode", "parallel.device")  # what a smaller preset keeps
 RECOMPUTE = ("none", "selective", "full")  # each holds less than the one before
@@ -23,8 +24,17 @@ SHORTEST = 128  # tokens: nobody wants a shorter sequence instead
 
 def largest_micro_batch(config: Config, capacity: int, processes: int = 1, device: str = "cpu") -> int | None:
     """The most sequences at once that divide a process's part of the batch and fit into `capacity` bytes, if any do."""
-    sizes = micro_batches(config, processes)
-    return next((n for n in sizes if _fits(_with(config, {"train.micro_batch": n}), capacity, processes, device)), None)
+
+    def is_held(n: int) -> bool:
+        return _fits(_with(config, {"train.micro_batch": n}), capacity, processes, device)
+
+    # A part in one piece holds no gradients before it; of the others a larger one always holds more.
+    whole, *sizes = micro_batches(config, processes) or [0]
+    if not whole or is_held(whole):
+        return whole or None
+    if not sizes or not is_held(sizes[-1]):
+        return None
+    return sizes[bisect_left(sizes, True, hi=len(sizes) - 1, key=is_held)]
 
 
 def remedies(config: Config, capacity: int, processes: int = 1, device: str = "cpu") -> list[str]:
@@ -38,15 +48,17 @@ def remedies(config: Config, capacity: int, processes: int = 1, device: str = "c
 
 def changes(config: Config, capacity: int, processes: int = 1, device: str = "cpu") -> list[str]:
     """Those of `remedies` that leave the preset as it is."""
-    found = []
+    found: list[dict[str, Any]] = []
     for change in _changes(config, processes):
+        if any(_sort(change) == _sort(other) for other in found):
+            continue  # a milder one of its sort fits
         changed = _with(config, {key: value for key, value in change.items() if key != "processes"})
         shared = int(change.get("processes", processes))
         if _fits(changed, capacity, shared, device):
             found.append(change)
         elif (fitting := largest_micro_batch(changed, capacity, shared, device)) is not None:
             found.append({**change, "train.micro_batch": fitting})
-    return [_said(change) for change in _first_of_each(found)]
+    return [_said(change) for change in found]
 
 
 def largest_preset(config: Config, capacity: int, processes: int = 1, device: str = "cpu") -> str:
@@ -55,14 +67,11 @@ def largest_preset(config: Config, capacity: int, processes: int = 1, device: st
     At one sequence at a time, with as much recomputation as its file has. Empty if none does.
     """
     flat = flatten(config)
-    fitting = {}
-    for name in presets():
-        other = resolve(name, {key: flat[key] for key in SAME}).config
-        if fits(other, capacity, processes, device):
+    for name in reversed(presets()):
+        if fits(resolve(name, {key: flat[key] for key in SAME}).config, capacity, processes, device):
             preset = flatten(resolve(name).config)
-            command = " ".join([name, *(f"{key}={flat[key]}" for key in SAME if flat[key] != preset[key])])
-            fitting[command] = memory(smallest(other), processes, device).total
-    return max(fitting, key=fitting.__getitem__, default="")
+            return " ".join([name, *(f"{key}={flat[key]}" for key in SAME if flat[key] != preset[key])])
+    return ""
 
 
 def fits(config: Config, capacity: int, processes: int = 1, device: str = "cpu") -> bool:
@@ -79,8 +88,7 @@ def _fits(config: Config, capacity: int, processes: int, device: str) -> bool:
     held = state_bytes(config.model, config.train.optimizer, mode(config, device), config.train.lora.rank)
     if (held.weights + held.moments) // processes > capacity:  # known without a walk
         return False
-    found = memory(config, processes, device)
-    return (found.total if device == "cpu" else found.training) <= capacity
+    return peak(config, processes, device) <= capacity
 
 
 def _changes(config: Config, processes: int) -> Iterator[dict[str, Any]]:
@@ -110,14 +118,11 @@ def _doubled(processes: int) -> Iterator[int]:
         yield processes
 
 
-def _first_of_each(changes: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The mildest change of each sort: fewest processes, longest sequence, least recomputation."""
-    seen = set()
-    for change in changes:
-        sort = next(iter(change))
-        if sort not in seen or sort == "train.recompute":
-            seen.add(sort)
-            yield change
+def _sort(change: dict[str, Any]) -> str:
+    """What it changes first. Of each sort the mildest is enough: fewest processes, longest sequence; but every way to
+    recompute is one of its own."""
+    key = next(iter(change))
+    return f"{key}={change[key]}" if key == "train.recompute" else key
 
 
 def _said(change: dict[str, Any]) -> str:

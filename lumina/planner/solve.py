@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lumina.config import yaml12
@@ -23,8 +23,10 @@ from lumina.planner.question import COMPUTE, Question
 from lumina.planner.repeated import best_split
 from lumina.planner.shape import Shape, Size, shape_of
 
+LEAST_STEPS = 20  # of a run: the warm-up of 5 % that presets have is one of them
 TURNS = 6  # of finding a size whose steps take the time there is; the size settles after two or three
 CLOSE = 0.01
+FITTING = 1.1  # a size that was found for a time or for FLOPs may take so much more of them, for sizes have steps
 Timer = Callable[[Config], time.StepTime]
 Fixed = Callable[[Config], Mapping[str, float]]
 
@@ -53,7 +55,49 @@ class Solver:
 
     def solve(self) -> Solved:
         """Raises `UserError` if no configuration answers the question."""
-        return self._named() if self.question.source is not None else self._sized()
+        solved = self._named() if self.question.source is not None else self._sized()
+        self._require_steps(solved)
+        return solved
+
+    def _require_steps(self, solved: Solved) -> None:
+        """Raises `UserError` if the time or the FLOPs that there are hold no run."""
+        q, config = self.question, solved.config
+        seconds, batch = self._seconds or solved.resolved.config.train.time, config.train.batch_tokens
+        needed = max(LEAST_STEPS, time.steps_of(config))
+        if seconds is not None:
+            step, fixed = self.step(config).seconds.mid, self.fixed(config)
+            held = time.steps_in(config, step, seconds, fixed)
+            there, takes = time.lasting(seconds), time.lasting(step)
+            more = f"{time.lasting(1.01 * needed * step / (1 - time.DEADLINE_RESERVE))}, or more devices: --gpus 8xH100"
+        elif q.compute is not None:
+            flops = count(config.model).flops_per_token * batch
+            held, there, takes = round(q.compute / flops), f"{q.compute:.3g} FLOP", f"{flops:.3g} FLOP"
+            more = f"{needed * flops:.2g} FLOP"
+        else:
+            return
+        if needed <= max(LEAST_STEPS, FITTING * held) and held >= LEAST_STEPS:
+            return
+        steps, preset = f"{held} step{'s' * (held > 1)}" if held else "not one step", solved.resolved.request["preset"]
+        hold = "holds" if there.startswith("1 ") else "hold"
+        raise UserError(
+            f"{there} {hold} {steps} of {preset} on {self.fleet}: one, of {batch:,} tokens, takes {takes}"
+            + (f", and {needed:,} are needed" if held else ""),
+            fix="; or ".join([*self._smaller(), f"give it {more}"]),
+        )
+
+    def _smaller(self) -> list[str]:
+        """Instead of a named model that is too large for what there is, the one that is not."""
+        q = self.question
+        how = [f"--{name}" for name in COMPUTE if getattr(q, name) is not None]
+        if q.source is None or not how:
+            return []
+        settings = tuple(setting for setting in q.settings if not setting.startswith("model."))
+        try:
+            found = replace(self, question=replace(q, source=None, settings=settings)).solve()
+        except UserError:
+            return []
+        size = f"{count(found.config.model).active:.3g} active parameters, {found.tokens:.3g} tokens"
+        return [f"leave {q.source} out: {how[0]} alone finds what fits ({size})"]
 
     # -- a model that has a name -------------------------------------------------------------------------------------
 
@@ -61,7 +105,7 @@ class Solver:
         q = self.question
         resolved = _resolved(q.source, self._settings())
         tokens, why = self._tokens_of(resolved.config)
-        changes = {key: (value, "as asked") for key, value in resolved.request.items() if key != "preset"}
+        changes = {key: (value, q.why(key)) for key, value in resolved.request.items() if key != "preset"}
         if why and "train.time" not in changes:
             changes |= self._length(tokens, why)
         return self._built(str(resolved.request["preset"]), tokens, changes, (why,) if why else ())
@@ -102,12 +146,13 @@ class Solver:
         bought = (
             f" that {self.question.budget:g} buy at {self.question.price:g} an hour" if self.question.budget else ""
         )
-        return f"what {seconds / 3600:.3g} hours{bought} hold on {self.fleet}"
+        return f"what {time.lasting(seconds)}{bought} hold on {self.fleet}"
 
     def _tokens_in(self, config: Config, seconds: float) -> int:
         trial = self._settle(config, 1)
         step = self.step(trial)
-        return config.train.batch_tokens * time.steps_in(trial, step.seconds.mid, seconds, self.fixed(trial))
+        steps = time.steps_in(trial, step.seconds.mid, seconds, self.fixed(trial))
+        return config.train.batch_tokens * max(1, steps)  # for a size may be tried that is none; `solve` refuses it
 
     def _settle(self, config: Config, steps: int) -> Config:
         train = config.train.model_copy(update={"steps": steps, "tokens": None, "time": None})
@@ -130,7 +175,7 @@ class Solver:
         self._require_free(shape.changes)
         own = self._own(shape)
         changes = {key: (value, "the preset's proportions") for key, value in shape.changes.items()}
-        changes |= self._hyperparameters(shape, tokens) | {key: (value, "as asked") for key, value in own.items()}
+        changes |= self._hyperparameters(shape, tokens) | {key: (value, q.why(key)) for key, value in own.items()}
         whole = _steps(tokens, self._batch(shape, tokens))
         changes |= self._length(whole, why)
         return self._built(shape.preset, whole, changes, tuple(reasons))

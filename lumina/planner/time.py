@@ -91,7 +91,9 @@ def _forecast(config: Config, fleet: Fleet) -> StepTime:
     device, does = fleet.device, work.of(config, fleet.count)
     rate = device.rate(config.precision.mode) * fleet.count
     mfu, efficiency = device.mfu(config.model.kind), fleet.efficiency
-    flops = does.flops + does.extra_flops
+    # What published runs reach of a GPU is alike with recomputation and without (`hardware.HOPPER`), so it is in there;
+    # none of the dense ones orthogonalised. What is known of CPUs was measured without either.
+    flops = does.flops + does.muon_flops + (does.recomputed_flops if device.is_cpu else 0.0)
     launch = [
         seconds * (does.launches + left * does.block_launches)
         for seconds, left in zip(
@@ -164,16 +166,24 @@ def steps_of(config: Config) -> int:
 
 
 def steps_in(config: Config, step: float, seconds: float, measured: Figures | None = None) -> int:
-    """Steps that fit into so many seconds, at `step` seconds each, less what starting and evaluating take; at least 1.
+    """Steps that fit into so many seconds, at `step` seconds each, less what starting and evaluating take; may be 0.
 
     `DEADLINE_RESERVE` is kept for those that are not measured, as `train.time` does.
     """
     fixed = sum((measured or {}).get(name, 0.0) for name in ("start", "end", "evaluation", "save"))
     left = max(0.0, seconds - fixed) * (1 if fixed else 1 - DEADLINE_RESERVE)
-    return max(1, int(left / step))
+    return int(left / step)
 
 
 DEADLINE_RESERVE = 0.05  # of the time, as in training.setup
+
+
+def lasting(seconds: float) -> str:
+    """`10 seconds`, `24 hours`, `35.7 days`."""
+    units = ("second", 1, 180), ("minute", 60, 10800), ("hour", 3600, 3 * 86400), ("day", 86400, 1000 * 86400)
+    unit, size = next(((unit, size) for unit, size, most in units if seconds < most), ("year", 365.25 * 86400))
+    value = f"{seconds / size:.3g}"
+    return f"{value} {unit}{'s' * (value != '1')}"
 
 
 def price(seconds: Interval, fleet: Fleet, an_hour: float) -> Interval:

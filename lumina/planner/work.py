@@ -35,7 +35,8 @@ class Work:
     """Of one step of all devices together, but for launches, which each host does."""
 
     flops: float  # counted as MFU counts them
-    extra_flops: float  # recomputation and Muon's orthogonalisation, which it does not count
+    recomputed_flops: float  # which it does not count
+    muon_flops: float  # likewise: of orthogonalising
     memory_bytes: float
     exchanged_bytes: float  # that each device sends
     block_launches: float  # that compiling a block makes fewer
@@ -50,13 +51,15 @@ def of(config: Config, processes: int = 1) -> Work:
     micro_batches = max(1, train.batch_tokens // (config.model.seq_len * int(train.micro_batch) * processes))
     forward = flops / 3
     recomputed = {"none": 0.0, "selective": 0.1, "full": 1.0}[train.recompute] * forward
+    muon = train.optimizer == "muon" and not train.lora.rank
     values, size = ADAMW_VALUES if train.optimizer == "adamw" else MUON_VALUES, 2 if mode == "bf16_pure" else 4
     passes = PASS_BYTES[mode] * cost.total * micro_batches * processes  # each device reads all weights
     # FSDP gathers the weights in their own format forward and backward, and sums gradients; nothing alone.
     exchanged = 3 * size * cost.total * micro_batches * (processes - 1) / processes if processes > 1 else 0.0
     return Work(
         flops=flops,
-        extra_flops=recomputed + (muon_flops(config.model) if train.optimizer == "muon" and not train.lora.rank else 0),
+        recomputed_flops=recomputed,
+        muon_flops=muon_flops(config.model) if muon else 0.0,
         memory_bytes=passes + values * size * cost.total,
         exchanged_bytes=exchanged,
         block_launches=micro_batches * _block_launches(config),

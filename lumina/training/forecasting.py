@@ -138,4 +138,5 @@ def _device(device: str, facts: dict[str, Any], precision: str, rate: float) -> 
     name = known_as(device, facts["device_name"], facts["cores"])
     peak = dict.fromkeys({"fp32", precision.removesuffix("_pure")}, rate)
     reached, source = (CPU if device == "cpu" else OTHER), "its matmul, measured when the run began"
-    return Device(name, usable(device), math.inf, math.inf, peak, reached, source, is_cpu=device != "cuda")
+    inf = math.inf
+    return Device(name, usable(device), inf, inf, inf, peak, reached, source, is_cpu=device != "cuda")

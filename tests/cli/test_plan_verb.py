@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import write_text
@@ -47,8 +50,7 @@ def test_the_page_answers_in_order(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not counted: evaluating, starting, compiling, saving" in text
     assert "20 tokens a parameter are what Chinchilla was trained with: a rule, no constant" in text
     assert "at 2.5 an hour of a device" in text
-    remedy = next(line for line in lines if line.strip().startswith("to fit: ")).partition("to fit: ")[2]
-    assert lines[-1] == f"next   lumina train b7 {remedy} --supervise --processes 8"
+    assert lines[-1] == "next   lumina train b7 precision.mode=bf16_pure --supervise --processes 8"
     assert any(line.startswith("! 7.0 epochs") for line in lines)
 
 
@@ -131,12 +133,120 @@ def test_python_asks_the_same() -> None:
         lumina.plan("b1", gpus="8xH1000")
 
 
+def test_the_plan_is_of_the_run_that_it_starts() -> None:
+    """What was asked does not fit, what is shown and started does, and everything is of the latter."""
+    made = lumina.plan("b7", gpus="8xH100", data=None, tokens="20B")
+    assert made.asked is not None
+    assert made.asked.total > made.asked.capacity >= made.memory.total
+    assert made.config.precision.mode == "bf16_pure"
+    started = planning.next_command(made, None)
+    assert started == "lumina train b7 precision.mode=bf16_pure train.tokens=20000000000 --supervise --processes 8"
+    same = lumina.plan("b7", ["precision.mode=bf16_pure"], gpus="8xH100", tokens="20B")
+    assert same.asked is None
+    assert (same.memory, same.step, same.run) == (made.memory, made.step, made.run)
+    assert "precision:\n  mode: bf16_pure  # or it would not fit" in planning.configuration(made)
+    assert any("as asked it does not fit" in warning and "small updates" in warning for warning in made.warnings)
+    asked = lumina.plan("b7", ["precision.mode=bf16"], gpus="8xH100", tokens="20B")  # also of who said otherwise
+    assert planning.next_command(asked, None) == started
+    assert planning.command(asked.question) == "lumina plan b7 precision.mode=bf16 --tokens 20000000000 --gpus 8xH100"
+
+
+LONG = ("model.seq_len=65536", "train.batch_tokens=524288")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("b7", "--gpus", "L4"), ("b50", "--gpus", "8xH100"), ("b1", *LONG, "--gpus", "8xL4")]
+)
+def test_what_does_not_fit_leads_to_a_plan_that_does(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(3):
+        lines = page(capsys, *arguments)
+        verb, *arguments = shlex.split(next(line for line in lines if line.startswith("next"))[7:])[1:]
+        if verb != "plan":
+            break
+        assert "! it does not fit" in lines
+    assert "does not fit" not in lines[4]
+    assert verb == "train" or "HOST:29400" in lines[-2]
+
+
+def test_several_machines_are_started_by_torchrun_on_each(capsys: pytest.CaptureFixture[str]) -> None:
+    *_, started, where = page(capsys, "b1", "--gpus", "24xH100", "train.batch_tokens=786432")
+    assert started.split() == [
+        "next", "torchrun", "--nnodes", "3", "--nproc-per-node", "8", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+        "HOST:29400", "-m", "lumina", "train", "b1", "train.batch_tokens=786432",
+    ]  # fmt: skip
+    assert "on each of the 3 machines" in where
+
+
+def test_without_a_preset_the_next_command_can_be_pasted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = page(capsys, "--params", "150k", "--tokens", "4096", "--kind", "dense", "parallel.device=cpu")
+    first, second = lines[-1].removeprefix("next   ").split(" && ")
+    assert second == "lumina train plan.yaml"
+    assert main(shlex.split(first)[1:]) == 0
+    assert main(["config", "check", "plan.yaml"]) == 0
+
+
+def test_what_a_file_says_is_not_said_again(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: debug\nmodel:\n  kind: dense\ntrain:\n  steps: 300\n  lr: 1e-3\n")
+    for settings in ([], ["train.lr=2e-3"]):
+        made = lumina.plan(file, settings, gpus="H100")
+        assert planning.next_command(made, None) == " ".join(["lumina train", str(file), *settings])
+
+
+def test_a_question_is_the_command_that_asks_it() -> None:
+    keys = {
+        "gpus": "2xX9",
+        "peak_tflops": 362.5,
+        "mem": "46068MiB",
+        "time": "90m",
+        "price": 2.5,
+        "available": 123456789,
+    }
+    known: dict[str, Any] = {
+        ("tokens_available" if name == "available" else name): value for name, value in keys.items()
+    }
+    made = lumina.plan("b1", ["model.kind=dense", "train.micro_batch=1"], **known)
+    arguments = shlex.split(planning.command(made.question))
+    assert arguments[:3] == ["lumina", "plan", "b1"]
+    options = dict(zip(arguments[5::2], arguments[6::2], strict=True))
+    assert options == {
+        "--time": "5400s", "--price": "2.5", "--tokens-available": "123456789", "--gpus": "2xX9",
+        "--peak-tflops": "362.5", "--mem": "46068MiB",
+    }  # fmt: skip
+    assert made.fleet.device.memory == 46068 * 2**20
+
+
+def test_a_laptop_is_told_what_it_can_do_in_the_time(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    assert main(["plan", "b1", "--data", str(text), "--time", "24h", "parallel.device=cpu"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"24 hours hold \d+ steps? of b1 on .*: one, of 524,288 tokens, takes", said)
+    assert re.search(r"leave b1 out: --time alone finds what fits \(.* active parameters, .* tokens\)", said)
+    lines = page(capsys, "--data", str(text), "--time", "24h", "parallel.device=cpu")
+    assert any(line.startswith("time   22h") for line in lines)
+
+
+def test_a_price_of_this_cpu_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    warned = "! the price is taken for an hour of this machine"
+    lines = page(capsys, "--budget", "300", "--price", "2.5", "parallel.device=cpu")
+    assert sum(line.startswith(warned) for line in lines) == 1
+    lines = page(capsys, "--budget", "300", "--price", "2.5", "--gpus", "H100")
+    assert not any(line.startswith(warned) for line in lines)
+
+
 def test_more_than_fits_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
     lines = page(capsys, "b7", "--gpus", "L4", "--tokens-available", "200B")
     assert any("does not fit" in line for line in lines[:10])
     assert "! it does not fit" in lines
-    remedy = next(line for line in lines if line.strip().startswith("to fit: ")).partition("to fit: ")[2]
-    assert ("=" in remedy.split()[0]) == lines[-1].endswith(remedy)
+    processes, _, *settings = next(line for line in lines if "to fit: " in line).split("to fit: ")[1].split()
+    assert (
+        lines[-1] == f"next   lumina plan b7 {' '.join(settings)} --tokens-available 200000000000 --gpus {processes}xL4"
+    )
 
 
 def test_a_measurement_is_kept_and_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,16 +1,14 @@
 """What each of two processes does: a plain run, and one that tries arms and goes back, which must be the same.
 
 So must be what it may not do, for the disk of one process refuses it.
-
-arms_worker.py ROOT
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,7 +49,7 @@ def meet_a_full_disk(controls: SessionControls) -> None:
         fork.run("blocked", [], 2, 0)
 
 
-def try_and_go_back(controls: SessionControls) -> None:
+def try_and_go_back(patch: pytest.MonkeyPatch, controls: SessionControls) -> None:
     controls.snapshot()
     with controls.fork(1.0) as fork:
         control, placebo = (fork.run(name, [], 3, 2) for name in ("control", "placebo"))
@@ -61,12 +59,13 @@ def try_and_go_back(controls: SessionControls) -> None:
     act(patch, {7: lambda controls: controls.rollback(WHY, 4)})  # in memory
 
 
-if __name__ == "__main__":
-    root, world = Path(sys.argv[1]), join()
+def main(root: Path) -> None:
+    world = join()
     keys = request(root)
     plain = Trainer("tiny", root=root / "plain", **keys).fit()
     with pytest.MonkeyPatch.context() as patch:
-        act(patch, {4: try_and_go_back, 6: meet_a_full_disk, 9: lambda controls: controls.rollback(WHY, 3)})  # on disk
+        on_disk = partial(SessionControls.rollback, why=WHY, step=3)
+        act(patch, {4: partial(try_and_go_back, patch), 6: meet_a_full_disk, 9: on_disk})
         tried = Trainer("tiny", root=root / "tried", **keys).fit()
     if world.main:
         require_equal(plain, tried)

@@ -1,11 +1,7 @@
-"""Two processes, one of which waits for the other; `test_hearing.py` starts it with torchrun.
-
-hearing.py ROOT    whatever the main process says comes to the other while it works, not when it is done
-"""
+"""Two processes, one of which waits for the other: what the main one says comes while it works, not when it is done."""
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -76,7 +72,3 @@ def main(root: Path) -> None:
     assert found
     assert {what for what, _, _ in words} == {"verifying step-000001"}
     assert words[-1][1] == words[-1][2] == receipt.bytes
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import hearing
-from test_processes import torchrun
+from several import all_well
 
 
 def test_who_waits_for_the_main_process_hears_how_far_it_is(tmp_path: Path) -> None:
-    torchrun(2, hearing.__file__, str(tmp_path))
+    all_well(2, hearing.main, tmp_path, folder=tmp_path)

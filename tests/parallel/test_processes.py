@@ -14,6 +14,7 @@ import pytest
 import torch
 import worker
 from safetensors.torch import load_file
+from several import all_well, several
 from support import ended, until, write_text
 
 from lumina.checkpoint import store
@@ -31,21 +32,11 @@ TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nn
 TORCHRUN += ["--rdzv-endpoint", "localhost:0", "--nproc-per-node"]
 
 
-def torchrun(
-    processes: int, *arguments: str, check: bool = True, **options: object
-) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    command = [*TORCHRUN, str(processes), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **options)  # type: ignore[call-overload]
-    assert done.returncode == 0 or not check, done.stderr
-    return done  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("processes", [2, 4])
 def test_one_step_of_several_processes_is_that_of_one(processes: int, tmp_path: Path) -> None:
     out = tmp_path / "gradients.safetensors"
     cases = worker.CASES if processes == 2 else worker.CASES[-2:]
-    torchrun(processes, worker.__file__, "gradients", str(out))
+    all_well(processes, worker.write_gradients, out, folder=tmp_path)
     several, one = load_file(out), worker.gradients(cases)
     assert several.keys() == one.keys()
     for name, want in one.items():
@@ -75,7 +66,7 @@ def cut(run: Run, step: int, to: Path) -> Run:
 
 def test_two_processes_train_as_one_does_and_each_goes_on_with_the_others_checkpoints(tmp_path: Path) -> None:
     text = write_text(tmp_path)
-    torchrun(2, worker.__file__, "train", str(tmp_path / "2"), str(text), *worker.KINDS)
+    all_well(2, worker.train, tmp_path / "2", text, folder=tmp_path)
     by_two = [Run(path) for kind in worker.KINDS for path in (tmp_path / "2" / kind).iterdir()]
     by_one = worker.train(tmp_path / "1", text)
     for one, two in zip(by_one, by_two, strict=True):
@@ -94,7 +85,7 @@ def test_two_processes_train_as_one_does_and_each_goes_on_with_the_others_checkp
     for run in back:
         resume(run)
     there = [cut(run, 10, tmp_path / "there" / run.path.name) for run in by_one]
-    torchrun(2, worker.__file__, "resume", *(str(run.path) for run in there))
+    all_well(2, worker.go_on, [run.path for run in there], folder=tmp_path)
     for resumed, whole in zip([*back, *there], [*by_two, *by_one], strict=True):
         assert losses(resumed) == pytest.approx(losses(whole), abs=1e-4)
         last = [event for event in resumed.events() if event["t"] == "run"][-1]
@@ -103,13 +94,13 @@ def test_two_processes_train_as_one_does_and_each_goes_on_with_the_others_checkp
 
 def test_four_processes_some_without_an_expert_and_one_go_on_with_each_others_checkpoints(tmp_path: Path) -> None:
     text = write_text(tmp_path)
-    torchrun(4, worker.__file__, "train", str(tmp_path / "4"), str(text), "hybrid")
+    all_well(4, worker.train, tmp_path / "4", text, ["hybrid"], 6, 2, folder=tmp_path)
     (by_four,) = (Run(path) for path in (tmp_path / "4" / "hybrid").iterdir())
     (by_one,) = worker.train(tmp_path / "1", text, ["hybrid"], steps=6)  # in micro-batches of four
     assert losses(by_four) == pytest.approx(losses(by_one), abs=1e-4)
     back, there = (cut(run, 3, tmp_path / name) for run, name in ((by_four, "back"), (by_one, "there")))
     resume(back)
-    torchrun(4, worker.__file__, "resume", str(there.path))
+    all_well(4, worker.go_on, [there.path], folder=tmp_path)
     for resumed in (back, there):
         assert losses(resumed) == pytest.approx(losses(by_one), abs=1e-4)
     starts = [event for run in (back, there) for event in run.events() if event["t"] == "run"]
@@ -121,16 +112,14 @@ def test_two_one_two_and_one_two_processes_train_on_the_same_batches_in_the_same
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text, ids = write_text(tmp_path), tmp_path / "ids.txt"
-    torchrun(2, worker.__file__, "interrupt", str(tmp_path), str(text), str(ids))
+    all_well(2, worker.interrupt_one_of_two, tmp_path, text, ids, folder=tmp_path)
     (whole,), (parts,) = ([Run(path) for path in (tmp_path / name).iterdir()] for name in ("whole", "parts"))
     monkeypatch.setattr(Loader, "ids", worker.noted(ids))
     with pytest.raises(Stopped):
         resume(parts, [worker.stop_at(2 * worker.CUT)])
     worker.interrupt(tmp_path / "one", text, [worker.stop_at(worker.CUT)])
     (one,) = (Run(path) for path in (tmp_path / "one").iterdir())
-    with monkeypatch.context() as environment:
-        environment.setenv("NOTED", str(ids))
-        torchrun(2, worker.__file__, "resume", str(parts.path), str(one.path))
+    all_well(2, worker.go_on, [parts.path, one.path], ids, folder=tmp_path)
     starts = [[e["processes"] for e in run.events() if e["t"] == "run"] for run in (parts, one)]
     assert starts == [[2, 1, 2], [1, 2]]
     for run in (parts, one):
@@ -145,13 +134,13 @@ def test_two_one_two_and_one_two_processes_train_on_the_same_batches_in_the_same
 
 def test_a_process_without_memory_ends_all_and_the_next_start_takes_half_the_micro_batch(tmp_path: Path) -> None:
     text = write_text(tmp_path)
-    failed = torchrun(2, worker.__file__, "scarce", str(tmp_path / "two"), str(text), check=False)
-    assert failed.returncode != 0
-    assert "process 1: step 3: DefaultCPUAllocator: can't allocate memory" in failed.stderr
+    assert all(several(2, worker.scarce, tmp_path / "two", text, folder=tmp_path))
+    said = "".join(path.read_text() for path in tmp_path.glob("said-*.txt"))
+    assert "process 1: step 3: DefaultCPUAllocator: can't allocate memory" in said
     (run,) = (Run(path) for path in (tmp_path / "two").iterdir())
     assert not run.finished
     assert json.loads(run.retry.read_text())["micro_batch"] == 2
-    torchrun(2, worker.__file__, "scarce", str(tmp_path / "two"), str(text))
+    all_well(2, worker.scarce, tmp_path / "two", text, folder=tmp_path)
     assert run.finished
     assert not run.retry.exists()
     first, second = (event for event in read_events(run.event_log) if event["t"] == "run")
@@ -167,12 +156,12 @@ def test_a_process_without_memory_ends_all_and_the_next_start_takes_half_the_mic
 def test_a_process_of_two_that_is_killed_in_a_save_costs_one_interval_and_no_bit(tmp_path: Path) -> None:
     text = write_text(tmp_path)
     for how in worker.DEATHS:
-        died = torchrun(2, worker.__file__, "killed", str(tmp_path), str(text), how, check=False)
-        assert "SIGKILL" in died.stderr
+        assert -signal.SIGKILL in several(2, worker.killed, tmp_path, text, how, folder=tmp_path)
     killed = [Run(path) for how in worker.DEATHS for path in (tmp_path / how).iterdir()]
     for run in killed:
         assert [store.step_of(path) for path in store.checkpoints(run.checkpoints)] == [2]
-    torchrun(2, worker.__file__, "again", str(tmp_path / "whole"), str(text), *(str(run.path) for run in killed))
+    beside = [run.path for run in killed]
+    all_well(2, worker.go_on_beside_one_left_alone, tmp_path / "whole", text, beside, folder=tmp_path)
     (whole,) = (Run(path) for path in (tmp_path / "whole").iterdir())
     for run in killed:
         assert differences(whole, run) == []
@@ -203,7 +192,10 @@ def test_the_example_runs_and_a_signal_saves_in_all_and_is_said_once(tmp_path: P
 def test_a_batch_that_does_not_divide_is_said_once_and_leaves_nothing(tmp_path: Path) -> None:
     write_text(tmp_path)
     command = ["-m", "lumina", "train", "tiny", "data.train=text.txt", "train.batch_tokens=192"]
-    done = torchrun(2, *command, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        [*TORCHRUN, "2", *command], capture_output=True, text=True, timeout=300, cwd=tmp_path,
+        env=os.environ | {"PYTHONWARNINGS": "error"},
+    )  # fmt: skip
     assert done.stderr.count("3 sequences do not divide among 2 processes") == 1
     assert "start 1 or 3 processes" in done.stderr
     assert list((tmp_path / "runs").glob("*")) == []

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 import writing
 from safetensors.torch import load_file
-from test_processes import torchrun
+from several import all_well
 
 from lumina.checkpoint import store, tensors
 
 
 def test_two_processes_save_in_parts_and_one_reads_it(tmp_path: Path) -> None:
-    torchrun(2, writing.__file__, str(tmp_path))
+    all_well(2, writing.main, tmp_path, folder=tmp_path / "said")
     for way in ("inline", "background"):
         root = tmp_path / way
         assert sorted(os.listdir(root)) == ["latest", "step-000001", "step-000003"]

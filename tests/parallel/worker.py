@@ -1,19 +1,9 @@
-"""What each of several processes does; `test_processes.py` starts it with torchrun and compares with one process.
-
-worker.py gradients OUT             one step of every kind: gradients and updated weights, put together, to OUT
-worker.py train ROOT TEXT KIND...   a whole tiny run of every such kind below ROOT
-worker.py resume RUN...             goes on with these runs
-worker.py interrupt ROOT TEXT IDS   a run that is not interrupted, and one that is, by SIGTERM after `CUT` steps
-worker.py scarce ROOT TEXT          a run in whose third step the memory of one process runs out
-worker.py killed ROOT TEXT HOW      a run below ROOT/HOW, one of whose processes is killed in the middle of a save
-worker.py again ROOT TEXT RUN...    the same below ROOT, which nobody kills; and the others go on
-"""
+"""What each of several processes does; `test_processes.py` compares with one process."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -164,31 +154,30 @@ def killed(root: Path, text: Path, how: str) -> None:
     saving_often(root / how, text)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    verb, *arguments = sys.argv[1:]
-    if verb == "gradients":
-        found = gradients(CASES if join().size == 2 else CASES[-2:], join())
-        if join().main:
-            save_file(found, arguments[0])
-    elif verb == "train":
-        steps, micro_batch = (6, 2) if join().size == 4 else (20, 4)
-        train(Path(arguments[0]), Path(arguments[1]), arguments[2:], steps, micro_batch)
-    elif verb == "interrupt":
-        root, text, ids = map(Path, arguments)
+# -- in each of them --------------------------------------------------------------------------------------------------
+
+
+def write_gradients(out: Path) -> None:
+    """One step of every case: gradients and updated weights, put together."""
+    found = gradients(CASES if join().size == 2 else CASES[-2:], join())
+    if join().main:
+        save_file(found, out)
+
+
+def interrupt_one_of_two(root: Path, text: Path, ids: Path) -> None:
+    """A run that is not interrupted, and one that is, by SIGTERM after `CUT` steps."""
+    Loader.ids = noted(ids)  # type: ignore[method-assign]
+    interrupt(root / "whole", text)
+    interrupt(root / "parts", text, [stop_at(CUT)])
+
+
+def go_on(runs: Sequence[Path], ids: Path | None = None) -> None:
+    if ids:
         Loader.ids = noted(ids)  # type: ignore[method-assign]
-        interrupt(root / "whole", text)
-        interrupt(root / "parts", text, [stop_at(CUT)])
-    elif verb == "killed":
-        killed(Path(arguments[0]), Path(arguments[1]), arguments[2])
-    elif verb == "again":
-        saving_often(Path(arguments[0]), Path(arguments[1]))
-        for path in arguments[2:]:
-            resume(Run(Path(path)))
-    elif verb == "scarce":
-        scarce(Path(arguments[0]), Path(arguments[1]))
-    else:
-        if "NOTED" in os.environ:
-            Loader.ids = noted(Path(os.environ["NOTED"]))  # type: ignore[method-assign]
-        for path in arguments:
-            resume(Run(Path(path)))
+    for path in runs:
+        resume(Run(path))
+
+
+def go_on_beside_one_left_alone(root: Path, text: Path, runs: Sequence[Path]) -> None:
+    saving_often(root, text)
+    go_on(runs)

@@ -1,11 +1,10 @@
-"""Two processes that save with both ways of a writer; `test_writing.py` starts it with torchrun and reads the files.
+"""Two processes that save with both ways of a writer; `test_writing.py` reads the files.
 
-writing.py ROOT    ROOT/<way>/step-000001, of rows that do not divide evenly; rank 1 is refused step 2; step 3
+ROOT/<way>/step-000001, of rows that do not divide evenly; rank 1 is refused step 2; step 3
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,3 @@ def main(root: Path) -> None:
         writer.save(3, model, optim, {})
         writer.finish()
         assert [receipt.step for receipt in writer.poll()] == [3]
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -30,7 +30,7 @@ RESOLVED = settle(
 )
 PHASES = [{"begin": 0, "end": 100, "data": "text", "lr": 3e-3, "warmup": 10, "decay": 40}]
 MACHINE = {"device_name": "A CPU", "cores": 2}
-FLEET = Fleet(Device("A CPU, 2 cores", 2**33, 1e10, 1e10, {"fp32": 5e10}, CPU, "test", is_cpu=True))
+FLEET = Fleet(Device("A CPU, 2 cores", 2**33, 1e10, 1e10, 1e10, {"fp32": 5e10}, CPU, "test", is_cpu=True))
 TOKENS = {"train": 10_000, "heldout": 2_000}
 MIB = 2**20
 
@@ -94,7 +94,7 @@ def test_what_is_forecast_when_a_run_begins() -> None:
     assert told["loss"]["low"] < told["loss"]["mid"] < told["loss"]["high"]
     assert told["missing"] == {}
     assert outset.prior(json.loads(json.dumps(told))) == SHIPPED
-    other = Fleet(Device("slow", 2**33, 1e10, 1e10, {"bf16": 1e10}, CPU, "test", is_cpu=True))
+    other = Fleet(Device("slow", 2**33, 1e10, 1e10, 1e10, {"bf16": 1e10}, CPU, "test", is_cpu=True))
     lacking = outset.outset(RESOLVED.config, begun(), other, Store(), LAWS["besiroglu"])
     assert lacking["step_seconds"] is None
     assert "fp32" in lacking["missing"]["times"]

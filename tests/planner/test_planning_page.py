@@ -19,8 +19,8 @@ def rows() -> list[str]:
     made = []
     for device in DEVICES.values():
         peaks = (f"{device.peak[name] / 1e12:g}" if name in device.peak else "-" for name in ("bf16", "fp16", "fp32"))
-        sizes = (f"{value / 1e9:g}" for value in (device.memory, device.bandwidth, device.link))
-        made.append(f"| {device.name} | {' | '.join((*peaks, *sizes))} |")
+        rates = (f"{value / 1e9:g}" for value in (device.bandwidth, device.link, device.network))
+        made.append(f"| {device.name} | {' | '.join((*peaks, str(device.memory >> 20), *rates))} |")
     return made
 
 

@@ -9,7 +9,8 @@ from support import KINDS
 
 from lumina.config.resolve import resolve
 from lumina.config.schema.config import Config
-from lumina.planner.memory import memory, micro_batches
+from lumina.planner import remedies as planner_remedies
+from lumina.planner.memory import memory, micro_batches, peak
 from lumina.planner.remedies import fits, largest_micro_batch, remedies
 
 GIB = 2**30
@@ -59,6 +60,26 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
             changed = resolve("debug_200m", {"model.kind": "dense", "train.micro_batch": larger}).config
             assert memory(changed, 1, "cuda").training > capacity
     assert largest_micro_batch(config, 2**20) is None
+
+
+@pytest.mark.parametrize("gib", [2, 3, 5, 8, 20, 60])
+def test_the_largest_micro_batch_is_that_of_trying_all(gib: int) -> None:
+    config = resolve("debug_200m", {"model.kind": "hybrid", "train.batch_tokens": 122880}).config
+    tried = (n for n in micro_batches(config) if holds(config, n, gib * GIB))
+    assert largest_micro_batch(config, gib * GIB, 1, "cuda") == next(tried, None)
+
+
+def holds(config: Config, n: int, capacity: int) -> bool:
+    train = config.train.model_copy(update={"micro_batch": n})
+    return memory(config.model_copy(update={"train": train}), 1, "cuda").training <= capacity
+
+
+def test_few_are_tried_for_what_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan is to answer at once: trying every change at every micro-batch took three times as many."""
+    asked: list[int] = []
+    monkeypatch.setattr(planner_remedies, "peak", lambda *a: asked.append(1) or peak(*a))
+    assert len(remedies(resolve("b7").config, 80 * GIB, 8, "cuda")) == 3
+    assert len(asked) < 60
 
 
 def test_where_nothing_helps_nothing_is_suggested() -> None:

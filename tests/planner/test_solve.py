@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lumina.planner.hardware import Fleet, parse_gpus
 from lumina.planner.hyperparameters import bands
 from lumina.planner.laws import law, params_of
 from lumina.planner.question import ask
-from lumina.planner.solve import Solved, Solver, as_yaml, asked
+from lumina.planner.solve import LEAST_STEPS, Solved, Solver, as_yaml, asked
 
 BESIROGLU = law("besiroglu")
 
@@ -76,6 +77,35 @@ def test_a_time_is_filled() -> None:
     assert solve(NODE, time="48h", source="b1").tokens == pytest.approx(
         2 * solve(NODE, time="24h", source="b1").tokens, rel=0.01
     )
+
+
+@pytest.mark.parametrize(
+    ("known", "said", "way"),
+    [
+        ({"source": "b7", "time": "10s"}, "10 seconds hold not one step of b7 on 8xH100-SXM", "leave b7 out: --time"),
+        ({"source": "b7", "time": "10m"}, "and 20 are needed", "leave b7 out: --time alone finds what fits"),
+        ({"source": "b7", "settings": ["train.time=10s"]}, "10 seconds hold not one step", "give it 15"),
+        ({"source": "b7", "budget": 1, "price": 100}, "4.5 seconds hold not one step", "leave b7 out: --budget"),
+        ({"source": "b7", "compute": 1e17}, "1e+17 FLOP hold 1 step of b7", "leave b7 out: --compute"),
+        ({"params": "7B", "time": "1s"}, "1 second holds not one step", "or more devices"),
+        ({"tokens": "1T", "time": "1m"}, "no model of 12.7 parameters", "it goes from"),
+    ],
+)
+def test_what_holds_no_run_is_refused_with_what_does(known: dict[str, Any], said: str, way: str) -> None:
+    with pytest.raises(UserError) as caught:
+        solve(NODE, **known)
+    assert said in caught.value.message
+    assert way in caught.value.fix
+
+
+def test_what_is_said_to_be_enough_is_enough() -> None:
+    with pytest.raises(UserError) as caught:
+        solve(NODE, source="b7", time="10s")
+    minutes = re.search(r"give it ([\d.]+) minutes", caught.value.fix)
+    assert minutes is not None
+    solved = solve(NODE, source="b7", time=f"{minutes[1]}m")
+    assert solved.tokens // solved.config.train.batch_tokens == LEAST_STEPS
+    assert run_seconds(solved, NODE) < 60 * float(minutes[1])
 
 
 def test_a_budget_is_a_time_on_all_devices() -> None:

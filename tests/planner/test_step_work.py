@@ -87,10 +87,10 @@ def test_flops_are_those_that_are_counted_and_memory_is_moved_by_all_weights(kin
     settled = config(kind, **{"train.optimizer": "adamw"})
     cost, does = count(settled.model), work.of(settled)
     assert does.flops == 512 * cost.flops_per_token
-    assert does.extra_flops == 0
+    assert does.recomputed_flops == does.muon_flops == 0
     assert does.memory_bytes == pytest.approx((18 + 40) * cost.total)
     full = work.of(config(kind, **{"train.optimizer": "adamw", "train.recompute": "full"}))
-    assert full.extra_flops == pytest.approx(does.flops / 3)
+    assert full.recomputed_flops == pytest.approx(does.flops / 3)
     assert full.block_launches > does.block_launches
     assert full.flops == does.flops  # recomputation is never counted
 
