@@ -17,7 +17,7 @@ from lumina.errors import UserError
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "planner"
 
 
-@pytest.mark.parametrize(("device", "meter"), [("cpu", resident), ("cuda", allocator)])
+@pytest.mark.parametrize(("device", "meter"), [("cpu", resident), ("cuda", allocator), ("fake", tracker)])
 def test_the_page_is_what_the_planner_says_today_beside_what_was_measured(device: str, meter: ModuleType) -> None:
     name = f"2026-11-26-memory-{device}"
     page, found = meter.beside(earlier(FOLDER / f"{name}.json"))
