@@ -35,8 +35,8 @@ BATCH = 1024  # tokens
 STEPS = 3520  # 3.6M tokens, of a text of 9M
 SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the tokens of a whole run, that its cooldowns have seen at their end
 DECAY = 0.2
-WIDTHS = {48: 1, 64: 2, 96: 2, 144: 3, 208: 1}  # and key-value heads
-LARGER = (288, 2, 4688)  # width, key-value heads, steps
+WIDTHS = {48: 1, 64: 2, 96: 2, 144: 3}  # and key-value heads
+LARGER = (208, 1, 4400)  # width, key-value heads, steps
 ALSO_NOW = 64  # up to this width, also an arm whose decay is as long as the run's, for "start the decay now"
 
 
