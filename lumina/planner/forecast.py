@@ -178,7 +178,7 @@ def _final(found: Posterior, view: View, now: int, prior: Prior, heldout: bool) 
 
 
 def _decay_now(found: Posterior, view: View, now: int, prior: Prior) -> DecayNow | None:
-    """Both ends have the same decay, so that what is not known of its gain hardly matters; of what is ahead, it does."""
+    """Both ends have the same decay: what is not known of its gain hardly matters, what is not known ahead does."""
     if view.schedule.kind != "wsd" or now >= view.schedule.decay_begins or not view.schedule.parts[-1].decay:
         return None
     sooner = view.schedule.decayed_after(now)
