@@ -48,3 +48,11 @@ def test_the_prediction_is_what_the_law_of_the_points_says(kind: str) -> None:
     assert law.loss(told["params"], told["tokens"]) == pytest.approx(told["loss"], abs=1e-4)
     ends = [tuple(end) for run in recorded() if run["kind"] == kind for end in run["ends"]]
     assert sorted(ends) == sorted((point.tokens, point.loss) for point in read_points(STUDY / f"points-{kind}.csv"))
+
+
+def test_the_larger_run_came_to_what_was_predicted_of_it() -> None:
+    told, came = (json.loads((STUDY / f"{name}.json").read_text()) for name in ("prediction", "larger-dense"))
+    low, high = told["dense"]["80%"]
+    assert (came["params"], came["tokens"]) == (told["dense"]["params"], told["dense"]["tokens"])
+    assert low < came["loss"] < high
+    assert came["loss"] == pytest.approx(told["dense"]["loss"], rel=0.01)
