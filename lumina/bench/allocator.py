@@ -80,6 +80,11 @@ class CudaMeter:
 
 def report(names: Sequence[str] = NAMES, progress: Tell = silent) -> tuple[str, dict[str, Any]]:
     """The page, and every number of it; a case that fails says why, and the next one begins."""
+    return beside(take(names, progress))
+
+
+def take(names: Sequence[str], progress: Tell = silent) -> dict[str, Any]:
+    """What is measured, without a forecast."""
     found: dict[str, Any] = {}
     for name in tracked(names, "measuring memory", len(names), progress):
         keys = {**GPU, **CASES[name]}
@@ -90,9 +95,21 @@ def report(names: Sequence[str] = NAMES, progress: Tell = silent) -> tuple[str, 
             found[name] = {"keys": keys, "error": f"{type(error).__name__}: {str(error)[:500]}"}
         found[name]["seconds"] = round(time.perf_counter() - start, 2)
         _empty()
-    about = circumstances("cuda") | _libraries()
-    page = pages.table("Memory of training on a GPU", HEADER, rows(found), said(about))
-    return page.lstrip(), {"about": about, "cases": found}
+    return {"about": circumstances("cuda") | _libraries(), "cases": found}
+
+
+def beside(measured: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The page of what was measured, whenever that was, and what the planner says of it today."""
+    about, cases = measured["about"], {}
+    for name, one in measured["cases"].items():
+        cases[name] = one if "error" in one else {**one, "forecast": _forecast(one, about["torch"])}
+    page = pages.table("Memory of training on a GPU", HEADER, rows(cases), said(about))
+    return page.lstrip(), {"about": about, "cases": cases}
+
+
+def _forecast(one: Mapping[str, Any], torch: str) -> dict[str, Any]:
+    said = forecast_of(one["keys"], "cuda", one["attention"].removesuffix("_attention"), torch)
+    return {"moments": said.moments, "parts": said.parts, "peak": said.total}
 
 
 def _measure(keys: Keys) -> dict[str, Any]:
@@ -102,7 +119,6 @@ def _measure(keys: Keys) -> dict[str, Any]:
     attention = attention_kernel(config)
     model = setup.build_model(config, Precision.of(config.precision, "cuda"), ALONE)
     took = walk(config, model, CudaMeter())
-    forecast = forecast_of(keys, "cuda", attention)
     reserved = torch.cuda.memory_stats()["reserved_bytes.all.peak"]
     del model
     return {
@@ -114,7 +130,6 @@ def _measure(keys: Keys) -> dict[str, Any]:
         "peak": took.peak,
         "left": _empty(),
         "reserved": reserved,
-        "forecast": {"moments": forecast.moments, "parts": forecast.parts, "peak": forecast.total},
     }
 
 

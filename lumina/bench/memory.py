@@ -7,9 +7,11 @@ memory on a CPU).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from lumina.config.names import kinds_of
 from lumina.config.resolve import Resolved, resolve, settle
 from lumina.config.schema.config import Config
 from lumina.data.loader import Batch
+from lumina.errors import UserError
 from lumina.model.transformer import Transformer
 from lumina.parallel.world import ALONE, World
 from lumina.planner import memory as forecasts
@@ -137,6 +140,21 @@ class _AllCounted(Batch):
         return self.targets_BS.numel()
 
 
-def forecast_of(keys: Keys, device: str, attention: str | None = None) -> forecasts.Memory:
-    """What the planner says of them, given the attention kernel that was seen."""
-    return forecasts.memory(resolved(keys).config, 1, device, attention)
+def forecast_of(keys: Keys, device: str, attention: str | None = None, torch: str | None = None) -> forecasts.Memory:
+    """What the planner says of them, given the attention kernel that was seen and PyTorch's version."""
+    major_minor = torch and torch.split(".")[:2]
+    version = (int(major_minor[0]), int(major_minor[1])) if major_minor else None
+    return forecasts.memory(resolved(keys).config, 1, device, attention, version)
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """What was measured before, maybe on another machine: the JSON of a report. Raises `UserError` if it is none."""
+    try:
+        measured = json.loads(path.read_bytes())
+        if not (isinstance(measured["about"], dict) and measured["cases"]):
+            raise ValueError("it has no cases")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}", fix="name the .json of a report") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: no measured memory: {error}", fix="name the .json of a report") from None
+    return dict(measured)

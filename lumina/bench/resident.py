@@ -85,27 +85,31 @@ def report(names: Sequence[str] = NAMES, progress: Tell = silent) -> tuple[str, 
     """The page, and every number of it."""
     grown = memory_of(suite, names, repeats=1, progress=progress, environment=RETURNED)
     usual = memory_of(suite, names, repeats=1, progress=progress)
-    found: dict[str, Any] = {}
-    for name, bytes_ in grown.items():
-        forecast = forecast_of({**CPU, **CASES[name]}, "cpu")
-        found[name] = {
-            "keys": {**CPU, **CASES[name]},
+    found = {
+        name: {"keys": {**CPU, **CASES[name]}, "resident": bytes_, "resident_by_default": usual[name]}
+        for name, bytes_ in grown.items()
+    }
+    return beside({"about": circumstances("cpu"), "cases": found})
+
+
+def beside(measured: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The page of what was measured, whenever that was, and what the planner says of it today."""
+    about, cases = measured["about"], {}
+    for name, one in measured["cases"].items():
+        forecast = forecast_of(one["keys"], "cpu", torch=about["torch"])
+        cases[name] = {
+            **one,
             "used": "to set constants" if name in FITTED else "to judge",
-            "resident": bytes_,
-            "resident_by_default": usual[name],
             "forecast": {"moments": forecast.moments, "parts": forecast.parts, "peak": forecast.total},
             "moment": forecast.moment,
-            "error": forecast.total / bytes_ - 1,
+            "error": forecast.total / one["resident"] - 1,
         }
-    about = circumstances("cpu")
     said = (
         f"{about['date']}, {about['device_name']}, lumina at {about['commit'] or 'no commit'}, torch {about['torch']}; "
         "how far the resident memory of a process grew in two steps and an evaluation, one thread."
     )
-    return pages.table("Resident memory of training on a CPU", HEADER, rows(found), said).lstrip(), {
-        "about": about,
-        "cases": found,
-    }
+    page = pages.table("Resident memory of training on a CPU", HEADER, rows(cases), said)
+    return page.lstrip(), {"about": about, "cases": cases}
 
 
 def rows(cases: Mapping[str, Any]) -> list[list[str]]:

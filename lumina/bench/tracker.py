@@ -11,7 +11,7 @@ import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -200,31 +200,26 @@ SHARED = [
 
 
 def measure_shared(case: Shared) -> dict[str, Any]:
-    """Bytes by moment in one process, counted and forecast."""
-    config = case.config()
-    walked = shared_moments(config, case.processes)
-    return _compared(walked, forecasts.memory(config, case.processes, "cpu"))
+    """Bytes by moment in one process."""
+    return {**vars(case), "walked": shared_moments(case.config(), case.processes)}
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Bytes by moment: walked at both depths, extrapolated to the preset's, and the forecast."""
+    """Bytes by moment: walked at both depths, and extrapolated to the preset's."""
     whole = case.config()
     with large_chunks():
-        return _measure(whole, case)
-
-
-def _measure(whole: Config, case: Case) -> dict[str, Any]:
-    at = {depth: moments(case.config(**{"model.layers": depth})) for depth in DEPTHS}
+        at = {depth: moments(case.config(**{"model.layers": depth})) for depth in DEPTHS}
+        step = optimizer_step(whole)
     few, more = DEPTHS
     slope = {moment: (at[more][moment] - at[few][moment]) / (more - few) for moment in MOMENTS}
     walked = {moment: round(at[more][moment] + (whole.model.layers - more) * slope[moment]) for moment in MOMENTS}
-    walked["optimizer"] = optimizer_step(whole)
     return {
+        **vars(case),
         "layers": whole.model.layers,
         "micro_batch": whole.train.micro_batch,
         "seq_len": whole.model.seq_len,
         "at": {str(depth): found for depth, found in at.items()},
-        **_compared(walked, forecasts.memory(whole, 1, "cpu")),
+        "walked": walked | {"optimizer": step},
     }
 
 
@@ -242,9 +237,23 @@ HEADER = ("preset", "kind", "precision", "recompute", *MOMENTS, "peak, GiB", "er
 def report(names: Sequence[str] = NAMES, progress: Tell = silent) -> tuple[str, dict[str, Any]]:
     """The page of these presets, and every number of it."""
     chosen = cases(names)
-    found = [{**vars(case), **measure(case)} for case in tracked(chosen, "walking", len(chosen), progress)]
-    parted = [{**vars(case), **measure_shared(case)} for case in tracked(SHARED, "sharing", len(SHARED), progress)]
-    return page(found, parted, about := circumstances("cpu")), {"about": about, "cases": found, "shared": parted}
+    found = [measure(case) for case in tracked(chosen, "walking", len(chosen), progress)]
+    parted = [measure_shared(case) for case in tracked(SHARED, "sharing", len(SHARED), progress)]
+    return beside({"about": circumstances("cpu"), "cases": found, "shared": parted})
+
+
+def beside(measured: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The page of what was counted, whenever that was, and what the planner says of it today."""
+    with large_chunks():
+        found = [_judged(one, Case) for one in measured["cases"]]
+    parted = [_judged(one, Shared) for one in measured["shared"]]
+    about = measured["about"]
+    return page(found, parted, about), {"about": about, "cases": found, "shared": parted}
+
+
+def _judged(one: Mapping[str, Any], sort: type[Case] | type[Shared]) -> dict[str, Any]:
+    case = sort(**{field.name: one[field.name] for field in fields(sort)})
+    return {**one, **_compared(one["walked"], forecasts.memory(case.config(), one.get("processes", 1), "cpu"))}
 
 
 def page(found: Sequence[Mapping[str, Any]], parted: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:

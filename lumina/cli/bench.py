@@ -206,17 +206,27 @@ def memory(
     case: Annotated[
         list[str] | None, typer.Option(help="This case alone, or with --device fake this preset; may be repeated.")
     ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="The .json of an earlier report: measure nothing, forecast it anew.")
+    ] = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """What training takes in memory, beside what the planner says: the error of each forecast."""
     from lumina.bench import allocator, resident, tracker
+    from lumina.bench import memory as walks
     from lumina.telemetry.console import Console
     from lumina.training.machine import choose_device
 
     meters = {"cuda": allocator, "fake": tracker, "cpu": resident}
     if device not in meters:
         raise UserError(f"--device {device}: memory is not measured so", fix=f"use one of: {', '.join(meters)}")
+    if measured:
+        if case:
+            raise UserError("--case chooses what is measured, and --measured measures nothing", fix="drop one of them")
+        page, found = meters[device].beside(walks.earlier(measured))
+        _tell(f"memory-{device}", page, found, out, json)
+        return
     if device == "cuda":
         choose_device(device)
     known = meters[device].NAMES

@@ -43,8 +43,8 @@ def fit_laws(
     if forget:
         _forget(bool(sources), json)
         return
-    points, source, said = _points(sources or [], counts)
-    law = fit(points, bootstrap, seed, source, counts)
+    points, source, traits, said = _points(sources or [], counts)
+    law = fit(points, bootstrap, seed, source, counts, traits)
     before = own.path().exists()
     told = _told(law) | said | {"saved": str(own.write(to_values(law)))}
     if json:
@@ -68,8 +68,8 @@ def _forget(more: bool, json: bool) -> None:
         typer.echo(f"{'your law is gone' if there else 'there was no law of yours'}; plans use {DEFAULT}")
 
 
-def _points(sources: list[Path], counts: str) -> tuple[list[Any], str, dict[str, Any]]:
-    """The points, where they are from, and what is to be said about them."""
+def _points(sources: list[Path], counts: str) -> tuple[list[Any], str, dict[str, str], dict[str, Any]]:
+    """The points, where they are from, what their runs have in common, and what is to be said about them."""
     from lumina.planner.points import points_of, read_points
 
     files = [source for source in sources if source.is_file()]
@@ -77,15 +77,20 @@ def _points(sources: list[Path], counts: str) -> tuple[list[Any], str, dict[str,
         fix = "lumina fit-laws runs/*, or lumina fit-laws points.csv with a first line params,tokens,loss"
         raise UserError("a law is fitted to folders of runs, or to one CSV file", fix)
     if files:
-        return read_points(files[0]), f"points of {files[0].name}", {"left_out": [], "warnings": []}
+        return read_points(files[0]), f"points of {files[0].name}", {}, {"left_out": [], "warnings": []}
     if counts != "active":
         raise UserError(f"--counts {counts}: of runs the active parameters count", "leave it out")
     runs = points_of(sources)
     if not runs.points:
         problems = runs.left_out[:5] + ["…"] * (len(runs.left_out) > 5)
         raise UserError.collect(problems, "none of these is a finished run", "finish some: lumina resume RUN")
-    source = f"{len(runs.points)} runs of lumina: {runs.about}"
-    return runs.points, source, {"left_out": runs.left_out, "warnings": runs.warnings}
+    about = ", ".join(f"{name} {value}" for name, value in runs.traits.items() if value)
+    return (
+        runs.points,
+        f"{len(runs.points)} runs of lumina: {about}",
+        runs.traits,
+        {"left_out": runs.left_out, "warnings": runs.warnings},
+    )
 
 
 def _told(law: Law) -> dict[str, Any]:

@@ -57,12 +57,13 @@ def _model(plan: Plan) -> Iterator[str]:
         f"{_flop(cost.flops_per_token)} a trained token at {plan.config.model.seq_len} tokens of context, "
         f"{size(cost.kv_bytes_per_token)} of KV cache a token in fp32"
     )
-    if plan.moe is not None:
-        experts = plan.config.model.moe.experts if plan.config.model.moe else 0
+    if moe := plan.moe:
         yield (
-            f"{experts} experts: a dense model needs {plan.moe:.2g} times the FLOPs for the same loss "
-            "(Ludziejewski et al. 2025)"
+            f"{moe.expansion:.3g} experts for each one taken: a dense model needs {moe.gain:.2g} times the FLOPs "
+            "for the same loss (Ludziejewski et al. 2025)"
         )
+        if moe.extrapolated:
+            yield f"that is extrapolated: {'; '.join(moe.extrapolated)}"
 
 
 def _train(plan: Plan) -> Iterator[str]:
@@ -159,7 +160,11 @@ def _data(plan: Plan) -> Iterator[str]:
         f"{count(plan.data.tokens)} tokens to train on ({plan.data.how}): {repeats.epochs:.3g} epochs, worth "
         f"{count(repeats.effective)} fresh tokens; one of the next epoch {repeats.next_epoch:.0%} of a fresh one"
     )
-    yield f"of twice the compute {BETTER[repeats.better]} make most (Muennighoff et al. 2023)"
+    losses = ", ".join(f"{BETTER[name]} {loss:.3f}" for name, loss in repeats.twice._asdict().items())
+    yield (
+        f"twice the compute on {losses} nats of C4, now {repeats.loss:.3f}: {BETTER[repeats.better]} make most"
+        f"{'' if repeats.more_data else ' of what can be had'} (Muennighoff et al. 2023)"
+    )
 
 
 def _advice(key: str, advice: Advice, form: str) -> Iterator[str]:

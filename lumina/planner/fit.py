@@ -14,7 +14,7 @@ Shapes: P points, R fits at once, 5 constants.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,11 @@ from lumina.planner.points import Point, count_duplicates, runs_to_make, sizes_o
 
 DELTA = 1e-3  # of log L: Hoffmann et al. 2022, appendix D.3
 LEAST = 3  # sizes, and numbers of tokens of each
+SPREAD = 3.0  # factor from the smallest to the largest of both: over less a power is as good as any other
+EXPONENTS = (0.02, 2.0)  # published ones lie within 0.076 (Kaplan et al. 2020) and 0.37 (Besiroglu et al. 2024)
+ABOVE_NOISE = 3.0  # standard deviations of the residuals by which each term has to change the loss
+STEEP = 20.0  # the largest exponent of a draw: some reach far where points tell little, and powers have to be finite
+LOST = 0.2  # share of draws that may follow no law: with more of them an 80 % interval covers nothing
 RESAMPLED = 50  # points from which on whole points are drawn again
 STEPS = 300
 CONVERGED = 1e-12  # relative gain of a step
@@ -51,8 +56,11 @@ def fit(
     seed: int = 0,
     source: str = "points of the user",
     counts: Counts = "active",
+    traits: Mapping[str, str] | None = None,
 ) -> Law:
     """The law through `points`, with `bootstrap` draws of its constants and the range it was fitted to.
+
+    `traits` are what its runs have in common.
 
     From 50 points on, a draw is a fit to points drawn again with repetition, as Besiroglu et al. did. Fewer points do
     not survive that (of nine, a third is missing each time): there a draw is a fit to the law plus normal noise as
@@ -69,8 +77,16 @@ def fit(
     best_5 = found_R5[np.argmin(huber_R)]
     (constants,) = _constants(best_5[None], data)
     _require_law(constants)
-    residuals_P = y_P - _predict(best_5[None], data)[0][0]
+    log_P, shares_3P = (found[..., 0, :] for found in _predict(best_5[None], data))
+    residuals_P = y_P - log_P
+    _require_terms(shares_3P * np.exp(log_P), loss_P, residuals_P)
     draws = _draws(best_5, y_P, residuals_P, data, bootstrap, np.random.default_rng(seed))
+    if len(draws) < (1 - LOST) * bootstrap:
+        raise UserError(
+            f"the points do not determine a law: {bootstrap - len(draws)} of {bootstrap} refits to others as noisy "
+            "follow none",
+            "train larger models, and all of them for longer, so that their losses differ by more than noise",
+        )
     horizons = len({round(float(d), 2) for d in d_P})
     facts = [
         f"{len(points)} points of {len(sizes_of(points))} sizes and {horizons} numbers of tokens",
@@ -86,7 +102,8 @@ def fit(
     if len(draws) < bootstrap:
         facts.append(f"{bootstrap - len(draws)} of {bootstrap} draws followed no law and are left out")
     span = Span((float(params_P.min()), float(params_P.max())), (float(tokens_P.min()), float(tokens_P.max())))
-    return Law(OWN, source, counts, E, A, B, alpha, beta, tuple(draws), span, "; ".join(facts))
+    shared = tuple((traits or {}).items())
+    return Law(OWN, source, counts, E, A, B, alpha, beta, tuple(draws), span, "; ".join(facts), shared)
 
 
 def descend(p_R5: Array, y_RP: Array, weights_RP: Array, data: Data) -> tuple[Array, Array]:
@@ -182,15 +199,17 @@ def _draws(
     start_5 = best_5.copy()
     start_5[0] = max(start_5[0], y_P.min() + np.log(0.1))  # from an E of nothing no step leads away
     found_R5, _ = descend(np.repeat(start_5[None], count, axis=0), y_RP, weights_RP, data)
-    return [draw for draw in _constants(found_R5, data) if _is_law(draw)]
+    return [draw for draw in _constants(found_R5, data) if _is_law(draw, STEEP)]
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _is_law(constants: Draw) -> bool:
+def _is_law(constants: Draw, steepest: float = EXPONENTS[1]) -> bool:
     """E may be nothing."""
-    return constants[0] >= 0 and all(0 < value < np.inf for value in constants[1:]) and constants[0] < np.inf
+    E, A, B, alpha, beta = constants
+    powers = EXPONENTS[0] <= min(alpha, beta) and max(alpha, beta) <= steepest
+    return 0 <= E < np.inf and 0 < A < np.inf and 0 < B < np.inf and powers
 
 
 def _require_law(constants: Draw) -> None:
@@ -198,9 +217,22 @@ def _require_law(constants: Draw) -> None:
     if not _is_law(constants):
         raise UserError(
             f"the points follow no law L = E + A/N^α + B/D^β: E {E:.3g}, A {A:.3g}, B {B:.3g}, α {alpha:.3g}, "
-            f"β {beta:.3g}",
+            f"β {beta:.3g}; exponents of a law lie within {EXPONENTS[0]:g} and {EXPONENTS[1]:g}",
             "check that the losses are held out, in nats a token, at the end of a decay, and fall with both",
         )
+
+
+def _require_terms(terms_3P: Array, loss_P: Array, residuals_P: Array) -> None:
+    """Raises `UserError` where parameters, or tokens, change the loss by less than the points are off the law."""
+    noise = float(np.sqrt((residuals_P**2).sum() / max(1, len(residuals_P) - 5)))
+    for what, term_P in (("parameters", terms_3P[1]), ("tokens", terms_3P[2])):
+        change = float((term_P.max() - term_P.min()) / loss_P.mean())
+        if change < ABOVE_NOISE * noise:
+            raise UserError(
+                f"{what} change the loss by {change:.2%} in all, and the points are off any law by {noise:.2%}: "
+                "they do not show how it depends on them",
+                f"add runs that differ more in {what}, and look for what else differs between the runs",
+            )
 
 
 def _require(points: Sequence[Point]) -> None:
@@ -219,4 +251,20 @@ def _require(points: Sequence[Point]) -> None:
             f"{len(points)} points of {len(sizes)} sizes, {len(enough)} of them at {LEAST} or more numbers of tokens: "
             f"five constants need {LEAST} sizes at {LEAST} each",
             "run these as well, from small to large:\n    " + "\n    ".join(runs_to_make(sizes)),
+        )
+    _require_spread(enough, sizes)
+
+
+def _require_spread(enough: Sequence[float], sizes: Mapping[float, Sequence[float]]) -> None:
+    """Both have to differ, tokens at equal size: where both only grow together, either may be why the loss falls."""
+    if (times := max(enough) / min(enough)) < SPREAD:
+        raise UserError(
+            f"the sizes differ by a factor of {times:.3g}, from {min(enough):.3g} to {max(enough):.3g} parameters",
+            f"add {LEAST} runs of {SPREAD * min(enough):.2g} parameters or more: a law needs a factor of {SPREAD:g}",
+        )
+    widest = sorted((max(sizes[size]) / min(sizes[size]) for size in enough), reverse=True)
+    if widest[LEAST - 1] < SPREAD:
+        raise UserError(
+            f"tokens differ by a factor of {widest[LEAST - 1]:.3g} at equal size",
+            f"train {LEAST} sizes for numbers of tokens that differ by a factor of {SPREAD:g} or more",
         )

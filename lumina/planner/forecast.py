@@ -29,6 +29,7 @@ LEVEL = 0.8
 HALF_WIDTH = 1.2816  # standard deviations on each side that hold `LEVEL` of a normal distribution
 WINDOW = 0.1  # share of the run behind its warm-up, or behind a change, before anything is said
 LEAST = 12  # bins
+EARLY = 0.6  # of the cost of an early decay: what it was off by (RMS) in eight branched runs, benchmarks/planner/study
 NEWEST = 0.05  # share of the run whose losses are held against what was expected of them
 
 
@@ -177,13 +178,13 @@ def _final(found: Posterior, view: View, now: int, prior: Prior, heldout: bool) 
 
 
 def _decay_now(found: Posterior, view: View, now: int, prior: Prior) -> DecayNow | None:
-    """Both ends have the same decay, so that what is not known of its gain hardly matters."""
+    """Both ends have the same decay: what is not known of its gain hardly matters, what is not known ahead does."""
     if view.schedule.kind != "wsd" or now >= view.schedule.decay_begins or not view.schedule.parts[-1].decay:
         return None
     sooner = view.schedule.decayed_after(now)
     planned, early = view.at(view.schedule.steps), view.at(sooner.steps, sooner)
     mean, spread = found.rise(planned, early)
-    cost = _interval(mean, math.hypot(spread, prior.ahead * mean))
+    cost = _interval(mean, math.hypot(spread, EARLY * mean))
     return DecayNow(cost, sooner.steps, view.schedule.steps - sooner.steps)
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lumina.config.schema.model import MoEConfig
 from lumina.errors import UserError
 from lumina.model.cost import Cost
 from lumina.planner import own
@@ -59,7 +60,8 @@ class Law:
     """L(N, D) = E + A/N^α + B/D^β, with its source.
 
     `counts` is the count of parameters it means, `draws` are tuples (E, A, B, α, β) of refits to resampled points,
-    `span` is what it was fitted to, `note` what to know before using it.
+    `span` is what it was fitted to, `note` what to know before using it, `traits` what its runs had in common, where
+    that is known (`planner.traits`).
     """
 
     name: str
@@ -73,6 +75,7 @@ class Law:
     draws: tuple[Draw, ...] = ()
     span: Span | None = None
     note: str = ""
+    traits: tuple[tuple[str, str], ...] = ()
 
     def loss(self, params: float, tokens: float) -> float:
         """Nats a token of `params` parameters after `tokens` tokens, none read twice."""
@@ -181,15 +184,24 @@ def by_rule(flops: float) -> Optimum:
 # -- mixtures of experts ---------------------------------------------------------------------------------------------
 
 
-def moe_law(experts: int) -> Law:
-    """The joint law of dense and MoE models (Ludziejewski et al. 2025, 2502.05172, table 3) at this number of experts.
+def expansion(moe: MoEConfig) -> float:
+    """The joint law's E of a mixture: parameters of its experts over those of them that a token meets.
 
-    N counts active parameters, 1 expert is dense. Fitted to up to 32 experts, 2.7B active and 5B total parameters, at
-    a constant learning rate. Its dense side asks for 5.6 tokens a parameter where Chinchilla's laws ask for 20: it is
+    The law compares models of equal active size and calls a dense one E = 1. A mixture that takes all of its experts
+    is dense, whatever their number; shared ones are always taken.
+    """
+    return (moe.experts + moe.shared) / (moe.top_k + moe.shared)
+
+
+def moe_law(experts: float) -> Law:
+    """The joint law of dense and MoE models (Ludziejewski et al. 2025, 2502.05172, table 3) at this `expansion`.
+
+    N counts active parameters, 1 is dense. Fitted to an E of up to 32, 2.7B active and 5B total parameters, at a
+    constant learning rate. Its dense side asks for 5.6 tokens a parameter where Chinchilla's laws ask for 20: it is
     for what a MoE gains over a dense model only (`moe_gain`).
     """
     if experts < 1:
-        raise UserError(f"{experts} experts: a model has at least one", "1 is a dense model")
+        raise UserError(f"{experts:g} experts: a model has at least one", "1 is a dense model")
     start, most = 2.0732, 290.4521
     effective = 1 / (1 / (experts - 1 + 1 / (1 / start - 1 / most)) + 1 / most)
     log = math.log(effective)
@@ -202,22 +214,32 @@ def moe_law(experts: int) -> Law:
         B=35.98 * effective**0.5529,
         alpha=0.1889 - 0.0098 * log,
         beta=0.1775 + 0.0259 * log,
-        note="for what a MoE gains over a dense model, not for losses" + ", and fitted to 32 experts" * (experts > 32),
+        note="for what a MoE gains over a dense model, not for losses",
     )
 
 
-def moe_loss(active: float, tokens: float, experts: int) -> float:
+def moe_loss(active: float, tokens: float, experts: float) -> float:
     """Nats a token by the joint MoE law: to compare numbers of experts, not with another law's losses."""
     return moe_law(experts).loss(active, tokens)
 
 
-def moe_gain(flops: float, experts: int) -> float:
+def moe_gain(flops: float, experts: float) -> float:
     """How many times the compute a dense model needs for the loss of a MoE, both at their optimum, by the joint law.
 
     It counts FLOPs alone: not that a MoE makes less of a device's FLOPs, nor the memory of its experts.
     """
     moe = moe_law(experts)
     return moe_law(1).flops_to(moe.loss(*moe.optimum(flops))) / flops
+
+
+def beyond_moe(cost: Cost, experts: float) -> list[str]:
+    """What of a mixture is larger than all that the joint law was fitted to."""
+    sizes = (
+        ("experts for each one taken", experts, 32),
+        ("active", cost.active_mean, 2.7e9),
+        ("in all", cost.total, 5e9),
+    )
+    return [f"{value:.3g} {what}, beyond {most:.2g}" for what, value, most in sizes if value > most]
 
 
 # -- the sets ---------------------------------------------------------------------------------------------------------
@@ -235,6 +257,7 @@ def from_values(values: dict[str, Any]) -> Law:
             draws=tuple(map(_draw, values["draws"])),
             span=span and Span(_pair(span["params"]), _pair(span["tokens"])),
             note=str(values["note"]),
+            traits=tuple((str(name), str(value)) for name, value in values.get("traits", ())),
         )
         if found.counts not in ("total", "non_embedding", "active"):
             raise ValueError(f"counts {found.counts!r}")

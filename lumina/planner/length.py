@@ -9,6 +9,7 @@ from lumina.config.schema.config import Config
 from lumina.model.cost import count
 from lumina.planner import repeated
 from lumina.planner.laws import Interval, Law, law, params_of
+from lumina.planner.traits import mismatch
 
 WORDS = {"total": "all", "non_embedding": "without embeddings", "active": "active"}
 
@@ -33,6 +34,8 @@ def optimal_length(config: Config, unique: int) -> dict[str, tuple[Any, str]]:
         f"train.tokens=chinchilla: {tokens:.4g} tokens, {tokens / params:.3g} for each of {params:.4g} parameters "
         f"({WORDS[scaling.counts]}), are the optimum by {scaling.name}; to the nearest step, {epochs:.3g} epochs"
     )
+    if other := mismatch(scaling, config):
+        why += f"; {other}"
     return {"train.steps": (steps, why)}
 
 

@@ -1,4 +1,4 @@
-"""What a run is told of itself on the way: the fields of its `forecast` events, which docs/planner.md explains."""
+"""What a run is told of itself on the way: the fields of its `forecast` events, which docs/planning.md explains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is forecast of a run when it begins, as it stands in its `plan.json`; docs/planner.md has the keys.
+"""What is forecast of a run when it begins, as it stands in its `plan.json`; docs/planning.md has the keys.
 
 Nothing reads it but `lumina plan RUN` and the forecasts on the way: a run that lost it trains on.
 """
@@ -24,6 +24,7 @@ from lumina.planner.hardware import Fleet
 from lumina.planner.laws import Interval, Law, params_of
 from lumina.planner.outlook import Optimum, aim_of
 from lumina.planner.prior import SHIPPED, Prior
+from lumina.planner.traits import mismatch
 
 VERSION = 1
 NAME = "plan.json"
@@ -68,7 +69,7 @@ def outset(
             "params": params,
             **law.interval(lambda one: one.loss(params, trained))._asdict(),
             "optimum_tokens": law.tokens_for(params),
-            "notes": [*([law.note] if law.note else []), *law.outside(params, trained)],
+            "notes": [note for note in (law.note, mismatch(law, config), *law.outside(params, trained)) if note],
         },
         "prior": asdict(prior_of([entry.figures for entry in store.entries])),
         "reference": _reference(config, begun, store),

@@ -16,9 +16,22 @@ from lumina.model.cost import Cost, count
 from lumina.planner import hyperparameters, memory, overtraining, remedies, repeated, time
 from lumina.planner.calibration import Store
 from lumina.planner.hardware import Fleet
-from lumina.planner.laws import FLOPS_A_PARAMETER, LAWS, Interval, Law, Optimum, law, moe_gain, params_of
+from lumina.planner.laws import (
+    DEFAULT,
+    FLOPS_A_PARAMETER,
+    LAWS,
+    Interval,
+    Law,
+    Optimum,
+    beyond_moe,
+    expansion,
+    law,
+    moe_gain,
+    params_of,
+)
 from lumina.planner.question import Question
 from lumina.planner.solve import Solved, Solver, asked
+from lumina.planner.traits import mismatch
 
 WAYS = ("train.micro_batch", "train.recompute", "precision.mode")  # to train the same model in less memory
 
@@ -68,6 +81,15 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Moe:
+    """What a mixture of experts is worth by the joint law (Ludziejewski et al. 2025)."""
+
+    expansion: float  # the law's E: experts over those that a token takes, shared ones in both
+    gain: float  # compute that a dense model needs for the same loss, over this one's
+    extrapolated: tuple[str, ...]  # what of it is beyond the law's runs
+
+
+@dataclass(frozen=True)
 class Residuals:
     """By how many nats the held-out losses of `runs` finished ones of this kind lay above what was forecast of them."""
 
@@ -84,7 +106,10 @@ class Repeats:
     epochs: float
     effective: float  # fresh tokens that are worth as much
     next_epoch: float  # of a fresh token
-    better: str  # params, data or epochs: where twice the compute lowers the loss most
+    loss: float  # of C4, as are the next ones
+    twice: repeated.Next  # the loss with twice the compute on params, data or epochs alone
+    more_data: bool  # whether there may be twice the text
+    better: str  # of those that can be had, the one of the least loss
 
 
 @dataclass(frozen=True)
@@ -140,7 +165,7 @@ class Plan:
     price: Interval | None
     losses: tuple[Loss, ...]  # the chosen law's first
     residuals: Residuals | None
-    moe: float | None  # compute that a dense model needs for the same loss, over this one's
+    moe: Moe | None
     data: Data | None
     repeats: Repeats | None
     lr: Advice
@@ -228,18 +253,16 @@ def make(question: Question, fleet: Fleet, store: Store, data: Data | None = Non
         price=time.price(run.total, fleet, question.price) if question.price else None,
         losses=losses,
         residuals=_residuals(store, config.model.kind),
-        moe=moe_gain(FLOPS_A_PARAMETER * cost.active_mean * solved.tokens, config.model.moe.experts)
-        if config.model.moe
-        else None,
+        moe=_moe(config, cost, solved.tokens),
         data=data,
-        repeats=_repeats(cost, available, solved.tokens),
+        repeats=_repeats(cost, available, solved.tokens, limited=question.available is not None),
         lr=Advice(config.train.lr, {band.source: band.lr for band in found if band.lr}),
         batch=Advice(config.train.batch_tokens, {band.source: band.batch_tokens for band in found}),
         warmup=_warmup(config, cost, time.steps_of(config)),
         extrapolated=tuple(hyperparameters.outside(*asked(cost, solved.tokens))),
         use=_use(question.inference, losses[0], chosen, solved.tokens),
     )
-    return replace(plan, warnings=tuple(_warnings(plan, available)))
+    return replace(plan, warnings=tuple(_warnings(plan, available, chosen)))
 
 
 def _others(chosen: Law) -> list[Law]:
@@ -259,6 +282,17 @@ def _loss(law: Law, cost: Cost, tokens: int) -> Loss:
         law.tokens_for(params),
         tuple([law.note] if law.note else []) + tuple(law.outside(params, tokens)),
     )
+
+
+def _moe(config: Config, cost: Cost, tokens: int) -> Moe | None:
+    if config.model.moe is None:
+        return None
+    experts = expansion(config.model.moe)
+    flops = FLOPS_A_PARAMETER * cost.active_mean * tokens
+    gain, beyond = moe_gain(flops, experts), beyond_moe(cost, experts)
+    if gain < 1 < experts:
+        beyond.append(f"{flops:.2g} FLOP, so few that the law gains nothing by experts")
+    return Moe(experts, gain, tuple(beyond))
 
 
 def _residuals(store: Store, kind: str) -> Residuals | None:
@@ -317,15 +351,21 @@ def _around(value: float, ratios: list[float]) -> Interval | None:
     return Interval(value * ordered[0], value * ordered[len(ordered) // 2], value * ordered[-1])
 
 
-def _repeats(cost: Cost, available: float | None, tokens: int) -> Repeats | None:
+def _repeats(cost: Cost, available: float | None, tokens: int, limited: bool) -> Repeats | None:
+    """`limited`: it is said that there is no more text."""
     if not available:
         return None
     params, epochs = params_of(cost, repeated.LAW), tokens / available
+    twice = repeated.next_best(params, available, tokens)
+    more_data = not limited or available >= 2 * tokens
     return Repeats(
         epochs,
         repeated.effective_tokens(available, tokens),
         repeated.next_epoch_value(max(1.0, epochs)),
-        repeated.next_best(params, available, tokens).best,
+        repeated.loss(params, available, tokens),
+        twice,
+        more_data,
+        twice.best(more_data),
     )
 
 
@@ -341,7 +381,7 @@ def _use(inference: float | None, loss: Loss, law: Law, tokens: int) -> Use | No
     return Use(inference, flops, overtraining.break_even(loss.params, tokens, inference, law))
 
 
-def _warnings(plan: Plan, available: float | None) -> list[str]:
+def _warnings(plan: Plan, available: float | None, law: Law) -> list[str]:
     found: list[str] = []
     if not plan.memory.fits:
         found.append("it does not fit" + ("" if plan.memory.remedies else ", and no setting helps"))
@@ -352,6 +392,8 @@ def _warnings(plan: Plan, available: float | None) -> list[str]:
         found.append(f"the price is taken for an hour of this machine, {plan.fleet}: name what is paid for with --gpus")
     if available:
         found += repeated.warnings(available, plan.tokens)
+    if other := mismatch(law, plan.config):
+        found.append(f"{other}: its losses and optima are not this model's; --law {DEFAULT}, or fit one to such runs")
     for name, advice in (("train.lr", plan.lr), ("train.batch_tokens", plan.batch)):
         if not advice.low / 2 <= advice.value <= 2 * advice.high:
             between = f"{advice.low:.2g} to {advice.high:.2g}"

@@ -16,6 +16,7 @@ from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.events import Event, merged, parse
 from lumina.model import cost
+from lumina.planner.traits import traits
 
 COLUMNS = ("params", "tokens", "loss")
 SHOWN = 10  # problems of a file
@@ -36,10 +37,10 @@ class Point(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Points of runs; what they have in common in words; and sentences on runs left out, and on doubtful ones."""
+    """Points of runs; what they have in common; and sentences on runs left out, and on doubtful ones."""
 
     points: list[Point]
-    about: str
+    traits: dict[str, str]
     left_out: list[str]
     warnings: list[str]
 
@@ -101,7 +102,7 @@ def points_of(folders: Sequence[Path]) -> Runs:
     Raises `UserError` if runs differ in what makes their losses, or laws, incomparable; says which, and where.
     """
     left_out, warnings, points, seen = list[str](), list[str](), list[Point](), set[Path]()
-    traits: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for folder in folders:
         if not folder.exists():
             raise UserError(f"{folder}: no such folder", "name folders of runs, or a CSV file")
@@ -109,12 +110,12 @@ def points_of(folders: Sequence[Path]) -> Runs:
             left_out.append(f"{folder}: named twice")
             continue
         seen.add(folder.resolve())
-        why, point = _look(folder, traits, warnings)
+        why, point = _look(folder, found, warnings)
         if point is None:
             left_out.append(f"{folder}: {why}")
         else:
             points.append(point)
-    mixed = {name: values for name, values in traits.items() if len(values) > 1}
+    mixed = {name: values for name, values in found.items() if len(values) > 1}
     if mixed:
         problems = [
             f"{name}: " + "; ".join(f"{value} in {_few(names)}" for value, names in values.items())
@@ -122,12 +123,11 @@ def points_of(folders: Sequence[Path]) -> Runs:
         ]
         fix = "give runs that agree in these, for no law goes through the others"
         raise UserError.collect(problems, "these runs differ in more than parameters and tokens", fix)
-    about = ", ".join(f"{name} {next(iter(values))}" for name, values in traits.items() if next(iter(values)))
-    return Runs(points, about, left_out, warnings)
+    return Runs(points, {name: next(iter(values)) for name, values in found.items()}, left_out, warnings)
 
 
-def _look(folder: Path, traits: dict[str, dict[str, list[str]]], warnings: list[str]) -> tuple[str, Point | None]:
-    """The point of a run, or why it has none. What must be the same in all is added to `traits`."""
+def _look(folder: Path, found: dict[str, dict[str, list[str]]], warnings: list[str]) -> tuple[str, Point | None]:
+    """The point of a run, or why it has none. What must be the same in all is added to `found`."""
     if lacking := [name for name in NEEDED if not (folder / name).is_file()]:
         return f"not a run: it has no {lacking[0]}", None
     config = read(folder / "config.yaml").config
@@ -146,7 +146,7 @@ def _look(folder: Path, traits: dict[str, dict[str, list[str]]], warnings: list[
     if not math.isfinite(point.loss):
         return f"its loss is {point.loss}", None
     for name, value in _traits(folder, config).items():
-        traits[name][value].append(folder.name)
+        found[name][value].append(folder.name)
     warnings += _doubts(folder, point, begun, config)
     return "", point
 
@@ -159,22 +159,15 @@ def _events(log: Path) -> list[Event]:
 
 def _traits(folder: Path, config: Config) -> dict[str, str]:
     """What has to agree: where it does not, the loss is no function of parameters and tokens alone."""
-    model, train = config.model, config.train
     try:
         data = str(json.loads((folder / "meta.json").read_bytes())["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: its meta.json is damaged: {error}", "restore it, or leave out this run") from None
     made = (folder / "tokenizer/tokenizer.json").read_bytes()
     return {
-        "model.kind": model.kind,
-        "model.seq_len": str(model.seq_len),
-        "model.moe": f"{model.moe.top_k} of {model.moe.experts} experts" if model.moe else "",
-        "model.mod": f"capacity {model.mod.capacity} every {model.mod.every}" if model.mod else "",
+        **traits(config),
         "tokenizer": hashlib.sha256(made).hexdigest()[:16],
         "data": data,
-        "data.mode": config.data.mode,
-        "train.optimizer": train.optimizer,
-        "train.schedule": train.schedule,
     }
 
 

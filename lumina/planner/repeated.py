@@ -41,10 +41,10 @@ class Next(NamedTuple):
     data: float
     epochs: float
 
-    @property
-    def best(self) -> str:
-        """params, data or epochs; data is only an answer for whoever can get it."""
-        return min(self._fields, key=lambda name: float(getattr(self, name)))
+    def best(self, data: bool = True) -> str:
+        """params, data or epochs; without `data`, which cannot be had, the better of the others."""
+        names = self._fields if data else ("params", "epochs")
+        return min(names, key=lambda name: float(getattr(self, name)))
 
 
 def effective_tokens(unique: float, tokens: float) -> float:

@@ -10,9 +10,10 @@ checkpoint saved or read back. How long the next may take is learned for each ki
 | saving, reading, verifying | 10 x the longest, at least `FIRST` | a slow disk may let it wait that did not before |
 | anything else | 10 x the longest, at least `FLOOR` | the words of one kind are not equally far apart |
 
-Time in which the process itself was stopped (ctrl-Z, a debugger, a suspended machine) is not counted. A thread of
-Python sees nothing while another holds the interpreter: past twice the limit a thread of C writes the stacks and ends
-the process with exit code 1.
+Time in which the process itself was stopped (ctrl-Z, a paused container, a suspended machine) is not counted. A thread
+of Python sees nothing while another holds the interpreter: past twice the limit, and `FIRST`, a thread of C writes the
+stacks and ends the process with exit code 1. That one reads the clock alone: whoever is stopped for longer by a signal
+that nobody can catch (SIGSTOP, a frozen cgroup) is ended by it when it goes on.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class Watchdog:
 
     def _arm(self) -> None:
         self.armed = time.monotonic()
-        faulthandler.dump_traceback_later(2 * self.limit(), file=self._log, exit=True)
+        faulthandler.dump_traceback_later(max(2 * self.limit(), self.first), file=self._log, exit=True)
 
     def _sleep(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-Z: the second line is called off, for it counts the time in which nobody lives."""

@@ -8,7 +8,7 @@ from lumina.events import Event
 from lumina.telemetry.figures import duration
 
 EVERY = 0.1  # share of the run between two lines
-LOUD = 4.0  # standard deviations from which on a deviation is told at once; docs/planner.md says how often that is
+LOUD = 4.0  # standard deviations from which on a deviation is told at once; docs/planning.md says how often that is
 
 
 class Forecasts:

@@ -9,12 +9,13 @@ Nothing is left but the prepared data in the cache, where the run itself will fi
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
     from lumina.training.setup import Parts
 
 WARM, STEPS = 3, 20
-SPREAD = 2.1  # standard errors of a mean of 20 on each side: 95 % (Student's t of 19 degrees of freedom)
+BLOCKS = 4  # of steps that follow one another, whose means tell how far slow ones come together
+SPREAD = 3.18  # standard errors of a mean of 4 on each side: 95 % (Student's t of 3 degrees of freedom)
+# What a machine drifts from its 20 steps to the steps of the run: 5.8 % (root mean square) over the five runs of
+# benchmarks/planner/time.md, times Student's t of 5 degrees of freedom, 95 %.
+DRIFT = 0.15
 EVAL_BATCHES = 32  # evaluated at most; a held-out side of more is reckoned from them
 STAGES = 7  # that are told
 
@@ -118,7 +123,7 @@ def _on_course(folder: str, settled: Resolved, parts: Parts, rate: float) -> Ite
 
 
 def _steps(course: Course) -> Figures:
-    """Mean seconds of a step, and between which it lies with 95 % by the spread of these steps.
+    """Mean seconds of a step, and between which those of a run lie (`spread`).
 
     The mean, not the median: a run's time is the sum of its steps, slow ones too. Of depth routing that still falls
     the steps are scaled to those of the capacity that it falls to.
@@ -134,9 +139,21 @@ def _steps(course: Course) -> Figures:
         course.step()
         capacity = parts.model.routers[0].capacity if parts.model.routers else None
         times.append(course.state.progress.step_seconds * least / count(model, capacity=capacity).flops_per_token)
-    counted = times[WARM:]
-    mean, error = statistics.fmean(counted), SPREAD * statistics.stdev(counted) / len(counted) ** 0.5
-    return {"step": mean, "step_low": max(min(counted), mean - error), "step_high": mean + error}
+    low, mean, high = spread(times[WARM:])
+    return {"step": mean, "step_low": low, "step_high": high}
+
+
+def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of these steps, and between which that of a run's steps lies with 95 %.
+
+    Neighbours are slow together, so that what the mean is off by is told by the means of blocks; and the machine will
+    not be as it was.
+    """
+    size, mean = len(seconds) // BLOCKS, statistics.fmean(seconds)
+    means = [statistics.fmean(seconds[i * size : (i + 1) * size]) for i in range(BLOCKS)]
+    off = SPREAD * statistics.stdev(means) / BLOCKS**0.5 / mean
+    times = 1 + math.hypot(off, DRIFT)
+    return mean / times, mean, mean * times
 
 
 def _looks(course: Course, parts: Parts) -> Figures:

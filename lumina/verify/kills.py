@@ -23,7 +23,7 @@ from lumina.training.trainer import Trainer
 from lumina.verify import configurations, moments
 from lumina.verify.comparison import differences
 from lumina.verify.configurations import DAMAGED, EVERY, STEPS
-from lumina.verify.moments import INDEX, PLACES, RESTORING, SETTING_ASIDE, Instant, Note
+from lumina.verify.moments import INDEX, PLACES, RESTORING, SETTING_ASIDE, SWEEPING, Instant, Note
 from lumina.verify.processes import LONGEST, Ended, fork, last_line
 
 OVERFLOWING = 2.0**22  # fp16's first loss scale: some steps overflow and are skipped, as now and then in a long run
@@ -138,7 +138,7 @@ class Ordeal:
         if number % CLOCK_EVERY == 0:
             return self.random.uniform(0, self.preparing + self.training * share)
         turn = number - number // CLOCK_EVERY - 1
-        ahead = {RESTORING: done > 0, SETTING_ASIDE: done < DAMAGED}
+        ahead = {SWEEPING: done > 0, RESTORING: done > 0, SETTING_ASIDE: done < DAMAGED}
         turns = (PLACES[(turn + i) % len(PLACES)] for i in range(len(PLACES)))
         place = next(place for place in turns if ahead.get(place.name, True))
         i = INDEX[place.name]

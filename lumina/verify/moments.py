@@ -30,7 +30,7 @@ class Place:
 
 
 COMPUTING, SAVING = "computing", "staging"
-RESTORING, SETTING_ASIDE = "restoring", "setting aside"
+SWEEPING, RESTORING, SETTING_ASIDE = "sweeping", "restoring", "setting aside"
 # In the order in which they are drawn, so that few kills meet very different ones.
 PLACES = (
     Place("writing", "lumina.checkpoint.phases.write", "disk"),
@@ -43,7 +43,7 @@ PLACES = (
     Place("linking", "lumina.checkpoint.places.point", "disk"),
     Place("evaluating", "lumina.training.oom.evaluate", "calls"),
     Place("tidying", "lumina.checkpoint.retention.prune", "disk"),
-    Place("sweeping", "lumina.checkpoint.retention.sweep", "disk"),
+    Place(SWEEPING, "lumina.checkpoint.retention.sweep", "disk"),
     Place(RESTORING, "lumina.training.saving.Saver.restore", "disk"),
     Place(SETTING_ASIDE, "lumina.checkpoint.places.set_aside", "disk"),
     Place("reading back", "lumina.checkpoint.writer.Save._read_back", "disk"),

@@ -67,6 +67,35 @@ def test_programs_get_every_number(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["devices"] == {"name": "H200", "count": 1, "here": False, "source": DEVICES["H200"].source}
 
 
+def test_a_mixture_that_takes_all_of_its_experts_gains_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    told = {}
+    for experts in (2, 4):
+        assert main(["plan", "debug", "model.kind=moe", f"model.moe.top_k={experts}", "--gpus", "H200", "--json"]) == 0
+        told[experts] = json.loads(capsys.readouterr().out)["moe"]
+    assert told[4] == {"expansion": 1, "gain": pytest.approx(1), "extrapolated": []}
+    assert told[2]["gain"] < 1  # so little compute that the law says nothing
+    assert "so few that the law gains nothing" in told[2]["extrapolated"][0]
+    text = "\n".join(page(capsys, "b300", "--gpus", "8xB200"))
+    assert "8.12 experts for each one taken: a dense model needs 2.6 times the FLOPs" in text
+    assert "that is extrapolated: 3e+11 active, beyond 2.7e+09; 2.04e+12 in all" in text
+
+
+def test_more_parameters_more_data_or_more_epochs_of_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for tokens in ("20B", "300B"):
+        assert main(["plan", "b7", "--gpus", "H200", "--tokens-available", tokens, "--json"]) == 0
+        found[tokens] = json.loads(capsys.readouterr().out)["repeats"]
+    little, enough = found["20B"], found["300B"]
+    assert little["twice"]["data"] < little["twice"]["epochs"] < little["twice"]["params"] < little["loss"]
+    assert (little["more_data"], little["better"]) == (False, "epochs")  # it was said that there are no more
+    assert (enough["more_data"], enough["better"]) == (True, "data")
+    text = "\n".join(page(capsys, "b7", "--gpus", "H200", "--tokens-available", "20B"))
+    assert (
+        "twice the compute on more parameters 2.239, more data 2.197, more epochs 2.226 nats of C4, now 2.255" in text
+    )
+    assert "more epochs make most of what can be had" in text
+
+
 def test_the_written_configuration_is_checked_and_trained(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

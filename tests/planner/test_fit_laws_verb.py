@@ -12,6 +12,7 @@ from lumina.cli import main
 from lumina.config.resolve import resolve
 from lumina.model.cost import count
 from lumina.planner.laws import LAWS, law
+from lumina.planner.length import optimal_length
 
 TRUE = LAWS["besiroglu"]
 
@@ -61,7 +62,7 @@ def test_runs_become_a_law_in_words(tmp_path: Path, capsys: pytest.CaptureFixtur
     make_run(tmp_path / "runs/more", 10**10, TRUE.loss(n, 1e10), unique=10**9, **keys)  # type: ignore[arg-type]
     assert main(["fit-laws", *map(str, sorted((tmp_path / "runs").iterdir())), "--bootstrap", "100"]) == 0
     said = capsys.readouterr().out
-    assert "10 runs of lumina: model.kind dense, model.seq_len 64, tokenizer" in said
+    assert "10 runs of lumina: model.kind dense, model.seq_len 64, model.vocab 260" in said
     assert "N: active parameters" in said
     assert "10 points of 3 sizes" in said
     assert "80 and 95 % of 100 draws" in said
@@ -69,6 +70,21 @@ def test_runs_become_a_law_in_words(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"left out {tmp_path / 'runs/left'}: not finished" in said
     assert f"! {tmp_path / 'runs/more'}: read its text 10.0 times" in said
     assert law().alpha == pytest.approx(TRUE.alpha, rel=0.02)
+    warned = "! the law own was fitted to runs of "
+    assert main(["plan", "tiny", "model.kind=dense", "--gpus", "H200"]) == 0
+    assert warned not in capsys.readouterr().out
+    other = ["plan", "tiny", "model.kind=moe", "model.vocab=320", "--gpus", "H200"]
+    assert main(other) == 0
+    differing = "model.kind dense, not moe; model.vocab 260, not 320; model.moe none, not 2 of 4 experts: its losses"
+    assert f"{warned}{differing}" in capsys.readouterr().out
+    assert main([*other, "--law", "besiroglu"]) == 0
+    assert warned not in capsys.readouterr().out
+    assert (
+        "; the law own was fitted to runs of model.kind dense, not moe"
+        in optimal_length(resolve("tiny", {"model.kind": "moe", "train.tokens": "chinchilla"}).config, 10**6)[
+            "train.steps"
+        ][1]
+    )
 
     assert main(["fit-laws", str(points(tmp_path)), "--bootstrap", "100"]) == 0
     assert "instead of the one before" in capsys.readouterr().out
@@ -94,6 +110,18 @@ def test_what_is_refused_keeps_nothing(
     (tmp_path / "runs").mkdir()
     assert main(["fit-laws", *arguments]) == 2
     assert says in capsys.readouterr().err
+    assert law() is TRUE
+
+
+def test_points_without_a_law_keep_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = points(tmp_path)
+    path.write_text(
+        "\n".join(f"{line.rsplit(',', 1)[0]},3.0" if "." in line else line for line in path.read_text().split("\n"))
+    )
+    assert main(["fit-laws", str(path), "--bootstrap", "100"]) == 2
+    told = capsys.readouterr().err
+    assert "the points follow no law" in told
+    assert "Traceback" not in told
     assert law() is TRUE
 
 

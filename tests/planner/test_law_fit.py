@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,34 @@ def test_losses_that_rise_with_size_follow_no_law() -> None:
         fit(points)
 
 
+def losses(loss: Callable[[float, float], float], noise: float = 0.0, factor: float = 4, seed: int = 0) -> list[Point]:
+    """A grid of 4 sizes at 4 numbers of tokens, each `factor` times the one before."""
+    random = np.random.default_rng(seed)
+    where = [(1e6 * factor**i, 5e6 * factor ** (i + j)) for i in range(4) for j in range(4)]
+    return [Point(n, d, loss(n, d) * float(np.exp(noise * random.standard_normal()))) for n, d in where]
+
+
+NOTHING, TOKENS = "the points follow no law .* lie within 0.02 and 2", "tokens change the loss by .* off any law by"
+
+
+@pytest.mark.parametrize(
+    ("points", "says"),
+    [
+        (losses(lambda n, d: 3.0), NOTHING),
+        (losses(lambda n, d: 1.8 + 482 / n**0.35), NOTHING),
+        (losses(lambda n, d: 1.8 + 2000 / d**0.35), NOTHING),
+        (losses(lambda n, d: 1.8 + 482 / n**0.35 + 3 / d**0.2, 0.02, seed=1), TOKENS),
+        (losses(TRUE.loss, 0.002, factor=1.03), "the sizes differ by a factor of 1.09, from 1e.06 to 1.09e.06"),
+        ([Point(n, 20 * n * (d / n) ** 0.1, x) for n, d, x in grid()], "tokens differ by a factor of 1.32 at equal"),
+        *((losses(lambda n, d: 3.0, 0.1, seed=seed), "the points |change the loss by") for seed in range(6)),
+        *((losses(lambda n, d: 1.8 + 482 / n**0.35, 0.002, seed=seed), "the points |tokens") for seed in range(6)),
+    ],
+)
+def test_points_that_show_no_law_are_refused_in_words(points: list[Point], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        fit(points, 100)
+
+
 # -- what is doubtful -------------------------------------------------------------------------------------------------
 
 
@@ -169,5 +198,5 @@ def test_points_that_do_not_show_where_the_loss_ends_leave_it_open() -> None:
     assert 0.5 < high < 1.279  # the least loss of a run
     assert "doubtful: E falls to nothing" in law.note
     assert "doubtful: most points are off by more than 1%" in law.note
-    assert len(law.draws) > 950
+    assert len(law.draws) > 900
     assert "doubtful" not in fit(grid(noise=0.002), 100).note

@@ -88,7 +88,8 @@ def test_a_run_that_was_trained_is_a_point(tmp_path: Path) -> None:
     assert found.points == [Point(begun["active_mean"], last["tokens"], last["loss"])]
     assert last["step"] == 2
     assert not found.left_out
-    assert found.about.startswith("model.kind dense, model.seq_len 64, tokenizer ")
+    assert found.traits["model.kind"] == "dense"
+    assert {"tokenizer", "data", "model.vocab", "train.optimizer"} < found.traits.keys()
 
 
 def test_it_is_the_last_loss_and_what_a_token_meets(tmp_path: Path) -> None:

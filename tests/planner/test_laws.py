@@ -5,17 +5,30 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lumina.config.resolve import presets, resolve
-from lumina.config.schema.model import KINDS
+from lumina.config.schema.model import KINDS, MoEConfig
 from lumina.errors import UserError
 from lumina.model.cost import count
 from lumina.planner import laws
-from lumina.planner.laws import DEFAULT, LAWS, Law, by_rule, law, moe_gain, moe_law, moe_loss, params_of
+from lumina.planner.laws import (
+    DEFAULT,
+    LAWS,
+    Law,
+    beyond_moe,
+    by_rule,
+    expansion,
+    law,
+    moe_gain,
+    moe_law,
+    moe_loss,
+    params_of,
+)
 
 BESIROGLU = LAWS["besiroglu"]
 
@@ -172,9 +185,27 @@ def test_a_moe_gains_over_dense_and_only_that_is_said() -> None:
     same = moe.loss(*moe.optimum(1e20))
     assert dense.loss(*dense.optimum(gains[2] * 1e20)) == pytest.approx(same)
     assert "ludziejewski" not in LAWS  # not a law of losses beside the others
-    assert "fitted to 32 experts" in moe_law(64).note
     with pytest.raises(UserError, match="0 experts"):
         moe_law(0)
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "shared", "expected"),
+    [(32, 3, 1, 8.25), (8, 1, 0, 8), (4, 4, 0, 1), (4, 4, 2, 1), (16, 2, 0, 8)],
+)
+def test_experts_count_beside_those_that_a_token_takes(experts: int, top_k: int, shared: int, expected: float) -> None:
+    """A mixture that takes all of its experts is a dense model, and gains nothing over one."""
+    moe = MoEConfig(experts=experts, top_k=top_k, shared=shared, normalise=False)
+    assert expansion(moe) == expected
+    assert (moe_gain(1e20, expansion(moe)) == pytest.approx(1)) == (expected == 1)
+
+
+def test_a_mixture_beyond_the_law_is_told() -> None:
+    small, large = (count(resolve(preset, ["model.kind=moe"]).config.model) for preset in ("debug", "b7"))
+    assert beyond_moe(small, 32) == []
+    assert beyond_moe(large, 64) == [
+        "64 experts for each one taken, beyond 32", "6.99e+09 active, beyond 2.7e+09", "4.5e+10 in all, beyond 5e+09",
+    ]  # fmt: skip
 
 
 # -- the user's own ---------------------------------------------------------------------------------------------------
@@ -182,6 +213,7 @@ def test_a_moe_gains_over_dense_and_only_that_is_said() -> None:
 
 def test_a_kept_law_comes_back_and_is_used() -> None:
     mine = Law("own", "three runs", "active", 1.5, 300.0, 900.0, 0.3, 0.31, ((1.4, 310.0, 910.0, 0.3, 0.3),) * 3)
+    mine = replace(mine, traits=(("model.kind", "dense"), ("model.moe", "")))
     laws.own.write(laws.to_values(mine))
     assert law() == law("own") == mine
     assert law("besiroglu") is BESIROGLU

@@ -59,10 +59,11 @@ def test_more_parameters_more_data_or_more_epochs() -> None:
     fresh = repeated.next_best(1e9, 1e12, 2e10)
     assert fresh.epochs > fresh.data  # twice the steps on the same text is never as good as twice the text
     starved = repeated.next_best(2e9, 1e8, 4e9)
-    assert starved.best == "data"
+    assert starved.best() == "data"
     assert starved.data < starved.epochs
+    assert starved.best(data=False) == ("params" if starved.params < starved.epochs else "epochs")
     small = repeated.next_best(1e7, 1e10, 4e10)
-    assert small.best == "params"
+    assert small.best() == small.best(data=False) == "params"
     assert small.params == repeated.loss(2e7, 1e10, 4e10)
 
 

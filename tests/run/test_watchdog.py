@@ -139,8 +139,11 @@ import lumina.run.watchdog as watchdog
 {change}
 """
 STOPPED = """
-dog = watchdog.Watchdog(__import__("pathlib").Path(sys.argv[1]), print, floor=1.0, first=1.0)
+dog = watchdog.Watchdog(__import__("pathlib").Path(sys.argv[1]), print, floor=1.0, first=float(sys.argv[3]))
 with dog:
+    for _ in range(40):  # its limit is learned, and armed
+        dog.step()
+        time.sleep(0.02)
     os.kill(os.getpid(), getattr(signal, sys.argv[2]))
     time.sleep(0.15)
     dog.step()
@@ -163,8 +166,9 @@ def python(code: str, *arguments: object, **options: Any) -> subprocess.Popen[st
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_a_process_that_was_stopped_is_not_taken_for_one_that_hangs(tmp_path: Path) -> None:
-    process = python(STOPPED, tmp_path / "log.txt", "SIGTSTP", process_group=0)
+@pytest.mark.parametrize(("number", "first"), [("SIGTSTP", 1.0), ("SIGSTOP", 30.0)])
+def test_a_process_that_was_stopped_is_not_taken_for_one_that_hangs(number: str, first: float, tmp_path: Path) -> None:
+    process = python(STOPPED, tmp_path / "log.txt", number, first, process_group=0)
     until_stopped(process)
     time.sleep(2.5)  # more than twice the limit
     process.send_signal(18)  # SIGCONT

@@ -38,6 +38,20 @@ def test_every_part_of_a_run_is_measured_and_nothing_stays(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+def test_what_a_run_takes_lies_in_the_interval_of_its_measurement() -> None:
+    """All five that were measured (a fit: the drift is theirs); steps that are slow together tell less than others."""
+    log = Path(__file__).parents[2] / "benchmarks/planner/total_time.jsonl"
+    for run in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
+        low, mean, high = trial.spread([run["planned_step"]["mid"]] * trial.STEPS)
+        factor = run["actual_steps"] / run["planned"]["parts"]["steps"]
+        assert low < factor * mean < high
+        assert low > 0.85 * mean
+    apart, together = trial.spread([1.0, 2.0] * 10), trial.spread([1.0] * 10 + [2.0] * 10)
+    assert together[1] == apart[1] == 1.5
+    assert together[2] - together[0] > 2 * (apart[2] - apart[0])
+    assert together[0] > 0
+
+
 def test_what_is_wrong_is_said_in_the_last_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text("extends: tiny\ndata: {train: nowhere.txt}\n")

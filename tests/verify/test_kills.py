@@ -50,12 +50,13 @@ def test_killed_runs_go_on_to_the_bit(
     assert not list(tmp_path.glob("lumina-verify-*"))  # what holds leaves nothing behind
 
 
+@pytest.mark.parametrize("turn", [16, 17])  # the eleventh and twelfth place, which no first attempt comes to
 def test_a_checkpoint_that_is_found_damaged_is_set_aside_in_every_run_and_kills_come_there_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    turn: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     outcome = resume.plan("tiny", 2, 0, BROKEN)
-    outcome.jobs[0] = replace(outcome.jobs[0], turn=17)  # of which each third is by the clock, so the twelfth place
+    outcome.jobs[0] = replace(outcome.jobs[0], turn=turn)  # of which each third is by the clock
     resume.verify(outcome, 1, lambda _: None)
     assert not outcome.failed
     first = outcome.kills[0]

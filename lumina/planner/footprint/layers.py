@@ -143,11 +143,10 @@ def _math(net: Net, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
 
 
 def _safe_softmax(x: Tensor) -> Tensor:
-    """Softmax, the rows of which all is masked found and set to zero."""
+    """Softmax, the rows of which all is masked found and set to zero where they are."""
     tape, numel, size = x.tape, x.numel, x.size
-    softmax, masked = tape.new(numel, size), tape.new(numel, FLAG)
-    out = tape.new(numel, size)
-    del softmax, masked
+    out, masked = tape.new(numel, size), tape.new(numel, FLAG)
+    del masked
     record(out, [x], [out], lambda _: [tape.new(numel, size)])
     return out
 

@@ -1,4 +1,4 @@
-"""docs/planner.md shows what the program prints, and the table that it reckons with."""
+"""docs/planning.md shows what the program prints, and the table that it reckons with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from lumina.cli import main
 from lumina.planner.hardware import DEVICES
 
-PAGE = (Path(__file__).parents[2] / "docs" / "planner.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
 
 
 def rows() -> list[str]:
