@@ -26,7 +26,7 @@ from lumina.planner import calibration, time
 from lumina.planner.calibration import Store
 from lumina.planner.hardware import Fleet, cpu_name, known_as, parse_gpus, this_machine
 from lumina.planner.plan import Data, Plan, make
-from lumina.planner.question import Question, ask
+from lumina.planner.question import Question, ask, key_of
 from lumina.planner.solve import as_yaml
 from lumina.progress import Tell, silent
 from lumina.run import index
@@ -168,10 +168,6 @@ def _with(question: Question, settings: Sequence[str]) -> Question:
     return replace(question, settings=replace(question, remedies=tuple(settings)).every_setting, kind=None)
 
 
-def _keys(question: Question) -> set[str]:
-    return {setting.split("=")[0].strip() for setting in question.every_setting}
-
-
 def _configured(question: Question) -> Config:
     """Where it runs and what it reads; a model that is still to be found has that of any preset."""
     settings = question.every_setting
@@ -190,7 +186,7 @@ def _here(config: Config, store: Store, measure: bool) -> Fleet:
 
 def _data(question: Question, config: Config) -> Data | None:
     """What there is to read, as it was said or as the files have it."""
-    chosen = "data.train" in _keys(question) or config.data.train != ("sample",)
+    chosen = "data.train" in map(key_of, question.every_setting) or config.data.train != ("sample",)
     if question.available is not None and not chosen:
         return Data(question.available, None, "as asked", counted=True)
     found = amount(config.data, config.model.vocab)

@@ -107,8 +107,8 @@ def beside(measured: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return page.lstrip(), {"about": about, "cases": cases}
 
 
-def _forecast(one: Mapping[str, Any], torch: str) -> dict[str, Any]:
-    said = forecast_of(one["keys"], "cuda", one["attention"].removesuffix("_attention"), torch)
+def _forecast(one: Mapping[str, Any], version: str) -> dict[str, Any]:
+    said = forecast_of(one["keys"], "cuda", one["attention"].removesuffix("_attention"), version)
     return {"moments": said.moments, "parts": said.parts, "peak": said.total}
 
 

@@ -140,19 +140,23 @@ class _AllCounted(Batch):
         return self.targets_BS.numel()
 
 
-def forecast_of(keys: Keys, device: str, attention: str | None = None, torch: str | None = None) -> forecasts.Memory:
-    """What the planner says of them, given the attention kernel that was seen and PyTorch's version."""
-    major_minor = torch and torch.split(".")[:2]
-    version = (int(major_minor[0]), int(major_minor[1])) if major_minor else None
-    return forecasts.memory(resolved(keys).config, 1, device, attention, version)
+def forecast_of(keys: Keys, device: str, attention: str | None = None, version: str | None = None) -> forecasts.Memory:
+    """What the planner says of them, given the attention kernel that was seen, and in an earlier version of PyTorch."""
+    torch_version = None if version is None else forecasts.major_minor(version)
+    return forecasts.memory(resolved(keys).config, 1, device, attention, torch_version)
 
 
-def earlier(path: Path) -> dict[str, Any]:
-    """What was measured before, maybe on another machine: the JSON of a report. Raises `UserError` if it is none."""
+def earlier(path: Path, device: str) -> dict[str, Any]:
+    """What was measured before, maybe on another machine: the JSON of a report.
+
+    Raises `UserError` if it is none, or one of another `device`.
+    """
     try:
         measured = json.loads(path.read_bytes())
         if not (isinstance(measured["about"], dict) and measured["cases"]):
             raise ValueError("it has no cases")
+        if measured["device"] != device:
+            raise UserError(f"{path}: measured otherwise", fix=f"say so: --device {measured['device']}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}", fix="name the .json of a report") from error
     except (KeyError, TypeError, ValueError) as error:

@@ -96,7 +96,7 @@ def beside(measured: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The page of what was measured, whenever that was, and what the planner says of it today."""
     about, cases = measured["about"], {}
     for name, one in measured["cases"].items():
-        forecast = forecast_of(one["keys"], "cpu", torch=about["torch"])
+        forecast = forecast_of(one["keys"], "cpu", version=about["torch"])
         cases[name] = {
             **one,
             "used": "to set constants" if name in FITTED else "to judge",

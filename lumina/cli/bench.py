@@ -224,8 +224,8 @@ def memory(
     if measured:
         if case:
             raise UserError("--case chooses what is measured, and --measured measures nothing", fix="drop one of them")
-        page, found = meters[device].beside(walks.earlier(measured))
-        _tell(f"memory-{device}", page, found, out, json)
+        page, found = meters[device].beside(walks.earlier(measured, device))
+        _tell(f"memory-{device}", page, {"device": device, **found}, out, json)
         return
     if device == "cuda":
         choose_device(device)
@@ -234,7 +234,7 @@ def memory(
         raise UserError(f"--case {unknown[0]!r}: there is no such case", fix=f"use one of: {', '.join(known)}")
     with Console(1, quiet=json) as console:
         page, found = meters[device].report(case or known, console.progress)
-    _tell(f"memory-{device}", page, found, out, json)
+    _tell(f"memory-{device}", page, {"device": device, **found}, out, json)
 
 
 def _tell(name: str, page: str, made: dict[str, Any], out: Path | None, json: bool) -> None:

@@ -97,7 +97,7 @@ def forecast(curve: Curve, aim: Aim, prior: Prior = SHIPPED) -> Forecast | Refus
         step=curve.now,
         train=_final(found, view, curve.now, prior, heldout=False),
         heldout=_final(found, view, curve.now, prior, heldout=True) if evaluated else None,
-        decay_now=_decay_now(found, view, curve.now, prior),
+        decay_now=_decay_now(found, view, curve.now),
         exponent=found.exponent,
         begin=begin,
         points=int((~points.heldout).sum()),
@@ -177,7 +177,7 @@ def _final(found: Posterior, view: View, now: int, prior: Prior, heldout: bool) 
     return _interval(mean, math.hypot(spread, ahead, prior.wobble * mean if heldout else 0.0))
 
 
-def _decay_now(found: Posterior, view: View, now: int, prior: Prior) -> DecayNow | None:
+def _decay_now(found: Posterior, view: View, now: int) -> DecayNow | None:
     """Both ends have the same decay: what is not known of its gain hardly matters, what is not known ahead does."""
     if view.schedule.kind != "wsd" or now >= view.schedule.decay_begins or not view.schedule.parts[-1].decay:
         return None

@@ -88,9 +88,14 @@ def peak(config: Config, processes: int = 1, device: str = "cpu") -> int:
 def _torch() -> tuple[int, int]:
     """The installed version, without an import; the newest that is known if there is none."""
     try:
-        major, minor = version("torch").split(".")[:2]
+        return major_minor(version("torch"))
     except PackageNotFoundError:
         return NEWEST_TORCH
+
+
+def major_minor(text: str) -> tuple[int, int]:
+    """`(2, 13)` of `2.13.0+cpu`."""
+    major, minor = text.split(".")[:2]
     return int(major), int(minor)
 
 

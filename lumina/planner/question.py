@@ -82,7 +82,7 @@ class Question:
         if self.params is not None:
             raise UserError(f"{self.source} has its parameters: --params asks for others", fix="drop one of the two")
         lengths = [f"--{name}" for name in ("tokens", *given) if getattr(self, name) is not None]
-        lengths += [key for key in LENGTHS if key in map(_key, self.settings)]
+        lengths += [key for key in LENGTHS if key in map(key_of, self.settings)]
         if len(lengths) > 1:
             raise UserError(
                 f"{', '.join(lengths)}: each says how long to train", fix=f"keep one of them, drop {lengths[1]}"
@@ -91,13 +91,13 @@ class Question:
     @property
     def every_setting(self) -> tuple[str, ...]:
         """`settings`, but for those that a remedy says otherwise, the remedies, and what `kind` says."""
-        instead = {_key(setting) for setting in self.remedies}
-        own = [setting for setting in self.settings if _key(setting) not in instead]
+        instead = {key_of(setting) for setting in self.remedies}
+        own = [setting for setting in self.settings if key_of(setting) not in instead]
         return (*own, *self.remedies, *([f"model.kind={self.kind}"] if self.kind else []))
 
     def why(self, key: str) -> str:
         """Why a setting is among `every_setting`."""
-        return "or it would not fit" if key in map(_key, self.remedies) else "as asked"
+        return "or it would not fit" if key in map(key_of, self.remedies) else "as asked"
 
 
 def ask(
@@ -173,7 +173,8 @@ def _with_unit(parse: Callable[[Any], T], such_as: str) -> Callable[[Any], T]:
     return read
 
 
-def _key(setting: str) -> str:
+def key_of(setting: str) -> str:
+    """`train.lr` of `train.lr=1e-3`."""
     return setting.split("=")[0].strip()
 
 

@@ -19,7 +19,7 @@ from lumina.planner import choices, time
 from lumina.planner.hardware import Fleet
 from lumina.planner.hyperparameters import Band, bands
 from lumina.planner.laws import FLOPS_A_PARAMETER, Law, params_of
-from lumina.planner.question import COMPUTE, Question
+from lumina.planner.question import COMPUTE, Question, key_of
 from lumina.planner.repeated import best_split
 from lumina.planner.shape import Shape, Size, shape_of
 
@@ -182,7 +182,7 @@ class Solver:
 
     def _require_free(self, keys: Iterable[str]) -> None:
         """Raises `UserError` if a setting says what the question is to find."""
-        given = {setting.split("=")[0].strip() for setting in self.question.settings}
+        given = {key_of(setting) for setting in self.question.settings}
         if both := [key for key in keys if key in given]:
             asked = ", ".join(f"--{name}" for name in ("params", "tokens", *COMPUTE) if getattr(self.question, name))
             raise UserError(f"{', '.join(both)}: follows from {asked}", fix="leave it out, or name a preset and set it")

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "planner"
 @pytest.mark.parametrize(("device", "meter"), [("cpu", resident), ("cuda", allocator), ("fake", tracker)])
 def test_the_page_is_what_the_planner_says_today_beside_what_was_measured(device: str, meter: ModuleType) -> None:
     name = f"2026-11-26-memory-{device}"
-    page, found = meter.beside(earlier(FOLDER / f"{name}.json"))
+    page, found = meter.beside(earlier(FOLDER / f"{name}.json", device))
     assert (FOLDER / f"{name}.md").read_text(encoding="utf-8") == page
     if device == "cuda":
         assert {case: one["forecast"]["peak"] / one["peak"] for case, one in found["cases"].items()} == {
@@ -43,6 +43,9 @@ def test_a_measurement_is_forecast_anew(capsys: pytest.CaptureFixture[str], tmp_
     for text in ("{", "[1]", '{"about": {}, "cases": {}}'):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(UserError, match="no measured memory"):
-            earlier(tmp_path / "other.json")
+            earlier(tmp_path / "other.json", "cuda")
     with pytest.raises(UserError, match="cannot be read"):
-        earlier(tmp_path / "nowhere.json")
+        earlier(tmp_path / "nowhere.json", "cuda")
+    with pytest.raises(UserError, match="measured otherwise") as other:
+        earlier(path, "cpu")
+    assert other.value.fix == "say so: --device cuda"

@@ -27,7 +27,8 @@ FORKING.set_forkserver_preload(["lumina.training.trainer", "torch.distributed.fs
 
 
 def several(size: int, work: Callable[..., None], *arguments: Any, folder: Path) -> list[int]:
-    """Calls `work` in so many processes; their exit codes, a signal's negative. If one fails, the others are ended.
+    """Calls `work` in so many processes; their exit codes, a signal's negative. If one fails, the others are ended,
+    by SIGQUIT.
 
     What they say is in `folder`/said-<rank>.txt.
     """
@@ -59,9 +60,10 @@ def _watch(processes: list[BaseProcess]) -> None:
         wait([process.sentinel for process in left], max(0.0, end - time.monotonic()))
         left = [process for process in left if process.exitcode is None]
         if left and (time.monotonic() > end or any(process.exitcode for process in processes)):
-            for process in left:  # torchrun gives those that are left half a minute, too
+            for process in left:
                 process.join(5)
-                process.kill()
+                if process.exitcode is None and process.pid:
+                    os.kill(process.pid, signal.SIGQUIT)  # no other test sends it: who ended so was ended from here
                 process.join()
             return
 

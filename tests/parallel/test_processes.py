@@ -37,14 +37,14 @@ def test_one_step_of_several_processes_is_that_of_one(processes: int, tmp_path: 
     out = tmp_path / "gradients.safetensors"
     cases = worker.CASES if processes == 2 else worker.CASES[-2:]
     all_well(processes, worker.write_gradients, out, folder=tmp_path)
-    several, one = load_file(out), worker.gradients(cases)
-    assert several.keys() == one.keys()
+    found, one = load_file(out), worker.gradients(cases)
+    assert found.keys() == one.keys()
     for name, want in one.items():
         # Muon orthogonalises in bf16: where a sum rounds differently, an update differs in a bf16 digit.
         # In fp16 every product is rounded to it, and the micro-batches have other sizes.
         rounded = " fp16 " in name or (" muon " in name and "grad" not in name)
         tolerance = 3e-3 if rounded else 1e-5
-        off = (several[name].double() - want.double()).norm() / want.double().norm().clamp_min(1e-12)
+        off = (found[name].double() - want.double()).norm() / want.double().norm().clamp_min(1e-12)
         assert off <= tolerance, f"{name}: {off:.2e}"
 
 
@@ -156,7 +156,8 @@ def test_a_process_without_memory_ends_all_and_the_next_start_takes_half_the_mic
 def test_a_process_of_two_that_is_killed_in_a_save_costs_one_interval_and_no_bit(tmp_path: Path) -> None:
     text = write_text(tmp_path)
     for how in worker.DEATHS:
-        assert -signal.SIGKILL in several(2, worker.killed, tmp_path, text, how, folder=tmp_path)
+        rank, _ = worker.DEATHS[how]
+        assert several(2, worker.killed, tmp_path, text, how, folder=tmp_path)[rank] == -signal.SIGKILL
     killed = [Run(path) for how in worker.DEATHS for path in (tmp_path / how).iterdir()]
     for run in killed:
         assert [store.step_of(path) for path in store.checkpoints(run.checkpoints)] == [2]

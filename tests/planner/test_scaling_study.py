@@ -41,6 +41,14 @@ def test_what_an_early_decay_costs_is_as_uncertain_as_it_was_wrong() -> None:
     assert all(2.1 < said / truth < 3.0 for said, truth in found)
 
 
+def test_how_many_forecasts_held_the_final_loss() -> None:
+    told = [
+        (one["heldout"], run["ends"][-1][1]) for run in recorded() for one in run["forecasts"] if one.get("heldout")
+    ]
+    inside = sum(interval["low"] <= final <= interval["high"] for interval, final in told)
+    assert f"{len(told)} forecasts of the final held-out loss {inside} lay" in (STUDY / "README.md").read_text()
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_the_prediction_is_what_the_law_of_the_points_says(kind: str) -> None:
     law = fit(read_points(STUDY / f"points-{kind}.csv"), 100, 0, "points", "active")
