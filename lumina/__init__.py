@@ -12,15 +12,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Run", "Trainer", "UserError", "load", "plan"]
+__all__ = ["Run", "Trainer", "UserError", "load", "open_run", "plan"]
 
 if TYPE_CHECKING:
     from lumina.api import Trainer, load
+    from lumina.byhand import open_run
     from lumina.errors import UserError
     from lumina.planning import plan
     from lumina.run.folder import Run
 
-_HOME = {"Trainer": "api", "load": "api", "Run": "run.folder", "UserError": "errors", "plan": "planning"}
+_HOME = {
+    "Trainer": "api",
+    "load": "api",
+    "open_run": "byhand",
+    "Run": "run.folder",
+    "UserError": "errors",
+    "plan": "planning",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -235,6 +235,11 @@ def require_plain(value: Any, where: str) -> None:
         raise TypeError(f"{where}: {kind.__module__}.{kind.__qualname__} is not a plain JSON value")
 
 
+def as_plain(value: Any) -> Any:
+    """With floats that JSON cannot hold as in the log: "nan", "inf", "-inf"."""
+    return _encode(value)
+
+
 def _encode(value: Any) -> Any:
     """Floats that JSON cannot hold become strings."""
     if isinstance(value, float) and not math.isfinite(value):

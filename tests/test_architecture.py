@@ -34,16 +34,19 @@ ALLOWED = {
     "training": LEAVES | {"model", "data", "checkpoint", "orchestrator", "parallel", "planner", "run", "lumina"},
     "orchestrator": LEAVES,
     "planning": LEAVES | {"data", "planner", "run", "training"},
+    "byhand": LEAVES | {"orchestrator", "run"},
     "api": LEAVES | {"inference", "run", "telemetry", "training"},
     "bench": LEAVES
     | {"checkpoint", "data", "inference", "model", "parallel", "planner", "run", "telemetry", "training"},
-    "verify": LEAVES | {"bench", "checkpoint", "data", "model", "planner", "run", "telemetry", "training", "lumina"},
+    "verify": LEAVES
+    | {"bench", "checkpoint", "data", "model", "orchestrator", "planner", "run", "telemetry", "training", "lumina"},
     "cli": LEAVES
-    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "planner", "planning", "run"}
-    | {"telemetry", "training", "verify", "lumina"},
+    | {"api", "bench", "checkpoint", "data", "inference", "interop", "model", "orchestrator", "planner"}
+    | {"byhand", "planning", "run", "telemetry", "training", "verify", "lumina"},
 }
 TORCHLESS = [
     "lumina",
+    "lumina.byhand",
     "lumina.checkpoint.overview",
     "lumina.checkpoint.retention",
     "lumina.cli.app",
@@ -54,6 +57,10 @@ TORCHLESS = [
     "lumina.data.look",
     "lumina.events",
     "lumina.model.cost",
+    "lumina.orchestrator.actions",
+    "lumina.orchestrator.ledger",
+    "lumina.orchestrator.alarms",
+    "lumina.orchestrator.orchestrator",
     "lumina.orchestrator.protocol",
     "lumina.planner.calibration",
     "lumina.planner.fit",
@@ -66,6 +73,7 @@ TORCHLESS = [
     "lumina.planner.repeated",
     "lumina.planner.time",
     "lumina.planning",
+    "lumina.run.inbox",
     "lumina.run.index",
     "lumina.run.lineage",
     "lumina.run.overview",

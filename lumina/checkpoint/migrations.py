@@ -7,6 +7,7 @@ is called or holds, adds one, and beside it a run of the version before in tests
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,24 @@ def _to_2(state: State) -> None:
     state["progress"]["eval_tokens"] = 16384
 
 
-MIGRATIONS: dict[int, Callable[[State], None]] = {1: _to_2}
+def _to_3(state: State) -> None:
+    """There was no orchestrator, nothing remembered what invariants need, and the metrics not yet observed were 8."""
+    state["orchestrator"] = None
+    progress, pending = state["progress"], state["progress"]["pending"]
+    last = bool(pending and pending[4])
+    if pending:
+        nats, correct, count, norm, skipped, _, _, scale, *rows = pending
+        nan, taken = math.nan, float(state["optimizer_steps"])
+        figures = [nats, correct, count, nan, norm, nan, nan, nan, skipped, nan, nan, nan, nan, taken, scale]
+        progress["pending"] = figures + rows
+    progress |= {
+        "skipped": progress["step"] - state["optimizer_steps"] - last, "batch": -1,
+        "content": "", "broken": [], "contents": [], "golden": "", "sums": None, "looked": 0, "rates": 0.0,
+        "travel": 0.0,
+    }  # fmt: skip
+
+
+MIGRATIONS: dict[int, Callable[[State], None]] = {1: _to_2, 2: _to_3}
 FORMAT = 1 + len(MIGRATIONS)  # that this version writes
 
 

@@ -237,6 +237,43 @@ def memory(
     _tell(f"memory-{device}", page, {"device": device, **found}, out, json)
 
 
+def orchestrator(
+    settings: Settings = None,
+    size: Annotated[str, typer.Option(help="tiny: the preset; P: benchmark shape P.")] = "tiny",
+    kind: Annotated[list[str] | None, typer.Option(help="This kind alone; may be repeated.")] = None,
+    rounds: Rounds = 21,
+    harm: Annotated[int, typer.Option(min=0, help="Instead: after so many tiny steps, is anything another?")] = 0,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """What it costs to be watched: a step with figures, invariants, looks, restore points and orchestrator, without."""
+    from lumina.bench import harness, report
+    from lumina.bench import orchestrator as watched
+    from lumina.config.schema.model import KINDS
+    from lumina.telemetry.console import Console
+
+    if size not in watched.AT_ONCE:
+        raise UserError(f"--size {size}: there is no such size", fix=f"use one of: {', '.join(watched.AT_ONCE)}")
+    if unknown := [one for one in kind or () if one not in KINDS]:
+        raise UserError(f"--kind {unknown[0]}: there is no such kind", fix=f"use one of: {', '.join(KINDS)}")
+    keys = _training_keys(settings)
+    if harm:
+        with Console(1, quiet=json) as console:
+            harmed = {one: watched.harm(one, harm, keys, console.progress) for one in kind or KINDS}
+        lines = [[one, str(harm), found or "equal to the bit"] for one, found in harmed.items()]
+        page = report.table("Watched and not watched", ("kind", "steps", "result"), lines).lstrip()
+        _tell("no-harm", page, {"steps": harm, "harm": harmed}, out, json)
+        return
+    with Console(1, quiet=json) as console:
+        arms = watched.suite(size, kind or KINDS, keys)
+        measured = harness.measure(arms, rounds, progress=console.progress, settings=keys, size=size)
+    found = watched.rows(measured, size)
+    said = f"{report.circumstances(measured.about)}; {report.ceilings(measured)}."
+    page = report.table(f"What watching costs, {size}", watched.HEADER, found, said).lstrip()
+    bars = [dict(zip(watched.HEADER, row, strict=True)) for row in found]
+    _tell(f"orchestrator-{size}", page, measured.as_json() | {"bars": bars}, out, json)
+
+
 def _tell(name: str, page: str, made: dict[str, Any], out: Path | None, json: bool) -> None:
     """Prints a page, or its JSON, and writes both into `out` under today's date, if asked for."""
     from lumina.bench import report

@@ -91,6 +91,7 @@ def resume(
     from lumina.config.change import change
     from lumina.config.resolve import read
     from lumina.run import index
+    from lumina.run.inbox import Inbox
     from lumina.training import trainer
     from lumina.training.session import Back
 
@@ -104,7 +105,7 @@ def resume(
         ]  # whose configuration holds the settings then
         begin = ["resume", *_going_back(back_to, steps), *again[1:], *(settings or [])]
         start_again(lambda first: begin if first else again, restarts, processes, found)
-    if found.finished and back_to is None:
+    if found.finished and back_to is None and not Inbox(found).waiting():
         voice.tell_again(found)
         voice.say(f"note   {found.path} is finished: there is nothing to go on with")
     config = read(found.config)

@@ -14,7 +14,7 @@ from lumina.errors import UserError
 RESUME = "lumina resume"  # the origin of what was changed
 KEYS = (
     "parallel.device", "parallel.threads", "train.micro_batch", "train.compile", "train.recompute", "precision.mode",
-    "precision.eval", "model.moe.kernel",
+    "precision.eval", "model.moe.kernel", "orchestrator.mode", "orchestrator.snapshot_every",
 )  # fmt: skip
 SECTIONS = ("checkpoint.", "telemetry.")
 # What was settled for another value of these is settled anew.
@@ -23,6 +23,7 @@ FOLLOWS = {
     "model.moe.kernel": ("parallel.device", "precision.mode"),
     "train.compile": ("parallel.device",),
     "checkpoint.every": ("checkpoint.mtbf",),
+    "orchestrator.snapshot_every": ("orchestrator.mode",),
 }
 
 

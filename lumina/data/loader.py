@@ -88,18 +88,22 @@ class Loader:
         self.data, self.phases, self.seed = data, phases, seed
         self.draws = self._draws()
         self.orders = {0: self.draws}
+        self.newest: tuple[tuple[int, tuple[Block, ...], int], NDArray[np.int64]] = (-1, (), 0), np.empty(0, np.int64)
 
     def ids(self, i: int, skipped: Sequence[Block] = (), order: int = 0) -> NDArray[np.int64]:
         """Global sample ids (B,) of batch `i`, the same for any number of processes.
 
         Batches read on behind those `skipped`, within their phase. Each `order` is another shuffle of the same data.
         """
-        if order not in self.orders:
-            self.orders[order] = self._draws(order)
-        phase, n = self._phase(i), self.planned(i, skipped)
-        n_B = (n - self.begins[phase]) * self.sequences + np.arange(self.sequences)
-        shards, windows = self.orders[order][phase](n_B)
-        return self.offsets[shards] + windows
+        asked = i, tuple(skipped), order
+        if self.newest[0] != asked:  # a step is asked for twice: once to read it, once to check what was read
+            if order not in self.orders:
+                self.orders[order] = self._draws(order)
+            phase, n = self._phase(i), self.planned(i, skipped)
+            n_B = (n - self.begins[phase]) * self.sequences + np.arange(self.sequences)
+            shards, windows = self.orders[order][phase](n_B)
+            self.newest = asked, self.offsets[shards] + windows
+        return self.newest[1].copy()
 
     def planned(self, i: int, skipped: Sequence[Block] = ()) -> int:
         """Which batch, as its phase numbers them without a quarantine, batch `i` is.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -105,6 +106,14 @@ def _shares(weights: Sequence[float]) -> list[int]:
     return shares
 
 
+@lru_cache(256)
+def _round_keys(key: tuple[int, ...]) -> NDArray[np.uint64]:
+    """Of the rounds of a permutation: drawing them takes longer than permuting a batch."""
+    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64).astype(np.uint64)
+    keys.setflags(write=False)
+    return keys
+
+
 def permute(positions: Ids, size: int, key: tuple[int, ...]) -> Ids:
     """Where a random permutation of range(`size`), chosen by `key`, sends `positions`, without making it whole.
 
@@ -112,7 +121,7 @@ def permute(positions: Ids, size: int, key: tuple[int, ...]) -> Ids:
     sent on until they fall inside (cycle walking; Black and Rogaway, 2002), at most four times on average.
     """
     half = max(1, -(-(size - 1).bit_length() // 2))
-    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64).astype(np.uint64)
+    keys = _round_keys(key)
     values = _feistel(positions.astype(np.uint64), half, keys)
     while len(outside := np.flatnonzero(values >= size)):
         values[outside] = _feistel(values[outside], half, keys)

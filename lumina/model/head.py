@@ -30,13 +30,14 @@ class TokenLoss(NamedTuple):
     nats: Tensor  # cross-entropy alone
     correct: Tensor  # tokens whose largest logit is the target
     tokens: Tensor  # counted tokens
+    square: Tensor  # of log Z
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, h_TD: Tensor, w_VD: Tensor, target_T: Tensor, z: float, training: bool, learns: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         w_VD = w_VD.to(
             h_TD.dtype
         )  # here, not by the caller: the gradient's fp32 sum must reach an fp32 weight unrounded
@@ -65,8 +66,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 g_w_VD += g.t() @ h
         ctx.save_for_backward(g_h_TD, g_w_VD)
         tokens = (target_T != IGNORED).sum().float()
-        ctx.mark_non_differentiable(nats, correct, tokens)
-        return nats + z * square, nats, correct, tokens
+        ctx.mark_non_differentiable(nats, correct, tokens, square)
+        return nats + z * square, nats, correct, tokens, square
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:

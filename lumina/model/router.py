@@ -89,6 +89,9 @@ class Router(nn.Module):
     def __init__(self, width: int, config: MoEConfig, layer: int = 0) -> None:
         super().__init__()
         self.config, self.number = config, layer
+        # Of the training step to come; evaluation and generation keep what was planned, as whoever loads the weights.
+        self.temperature, self.balance = config.temperature, config.balance
+        self.capacity, self.dropout = config.capacity, config.dropout
         # A tensor, for a number would be a constant of compiled code: a graph for every layer.
         self.register_buffer("layer", torch.empty((), dtype=torch.int64), persistent=False)
         slots = config.experts + config.spare
@@ -109,8 +112,9 @@ class Router(nn.Module):
         config = self.config
         with torch.autocast(x_BSD.device.type, enabled=False):
             logit_BSE = F.linear(x_BSD.float(), self.weight.float())
-        if config.temperature != 1:
-            logit_BSE = logit_BSE / config.temperature
+        temperature = config.temperature if key_BS is None else self.temperature
+        if temperature != 1:
+            logit_BSE = logit_BSE / temperature
         if config.spare:
             logit_BSE = logit_BSE.masked_fill(~self.active_E, -math.inf)
         score_BSE = logit_BSE.sigmoid() if config.score == "sigmoid" else logit_BSE.softmax(-1)
@@ -121,7 +125,7 @@ class Router(nn.Module):
         if config.normalise:
             gate_BSA = gate_BSA / (mass_BS1 + 1e-20)
         kept_BSA = None
-        if config.capacity and key_BS is not None:
+        if self.capacity and key_BS is not None:
             kept_BSA = self._within_capacity(expert_BSA, gate_BSA.detach())
             gate_BSA = gate_BSA * kept_BSA
         return Routed(expert_BSA, gate_BSA, self._stats(logit_BSE, score_BSE, expert_BSA, mass_BS1, kept_BSA))
@@ -129,10 +133,10 @@ class Router(nn.Module):
     def _choose(self, score_BSE: Tensor, key_BS: Tensor | None) -> Tensor:
         """What the choice is made by."""
         choice_BSE = score_BSE + self.bias_E
-        if self.config.dropout and key_BS is not None:
+        if self.dropout and key_BS is not None:
             experts = torch.arange(score_BSE.shape[-1], device=score_BSE.device)
             noise_BSE = uniform(fold(fold(key_BS, self.layer).unsqueeze(-1), experts))
-            choice_BSE = choice_BSE - HIDDEN * (noise_BSE < self.config.dropout)
+            choice_BSE = choice_BSE - HIDDEN * (noise_BSE < self.dropout)
         if self.config.spare:
             choice_BSE = choice_BSE.masked_fill(~self.active_E, -math.inf)
         return choice_BSE
@@ -140,7 +144,7 @@ class Router(nn.Module):
     def _within_capacity(self, expert_BSA: Tensor, gate_BSA: Tensor) -> Tensor:
         """Which assignments (bool) are among the largest gates of their expert in their sequence; ties by position."""
         _, S, A = expert_BSA.shape
-        E, share = self.active_E.sum(), math.ceil(self.config.capacity * S * A - 1e-9)
+        E, share = self.active_E.sum(), math.ceil(self.capacity * S * A - 1e-9)
         limit = (share + E - 1) // E  # in whole numbers, which E on the device asks for
         order_BR = gate_BSA.flatten(1).argsort(dim=1, descending=True, stable=True)
         expert_BR = expert_BSA.flatten(1).gather(1, order_BR)
@@ -159,10 +163,10 @@ class Router(nn.Module):
         lse_BS = logit_BSE.logsumexp(-1)
 
         loss = logit_BSE.new_zeros(())
-        if config.balance or config.seq_balance:
+        if self.balance or config.seq_balance:
             P_BE = p_BSE.mean(1)
-            if config.balance:
-                loss = loss + config.balance * E * (self.fraction_E * P_BE).sum()
+            if self.balance:
+                loss = loss + self.balance * E * (self.fraction_E * P_BE).sum()
             if config.seq_balance:
                 best_BSA = score_BSE.detach().topk(A, dim=-1, sorted=False).indices
                 f_BE = count_experts(best_BSA.flatten(1), slots) / (S * A)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from lumina.config.overlay import Overlay, Value
 
 Data = Literal["replay", "skip"]
+Stage = Literal["warmup", "stable", "decay"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,63 @@ class Observation:
     loss: float  # nats a token
     acc: float  # share of the tokens
     lr: float  # that acted
+    clip: float  # that acted
+    stage: Stage  # of the schedule of this step's phase
+    changed: str  # what the plan changed with this step: "phase", "capacity", ids of overlays that begin or end; or ""
     grad_norm: float  # before clipping
+    grad_embed: float  # the same of parts: the embedding, an untied head, the routers of experts and of depth
+    grad_head: float | None  # None if tied
+    grad_router: float | None  # None without
+    update_ratio: float  # norm of what the step moved over the norm of the weights, of a sample of them
+    adam_rms: float  # root mean square of g / sqrt(v), of a sample: above 2.3 precedes spikes (Wortsman et al. 2023)
+    log_z: float  # root mean square of log Z, nats
     skipped: bool  # the guard moved nothing: loss or gradients were not finite
-    balance: float | None  # largest over mean expert load, mean over layers; None without experts
-    agreement: float | None  # share of tokens on which the causal depth rule and the choice agree; None without
-    loss_scale: float | None  # of fp16
+    batch: int  # number of the batch, as planned, in its phase
+    content: str  # hash of the batch's tokens; empty where they are planned to come again, in another epoch
+    load: tuple[tuple[float, ...], ...] = ()  # tokens of each expert over the mean, for each layer
+    entropy: tuple[float, ...] = ()  # of the routers' scores a token, nats, for each layer
+    capacity: tuple[float, ...] = ()  # share of the tokens that each depth-routed layer's causal rule takes
+    agreement: float | None = None  # share of tokens on which the causal depth rule and the choice agree; None without
+    loss_scale: float | None = None  # of fp16
+    broken: tuple[str, ...] = ()  # invariants that do not hold, each a sentence that begins with its name and ": "
+
+    @property
+    def clipped(self) -> float:
+        """1 if the gradients were scaled down to `clip`, else 0."""
+        return float(self.grad_norm > self.clip)
+
+    @property
+    def balance(self) -> float | None:
+        """Largest over mean expert load, mean over layers; None without experts."""
+        return sum(max(layer) for layer in self.load) / len(self.load) if self.load else None
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the probe saw behind `step`, without gradient and with the causal routing."""
+
+    step: int
+    loss: float  # of a fixed piece of held-out text, nats a token
+    golden: float  # of a fixed batch as training reads it, nats a token: apart from `loss` if the way of data is broken
+    attention: float  # largest attention logit
+    churn: tuple[float | None, ...] = ()  # share of the tokens whose experts changed since the last look, by layer
+    agreement: float | None = None  # of the causal depth rule and top-C on the held-out piece
+    broken: tuple[str, ...] = ()  # invariants that only a look can see
+    attentions: tuple[float, ...] = ()  # largest attention logit of each block
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A step taken again from the restore point in memory, on trial."""
+
+    step: int  # that was repeated
+    loss: float  # as it was observed first
+    again: float  # the same step once more
+    same: bool  # to the bit: loss and gradient norm
+    others: tuple[float, ...]  # losses of the same weights on other batches of the training data
+    heldout: float  # of the weights before the step, on the probe's text
+    exact: bool = True  # whether this machine gives the same bits for the same step
+    ahead: int = 0  # batches that follow the step's without a gap and cost the same weights as much as it
 
 
 @dataclass(frozen=True)
@@ -88,10 +141,22 @@ class Controls(Protocol):
         """What was laid over the plan, ended ones included."""
         ...
 
+    def points(self) -> tuple[int, ...]:
+        """The steps that `rollback` can go back to, ascending."""
+        ...
+
+    def replan(self, why: Decision) -> None:
+        """Puts back what holds more than a step: the optimizer's constants, as configured, and a new loader.
+
+        All else is asked of the plan in each step.
+        """
+        ...
+
     def overlay(self, why: Decision, key: str, value: Value, steps: int | None = None) -> Overlay:
         """Lays a value over the plan from the next step on, for so many steps or to the end.
 
-        `data.skip` leaves out batches that are still to be read.
+        `data.skip` leaves out batches that are still to be read; an edit changes the state before the next step, and
+        `decay` ends the run with so many steps of it: see `lumina.config.overlay`.
         """
         ...
 
@@ -103,15 +168,16 @@ class Controls(Protocol):
         """Goes back to before an overlay and on without it: a new attempt, the run that never had it."""
         ...
 
-    def rollback(self, why: Decision, step: int, data: Data = "replay") -> None:
+    def rollback(self, why: Decision, step: int, data: Data = "replay", until: int = 0) -> None:
         """Goes back to the restore point of `step`, in memory or on disk, and on from there in a new attempt.
 
-        `skip` quarantines the batches read since then; what lies over the plan stays in force.
+        `skip` quarantines the batches read since then, and those up to step `until` of the same phase; what lies over
+        the plan stays in force.
         """
         ...
 
     def snapshot(self) -> int:
-        """Makes this step the restore point in memory, in place of the one before; returns its bytes."""
+        """Makes this step a restore point in memory, in place of the older of two; returns its bytes."""
         ...
 
     def fork(self, step_seconds: float) -> AbstractContextManager[Fork]:
@@ -120,6 +186,13 @@ class Controls(Protocol):
 
     def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> None:
         """Goes on from the end of an arm that was held: its steps, without the probe, are the run's."""
+        ...
+
+    def replay(self, before: int) -> Replay | None:
+        """Takes the last observed step again from the newest restore point in memory before step `before`.
+
+        None if there is none, or no memory for it. It leaves no trace.
+        """
         ...
 
     def save(self) -> None:

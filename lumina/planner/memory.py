@@ -24,6 +24,7 @@ from lumina.planner.footprint.tape import ACTIVATIONS, CASTS, GRADIENTS, Tape
 from lumina.planner.footprint.units import Bytes, Unit
 from lumina.planner.hardware import has_fast_bf16
 
+RESTORE_POINTS = 2  # in memory, so that one lies before a step that is suspected when the next has been taken
 MICRO_TOKENS = 8192  # of a micro-batch, if it is not configured: more gains nothing on a CPU and costs memory
 EVAL_TOKENS = 16384  # evaluated at once
 NEWEST_TORCH = (2, 13)
@@ -46,7 +47,7 @@ class Memory:
 
     parts: Mapping[str, int]
     moments: Mapping[str, int]  # the peak of each: forward, backward, optimizer, evaluation
-    host: int  # bytes of main memory that a save stages, for each process
+    host: int  # bytes of main memory that a save stages, and restore points, for each process
 
     @property
     def total(self) -> int:
@@ -173,7 +174,7 @@ class _Step:
         peak = max(found.values(), key=Counter.total)
         parts = self._spare(peak) + Bytes({WORKSPACE: LIBRARIES[self.device]})
         totals = {name: held.total() + LIBRARIES[self.device] for name, held in found.items()}
-        return Memory({part: value for part, value in parts.items() if value}, totals, self._staged())
+        return Memory({part: value for part, value in parts.items() if value}, totals, self._copies())
 
     def _moments(self) -> Iterator[tuple[str, list[Bytes]]]:
         yield from self._of_a_step()
@@ -282,11 +283,13 @@ class _Step:
         spare = Bytes({part: value * self.size for part, value in apart.items()})
         return held - spare + Bytes({SPARE: spare.total()})
 
-    def _staged(self) -> int:
-        """A copy of weights and moments, if files are written in the background."""
-        write = self.config.checkpoint.write
+    def _copies(self) -> int:
+        """Copies of weights and moments: one if files are written in the background, those to go back to, and that of a
+        replay."""
+        write, watch = self.config.checkpoint.write, self.config.orchestrator
         background = write == "background" or (write == "auto" and self.device != "cpu")
-        return (self.state.weights + self.state.moments) // self.processes if background else 0
+        points = RESTORE_POINTS + 1 if watch.mode != "off" and watch.snapshot_every else 0
+        return (background + points) * (self.state.weights + self.state.moments) // self.processes
 
 
 @dataclass(frozen=True)

@@ -50,5 +50,11 @@ def overlays(run: Run) -> list[dict[str, Any]] | None:
     return found
 
 
+def ways_back(run: Run, after: int) -> list[dict[str, Any]]:
+    """The `run` events of attempts later than `after` that went back on purpose."""
+    begun = (event for line in _lines(run) if b'"rollback"' in line and (event := parse(line)))
+    return [e for e in begun if e.get("t") == "run" and e.get("reason") == "rollback" and e["attempt"] > after]
+
+
 def _lines(run: Run) -> list[bytes]:
     return run.event_log.read_bytes().splitlines() if run.event_log.is_file() else []

@@ -59,12 +59,17 @@ def _facts(run: Run) -> dict[str, Any]:
         "kind": started.get("kind"),
         "active": started.get("active"),
         "step": step.get("step", started.get("step", 0)),
-        "steps": started.get("steps"),
+        "steps": _ends(events) or started.get("steps"),
         "tokens": step.get("tokens", 0),
         "loss": loss if loss is None or math.isfinite(loss) else str(loss),
         "best_bpb": min(evaluated, default=None),
         "age": max(0.0, time.time() - created),  # of a folder from a machine whose clock is ahead
     }
+
+
+def _ends(events: list[Event]) -> int | None:
+    """With which step the run ends, as the newest event says: a decay that was started ends it early."""
+    return next((event["ends"] for event in reversed(events) if type(event.get("ends")) is int), None)
 
 
 def _state(run: Run, events: list[Event]) -> str:

@@ -174,7 +174,7 @@ class Console:
 
     def _on_run(self, event: Event) -> None:
         self.log = Path(event["path"]) / "log.txt"
-        self.steps = event["steps"]
+        self.steps = event["ends"] if "ends" in event else event["steps"]
         mean = "" if event["active_mean"] == event["active"] else f" ({count(event['active_mean'])} on average)"
         data, tokens = event["data"], event["steps"] * event["batch_tokens"]
         resumed = event.get("parent_step") is not None
@@ -280,11 +280,14 @@ class Console:
             self.write(f"! checkpoint of step {event['step']}: {problem}")
 
     def _on_incident(self, event: Event) -> None:
+        if event["kind"] == "act refused":  # it may have changed the end before it failed
+            self.steps = int(event.get("ends", self.steps))
         if event["kind"] != "save refused" or not self.unsaved:
             self.write(f"! {incidents.sentence(event)}")
         self.unsaved |= event["kind"] == "save refused"  # said once, until a save succeeds
 
     def _on_decision(self, event: Event) -> None:
+        self.steps = int(event.get("ends", self.steps))
         said = SENTENCES.get((event["rule"], event["action"]))
         reason = f"{event['action']} ({event['rule']}) {event.get('reason', '')}".rstrip()
         sentence = said.format(**event["evidence"]) if said else reason

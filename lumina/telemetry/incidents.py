@@ -30,6 +30,8 @@ def sentence(event: Event) -> str:
         how = event["signal"] or f"exit code {event['code']}"
         lost = f"{duration(event['seconds_lost'])} of work and waiting are lost"
         return f"restart {event['restarts']}: the attempt before ended by {how}; {lost}"
+    if kind == "act refused":
+        return f"{where}{event['asked']} was not done: {event['error']}"
     if kind == "not kept":
         return f"{where}what plans to come could learn of this run is not kept: {event['error']}"
     return f"{where}{kind}"

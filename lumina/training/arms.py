@@ -64,7 +64,7 @@ class Arms:
         return Outcome(name, steps, probe, [], math.nan, False, (steps + probe) * self.step_seconds, void)
 
     def _run(self, name: str, overlays: Sequence[Overlay], steps: int, probe: int, hold: bool) -> Outcome:
-        here, rest = self.course.state.progress.step, self.course.parts.steps - self.course.state.progress.step
+        here, rest = self.course.state.progress.step, self.course.steps - self.course.state.progress.step
         if steps < 1 or probe < 0 or steps + probe > rest:
             wrong = f"arm {name}: {steps} steps and {probe} of the probe, but the run has {rest} left"
             raise UserError(wrong, fix="make it shorter")

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lumina.config.overlay import SKIP, Overlay, Value, added, lifted, pack, skipped
+from lumina.config.overlay import DECAY, KEYS, SKIP, Overlay, Value, added, lifted, pack, require_kind, skipped
 from lumina.errors import UserError
-from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Outcome
+from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Outcome, Replay
+from lumina.training import edits
 from lumina.training.arms import Arms
-from lumina.training.session import Session
+from lumina.training.replay import replay
+
+if TYPE_CHECKING:
+    from lumina.training.session import Session
+
+# What rests while only adapters are trained; their weights must stay those of the model that they adapt.
+RESTING = ("bias_rate", "predictor", "qk_clip", "router.reset", "expert.reseed")
 
 
 class SessionControls(Controls):
@@ -31,7 +38,10 @@ class SessionControls(Controls):
 
     def overlay(self, why: Decision, key: str, value: Value, steps: int | None = None) -> Overlay:
         begin = self.step + 1
-        new = Overlay(f"{key}={value}@{begin}", key, value, begin, None if steps is None else self.step + steps)
+        end = None if steps is None else self.step + steps
+        if end is None and key in KEYS and KEYS[key].once:
+            end = begin
+        new = Overlay(f"{key}={value}@{begin}".replace(" ", ""), key, value, begin, end)
         overlays = added(self.overlays, new)
         self._require_effect(new)
         self.session.secure()
@@ -54,31 +64,71 @@ class SessionControls(Controls):
 
     def _lay(self, why: Decision, overlays: tuple[Overlay, ...], ahead: int = 1, **what: Any) -> None:
         """Tells what is going to be in force, then it is; `ahead`: so many steps are taken with it at once."""
-        self.session.record("decision", step=self.step, **why.fields(), overlays=pack(overlays), **what)
+        ends = self.course.ends(overlays)
+        self.session.record("decision", step=self.step, **why.fields(), overlays=pack(overlays), ends=ends, **what)
         self.state.overlays = overlays
         self.session.keep_ways_back(ahead)
 
     def _require_effect(self, new: Overlay) -> None:
-        """Raises `UserError` for what this run has nothing of, and for batches that it has read or never will."""
-        loader, model = self.course.parts.loader, self.course.parts.model
-        if new.key == "bias_rate" and not model.moes:
-            raise UserError(f"{new.key}: a {self.course.config.model.kind} model has no experts", fix="leave it out")
+        """Raises `UserError` for what this run has nothing of, and for what is not to come any more."""
+        config, rest = self.course.config, self.course.steps - self.step
+        require_kind(new.key, config.model.kind)
+        if rest < 1:
+            raise UserError(f"{new.key}: the run has no step left", fix="go back first, or undo what ended it")
+        if self.course.parts.plan.frozen and new.key in RESTING:
+            raise UserError(f"{new.key}: adapters alone are trained, what it acts on rests", fix="leave it out")
         if new.key == SKIP:
-            assert isinstance(new.value, list)
-            before = skipped(self.overlays)
-            next_, last = loader.planned(self.step, before), loader.planned(loader.phase_end(self.step) - 1, before)
-            if not next_ <= new.value[0] <= last:
-                wrong = f"{SKIP}={new.value}: batch {new.value[0]} is not one that is still to come in this phase"
-                raise UserError(wrong, fix=f"to come are {next_} to {last}; for those before, go back")
+            self._require_to_come(new)
+        elif new.key == DECAY:
+            self._require_decay(new, rest)
+        elif new.key == "micro_batch":
+            self._require_micro_batch(new)
+        elif new.key in KEYS and KEYS[new.key].pair:
+            edits.require_expert(self.course.parts.model, new)
+
+    def _require_to_come(self, new: Overlay) -> None:
+        assert isinstance(new.value, list)
+        loader, before = self.course.parts.loader, skipped(self.overlays)
+        next_, last = loader.planned(self.step, before), loader.planned(loader.phase_end(self.step) - 1, before)
+        if not next_ <= new.value[0] <= last:
+            wrong = f"{SKIP}={new.value}: batch {new.value[0]} is not one that is still to come in this phase"
+            raise UserError(wrong, fix=f"to come are {next_} to {last}; for those before, go back")
+
+    def _require_decay(self, new: Overlay, rest: int) -> None:
+        """It makes the run one that was planned shorter, which of a cosine it cannot."""
+        assert not isinstance(new.value, list)
+        if self.course.config.train.schedule != "wsd":
+            raise UserError(f"{DECAY}: a cosine decays all along", fix="stop the run, or scale its rate: lr.scale=0.5")
+        phase = next(phase for phase in reversed(self.course.phases) if new.begin > phase.begin)
+        if not phase.begin + phase.warmup < new.begin <= phase.end - phase.decay:
+            first, last = phase.begin + phase.warmup, phase.end - phase.decay - 1
+            raise UserError(
+                f"{DECAY}: not between warm-up and the planned decay",
+                fix=f"ask for it after one of steps {first} to {last}" if first <= last else "let the run end",
+            )
+        if new.value > rest:
+            raise UserError(f"{DECAY}={new.value}: the run has {rest} steps left", fix="give it so many at most")
+
+    def _require_micro_batch(self, new: Overlay) -> None:
+        assert not isinstance(new.value, list)
+        sequences, fitting = self.course.fitting.sequences, self.course.fitting
+        most = sequences if self.course.parts.world.size == 1 else fitting.micro_batch
+        if sequences % int(new.value) or new.value > most:
+            sizes = [str(size) for size in range(1, most + 1) if sequences % size == 0]
+            wrong = f"micro_batch={new.value}: each process computes {sequences} sequences a step"
+            raise UserError(wrong, fix=f"pieces may be of {', '.join(sizes)}")
 
     # -- going back, trying ------------------------------------------------------------------------------------------
 
-    def rollback(self, why: Decision, step: int, data: Data = "replay") -> None:
-        self.session.rollback(step, (step + 1, self.step) if data == "skip" else None, why=why)
+    def points(self) -> tuple[int, ...]:
+        return self.session.restore_points()
+
+    def rollback(self, why: Decision, step: int, data: Data = "replay", until: int = 0) -> None:
+        last = max(self.step, min(until, self.course.parts.loader.phase_end(self.step - 1)))
+        self.session.rollback(step, (step + 1, last) if data == "skip" else None, why=why)
 
     def snapshot(self) -> int:
-        self.session.point = self.course.take(into=self.session.point)
-        return self.session.point.bytes
+        return self.session.take_point().bytes
 
     @contextmanager
     def fork(self, step_seconds: float) -> Iterator[Arms]:
@@ -92,10 +142,18 @@ class SessionControls(Controls):
         self._lay(why, overlays, ahead=outcome.steps, arm=outcome.name)
         fork.keep(outcome)
 
+    def replay(self, before: int) -> Replay | None:
+        return replay(self.session, before)
+
     # -- saving, stopping --------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         self.session._save()
+
+    def replan(self, why: Decision) -> None:
+        self.session.record("decision", step=self.step, **why.fields())
+        self.course.parts.optimizer.replan(self.course.config.train)
+        self.course.parts.reseat()
 
     def stop(self, why: Decision) -> None:
         self.session.record("decision", step=self.step, **why.fields())

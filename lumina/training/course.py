@@ -9,26 +9,35 @@ part of the state. Whatever a step does is told through `emit`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from lumina.checkpoint import snapshot
 from lumina.checkpoint.snapshot import Snapshot
-from lumina.config.overlay import acting, skipped
+from lumina.config import overlay
+from lumina.config.overlay import RECOMPUTE, SKIP, Overlay, acting, skipped
 from lumina.config.resolve import Resolved
 from lumina.data.loader import Batch
-from lumina.orchestrator.protocol import Observation
+from lumina.orchestrator.protocol import Look, Observation
 from lumina.progress import Tell
 from lumina.run.folder import Run
+from lumina.training import edits, failing
 from lumina.training.evaluate import Evaluation
+from lumina.training.invariants import Invariants
 from lumina.training.observer import Emit, Observer
 from lumina.training.oom import Fitting
 from lumina.training.probe import TOKENS as PROBE_TOKENS
 from lumina.training.probe import Probe
-from lumina.training.schedule import depth_capacity, rate
+from lumina.training.schedule import Part, depth_capacity, rate, shortened
 from lumina.training.setup import Parts
 from lumina.training.state import Lagged, State
+from lumina.training.step import Step
+
+COMPILED = ("micro_batch", "recompute", "temperature", "balance", "capacity_factor", "expert_dropout")
+SHAPES = (*COMPILED, "mod_capacity")  # another one may take a compiler or an allocator its time
 
 
 class Course:
@@ -49,9 +58,11 @@ class Course:
         self.first = "the first step"
         looked_at = parts.heldout(parts.main_kind, PROBE_TOKENS)[0]
         self.probe = Probe(parts.model, looked_at, parts.precision)
+        self.invariants = None if parts.config.orchestrator.mode == "off" else Invariants(parts)
+        self.seen: Observation | None = None  # the newest of this attempt
+        self.looked: Look | None = None  # likewise
         self.state = State(parts.model, parts.optimizer, self.probe)
-        self.observer = Observer(parts, peak, self._tell, lambda step: self.values(step)["lr"])
-        self.freeze_from = parts.steps - parts.phases[-1].decay
+        self.observer = Observer(parts, peak, self._tell, self)
         self.fitting = Fitting(run, resolved, parts, self.state, told, emit)
         self.last_eval: tuple[int, Evaluation] | None = None
         self.last = 0.0  # when the last step ended, less what since was not training
@@ -60,9 +71,10 @@ class Course:
         """Finds out whether the next step fits into the memory; training time counts from then on."""
         self.fitting.tell_retry()
         step = self.state.progress.step + 1
-        if step <= self.parts.steps:
-            self._set_capacity(step)
-            self.fitting.rehearse(self._batch(step, self.values(step)), step)
+        if step <= self.steps:
+            values = self.values(step)
+            self._prepare(values)
+            self.fitting.rehearse(self._batch(step, values), step, self.plan(values))
         self.last = time.perf_counter()
         self.told(self.first, 0, 1)
 
@@ -70,7 +82,7 @@ class Course:
         """The next step, then what is due after it."""
         self.step()
         step = self.state.progress.step
-        if step == self.parts.steps:
+        if step == self.steps:
             return
         if (every := self.config.train.eval_every) and step % every == 0:
             self.evaluate()
@@ -79,41 +91,133 @@ class Course:
 
     def step(self) -> None:
         """The next step alone."""
-        parts, progress, train = self.parts, self.state.progress, self.config.train
-        step = progress.step + 1
-        self.beat(self._capacity(step) != self._capacity(step - 1))
+        parts, step = self.parts, self.state.progress.step + 1
+        values, before = self.values(step), self.values(max(1, step - 1))
+        self.beat(any(values[name] != before[name] for name in SHAPES))
         self._tell_phase(step)
-        self._set_capacity(step)
-        values = self.values(step)
-        parts.optimizer.weight_decay = values["weight_decay"]
-        metrics = self.fitting.step(
-            self._batch(step, values),
-            values["lr"],
-            replace(parts.plan, clip=values["clip"], z_loss=values["z_loss"], bias_rate=values["bias_rate"]),
-            step,
-        )
+        self._prepare(values, before)
+        self._edit(step)
+        progress = self.state.progress  # after an edit that failed it is another
+        batch = self._batch(step, values)
+        metrics = self.fitting.step(batch, values["lr"], self.plan(values), step)
         self.observe()
+        if self.invariants:
+            self.invariants.after_step(progress, step, self.values(step), batch, skipped(self.state.overlays))
+        else:
+            progress.batch = parts.loader.planned(step - 1, skipped(self.state.overlays))
         now = time.perf_counter()
         progress.step_seconds, self.last = now - self.last, now
-        progress.step, progress.tokens = step, progress.tokens + train.batch_tokens
+        progress.step, progress.tokens = step, progress.tokens + self.config.train.batch_tokens
         progress.wall += progress.step_seconds
         self.state.pending = Lagged(metrics)
+
+    def _edit(self, step: int) -> None:
+        """Makes the edits that come before this step; what the step before did is told first, as it was.
+
+        One that fails is taken back and off the plan: the run trains on as if nobody had asked for it. On trial it
+        ends the trial.
+        """
+        point: Snapshot | None = None
+        for edit in overlay.edits(self.state.overlays, step):
+            self.observe()
+            point, error = self.take(into=point), None
+            try:
+                edits.make(edit, self.parts, self.probe)
+            except Exception as failed:
+                if self.fitting.trying or failing.ends(failed, self.config):
+                    raise
+                error = failed
+            if self.parts.world.max(error is not None):
+                self._take_back(edit, point, failing.said(error))
+            elif edit.key == "optimizer.reset":  # its count of steps is then of those that are still to come
+                self.state.progress.skipped = self.state.progress.step
+
+    def _take_back(self, edit: Overlay, point: Snapshot, error: str) -> None:
+        """Stands where it stood before the edit, which the log then has no more: a resume does not make it again."""
+        self.return_to(point)
+        self.state.overlays = tuple(one for one in self.state.overlays if one is not edit)
+        self._prepare(self.values(self.state.progress.step + 1))
+        laid = {"overlays": overlay.pack(self.state.overlays), "ends": self.steps}
+        self.emit("incident", step=self.state.progress.step, kind="act refused", asked=edit.id, error=error, **laid)
 
     def _batch(self, step: int, values: dict[str, float]) -> Batch:
         return self.parts.loader.batch(step - 1, skipped(self.state.overlays), int(values["data.order"]))
 
+    @property
+    def phases(self) -> list[Part]:
+        """As planned, or shortened by a decay that was started."""
+        return self._phases(self.state.overlays)
+
+    @property
+    def steps(self) -> int:
+        """With which the run ends."""
+        return self.phases[-1].end
+
+    def ends(self, overlays: Sequence[Overlay]) -> int:
+        """With which step it would end under these."""
+        return self._phases(overlays)[-1].end
+
+    def _phases(self, overlays: Sequence[Overlay]) -> list[Part]:
+        started = overlay.shortened(overlays)
+        return shortened(self.parts.phases, *started) if started else self.parts.phases
+
     def values(self, step: int) -> dict[str, float]:
         """The numbers of a step, counted from 1: as planned, and what overlays make of them."""
-        config, plan = self.config, self.parts.plan
+        config, plan, phases = self.config, self.parts.plan, self.phases
+        moe, mod = config.model.moe, config.model.mod
         planned = {
-            "lr": rate(self.parts.phases, config.train.schedule, step),
+            "lr": rate(phases, config.train.schedule, step),
             "clip": plan.clip,
             "weight_decay": config.train.weight_decay,
             "z_loss": plan.z_loss,
-            "bias_rate": 0.0 if step > self.freeze_from else plan.bias_rate,
+            "skip": 0,
+            "bias_rate": 0.0 if step > phases[-1].end - phases[-1].decay else plan.bias_rate,
+            "balance": moe.balance if moe else 0.0,
+            "temperature": moe.temperature if moe else 1.0,
+            "capacity_factor": moe.capacity if moe else 0.0,
+            "expert_dropout": moe.dropout if moe else 0.0,
+            "mod_capacity": depth_capacity(mod, step, self.parts.steps) if mod else 1.0,
+            "predictor": 1.0,
+            "micro_batch": self.fitting.micro_batch,
+            "recompute": RECOMPUTE.index(config.train.recompute),
             "data.order": 0,
         }
         return acting(self.state.overlays, step, planned)
+
+    def plan(self, values: dict[str, float]) -> Step:
+        """The constants of a step with these numbers."""
+        return replace(
+            self.parts.plan,
+            clip=values["clip"],
+            z_loss=values["z_loss"],
+            bias_rate=values["bias_rate"],
+            micro_batches=self.fitting.sequences // int(values["micro_batch"]),
+            skip=bool(values["skip"]),
+        )
+
+    def _prepare(self, values: dict[str, float], before: dict[str, float] | None = None) -> None:
+        """Model and optimizer are set to the numbers of a step; `before` are those of the one before it."""
+        model, optimizer = self.parts.model, self.parts.optimizer
+        optimizer.weight_decay, optimizer.predictor_rate = values["weight_decay"], values["predictor"]
+        for depth_router in model.routers:
+            depth_router.capacity = values["mod_capacity"]
+        for router in (moe.router for moe in model.moes):
+            router.temperature, router.balance = values["temperature"], values["balance"]
+            router.capacity, router.dropout = values["capacity_factor"], values["expert_dropout"]
+        for block in model.units:
+            block.recompute = RECOMPUTE[int(values["recompute"])]
+        if before and self.config.train.compile == "on" and any(values[name] != before[name] for name in COMPILED):
+            torch.compiler.reset()  # what was compiled in must not count towards the limit of graphs
+
+    def changed(self, step: int) -> str:
+        """What the plan, or what lies over it, changed with a step."""
+        phase = any(step == phase.begin + 1 for phase in self.phases[1:])
+        found = [*(["phase"] if phase else [])]
+        if step > 1 and self.values(step)["mod_capacity"] != self.values(step - 1)["mod_capacity"]:
+            found.append("capacity")
+        own = (one for one in self.state.overlays if one.key not in (SKIP, "skip"))  # the data is of the same kind
+        found += [one.id for one in own if step in (one.begin, 1 + (one.end or step))]
+        return ", ".join(found)
 
     def take(self, into: Snapshot | None = None) -> Snapshot:
         """Where the run stands, as a restore point in memory; overlays are no part of it. `into` is used again."""
@@ -127,11 +231,7 @@ class Course:
         self.state.progress, self.state.pending = state["progress"], state["pending"]
         self.state.progress.eval_tokens = min(fits, self.state.progress.eval_tokens)
         self.last_eval = state["last_eval"]
-        self._set_capacity(max(1, self.state.progress.step))
-
-    def _set_capacity(self, step: int) -> None:
-        for router in self.parts.model.routers:
-            router.capacity = self._capacity(step)
+        self._prepare(self.values(max(1, self.state.progress.step)))
 
     def _tell_phase(self, step: int) -> None:
         """A change that was planned: so says an event, for whoever would take it for a fault."""
@@ -140,11 +240,6 @@ class Course:
                 told = {"data": phase.data, "lr": phase.lr, "warmup": phase.warmup, "decay": phase.decay}
                 steps = phase.end - phase.begin
                 self.emit("phase", step=step, phase=number + 1, of=len(self.parts.phases), steps=steps, **told)
-
-    def _capacity(self, step: int) -> float:
-        """What depth routers take of a sequence in this step."""
-        mod = self.config.model.mod
-        return depth_capacity(mod, step, self.parts.steps) if mod else 1.0
 
     def observe(self) -> Observation | None:
         """Tells what the previous step did, unless it was told."""
@@ -156,7 +251,8 @@ class Course:
         if self.first:
             self.told(self.first, 1, 1)
             self.first = ""
-        return self.observer(self.state.progress, values)
+        self.seen = self.observer(self.state.progress, values)
+        return self.seen
 
     def evaluate(self) -> Evaluation:
         """Evaluates all held-out tokens of each kind with the causal routing; its time is not training time.
@@ -167,8 +263,8 @@ class Course:
         for kind in parts.kinds:
             start = time.perf_counter()
             result = self.fitting.evaluate(kind, mod.capacity if mod else None)
-            if mod and self._capacity(self.state.progress.step) != mod.capacity:
-                result = replace(result, comparable=False)  # it still computes more than it will
+            if mod and self.values(max(1, self.state.progress.step))["mod_capacity"] != mod.capacity:
+                result = replace(result, comparable=False)  # it computes another share than it will
             self.emit(
                 "eval",
                 step=self.state.progress.step,
@@ -185,13 +281,27 @@ class Course:
         assert self.last_eval is not None
         return self.last_eval[1]
 
-    def look(self) -> None:
+    def look(self) -> Look:
         """Tells what the probe sees; its time is not training time."""
-        start = time.perf_counter()
-        seen = self.probe()
+        start, step = time.perf_counter(), self.state.progress.step
+        golden = self.parts.loader.batch(0)
+        seen = self.probe(golden)
+        broken = self._broken(golden)
         seconds = time.perf_counter() - start
-        self.emit("probe", step=self.state.progress.step, seconds=round(seconds, 3), **seen)
+        self.looked = seen.look(step, broken)
+        told = {"broken": list(broken)} if broken else {}
+        self.emit("probe", step=step, seconds=round(seconds, 3), **seen.fields(), **told)
         self.last += seconds
+        return self.looked
+
+    def _broken(self, golden: Batch) -> tuple[str, ...]:
+        """Invariants that only a look can see."""
+        if not self.invariants:
+            return ()
+        since = self.state.progress.step - (self.config.orchestrator.probe_every or 0)
+        held = [one for one in self.state.overlays if one.begin <= self.state.progress.step]
+        asked = frozenset(one.key for one in held if one.end is None or one.end > since)
+        return self.invariants.at_look(self.state.progress, golden, asked)
 
     def _tell(self, type: str, /, **fields: Any) -> None:
         self.emit(type, **fields)

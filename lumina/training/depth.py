@@ -6,7 +6,7 @@ left them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,20 @@ def rows(model: Transformer, routing: RoutingStats) -> Tensor:
     return torch.cat([routing.depth_LX, states_L2], dim=1)
 
 
-def share(depth_LX: Tensor, name: str) -> Tensor:
-    """What part of all tokens a sum is, over all layers."""
-    total_X = depth_LX.sum(0)
-    return total_X[SUMS.index(name)] / total_X[SUMS.index("tokens")]
+def capacities(rows: Sequence[float], layers: int) -> list[float]:
+    """The share of the tokens that each routed layer's causal rule takes; what training chooses is as planned."""
+    return [row["taken"] / row["tokens"] for row in _rows(rows, layers)]
+
+
+def agreement(rows: Sequence[float]) -> float:
+    """The share of the tokens, over all layers, on which the causal rule agrees with the choice."""
+    found = list(_rows(rows, len(rows) // WIDTH))
+    return sum(row["agreement"] for row in found) / sum(row["tokens"] for row in found)
+
+
+def _rows(rows: Sequence[float], layers: int) -> Iterator[dict[str, float]]:
+    for start in range(0, WIDTH * layers, WIDTH):
+        yield dict(zip(SUMS, rows[start : start + COUNTS], strict=True))
 
 
 def describe(window: Sequence[float], layers: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ by about sqrt(2 ln E · E / n).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,35 @@ def describe(window: Sequence[float], layers: int, top_k: int) -> dict[str, Any]
     width = len(window) // layers
     found = [_layer(window[i * width : (i + 1) * width], top_k) for i in range(layers)]
     return {name: [layer[name] for layer in found] for name in found[0]}
+
+
+def loads(rows: Sequence[float], layers: int) -> list[list[float]]:
+    """What the active experts of each layer took, over the mean; NaN where a broken step counted nothing."""
+    return [[count / _mean(load) for count in load] for load, _ in _rows(rows, layers)]
+
+
+def entropies(rows: Sequence[float], layers: int, top_k: int) -> list[float]:
+    """Of a token's scores in each layer, nats, the mean."""
+    found = []
+    for load, sums in _rows(rows, layers):
+        tokens = _mean(load) * len(load) / top_k
+        found.append(sums["entropy"] / tokens * math.log(len(load)))
+    return found
+
+
+def _rows(rows: Sequence[float], layers: int) -> Iterator[tuple[list[float], dict[str, float]]]:
+    """The counts of each layer's active experts, and its sums."""
+    width = len(rows) // layers if layers else 0
+    slots = (width - len(SUMS) - 1) // 2
+    for start in range(0, width * layers, width or 1):
+        row = rows[start : start + width]
+        active = row[slots + len(SUMS) : -1]
+        load = [count for count, on in zip(row[:slots], active, strict=True) if on]
+        yield load, dict(zip(SUMS, row[slots : slots + len(SUMS)], strict=True))
+
+
+def _mean(load: Sequence[float]) -> float:
+    return sum(load) / len(load) or math.nan
 
 
 def _layer(row: Sequence[float], top_k: int) -> dict[str, Any]:

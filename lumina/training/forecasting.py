@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lumina.config.overlay import DECAY
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.events import Event
@@ -40,7 +41,7 @@ class Forecaster:
         self.every = every(parts.steps, parts.config.telemetry.log_every)
         self.before = _held_before(parts)
         self.view: _View | None = None
-        self.broken = False
+        self.broken = self.shortened = False
 
     def __call__(self, event: Event) -> None:
         if self.broken:
@@ -57,7 +58,7 @@ class Forecaster:
     def keep(self) -> None:
         """Keeps what a finished run teaches; called before its last event."""
         try:
-            if not self.broken:
+            if not (self.broken or self.shortened):
                 keeping.keep(self.run.path)
         except (UserError, OSError, ValueError, LookupError, TypeError) as error:
             why = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -72,6 +73,12 @@ class Forecaster:
             self.view = _View(self.run, self.parts, event)
         else:
             self.view.recorder.hear(event)
+        if any(one["key"] == DECAY for one in event.get("overlays", ())):
+            self.shortened = True
+        elif "overlays" in event:
+            self.shortened = False
+        if self.shortened:  # the plan's end is not the run's
+            return None
         if event["t"] != "step" or event["step"] % self.every or event["step"] == self.parts.steps:
             return None
         return {"step": event["step"], **self.view.outlook()}

@@ -22,11 +22,14 @@ from lumina.errors import UserError
 from lumina.parallel.world import ALONE, World
 from lumina.planner import choices as rules
 from lumina.planner.hardware import cpu_name
-from lumina.planner.memory import MICRO_TOKENS
+from lumina.planner.memory import MICRO_TOKENS, RESTORE_POINTS
 from lumina.training import memory
 from lumina.training.precision import DTYPES
 
 MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # large enough that waiting for the device does not count
+# Our choice: a copy is spread over a hundred steps. What it costs `lumina bench orchestrator` measures; its report will
+# lie in benchmarks/orchestrator/.
+SNAPSHOT_STEPS = 100
 MATMUL_SECONDS = 0.25
 COMPILE_SECONDS, COMPILE_SAVES = 35.0, 0.17  # docs/log.md; measured on a CPU
 Choices = dict[str, tuple[Any, str]]
@@ -100,10 +103,22 @@ def choose(config: Config, world: World = ALONE) -> Choices:
         used = choices.get("parallel.threads", (config.parallel.threads, ""))[0]
         room = memory.room_for_copy(config, world.size, world.local_size)
         choices["checkpoint.write"] = choose_writing(device, int(used), room, world)
+    if config.orchestrator.snapshot_every == "auto":
+        choices["orchestrator.snapshot_every"] = choose_snapshots(config, world)
     if tokens := config.train.known_tokens:
         steps = max(1, round(tokens / config.train.batch_tokens))
         choices["train.steps"] = (steps, f"train.tokens={tokens} / train.batch_tokens")
     return choices
+
+
+def choose_snapshots(config: Config, world: World) -> tuple[int, str]:
+    """Steps between restore points in memory: none where it has no room for two, beside the copies that a save
+    and a replay take."""
+    if config.orchestrator.mode == "off":
+        return 0, "nobody would go back to them"
+    if not memory.room_for_copy(config, world.size, world.local_size, copies=RESTORE_POINTS + 2):
+        return 0, f"{RESTORE_POINTS} copies of the state do not fit into memory"
+    return SNAPSHOT_STEPS, "memory has room for them"
 
 
 def require_micro_batch(config: Config, world: World) -> None:

@@ -33,12 +33,12 @@ def fits(config: Config, processes: int = 1, local: int = 1) -> bool:
     return remedies.fits(config, _share(config, local), processes, _planned(config.parallel.device))
 
 
-def room_for_copy(config: Config, processes: int = 1, local: int = 1) -> bool:
-    """Whether the main memory that is free holds a copy of weights and moments, beside a training on CPUs."""
+def room_for_copy(config: Config, processes: int = 1, local: int = 1, copies: int = 1) -> bool:
+    """Whether the main memory that is free holds copies of weights and moments, beside a training on CPUs."""
     device = _planned(config.parallel.device)
     whole = state_bytes(config.model, config.train.optimizer, mode(config, device), config.train.lora.rank)
     beside = 0 if device == "cuda" else memory(config, processes, device).total
-    return local * (beside + (whole.weights + whole.moments) // processes) <= free_memory()
+    return local * (beside + copies * (whole.weights + whole.moments) // processes) <= free_memory()
 
 
 def require(resolved: Resolved, processes: int = 1, local: int = 1) -> None:

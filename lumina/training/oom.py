@@ -111,6 +111,7 @@ class Fitting:
     ) -> None:
         self.run, self.resolved, self.parts, self.state, self.told, self.emit = run, resolved, parts, state, told, emit
         self.trying = False
+        self.most: int | None = None  # sequences at once, once the memory did not hold more
 
     @contextmanager
     def on_trial(self) -> Iterator[None]:
@@ -124,9 +125,14 @@ class Fitting:
 
     @property
     def micro_batch(self) -> int:
-        """Sequences that each process computes at once."""
+        """Sequences that each process computes at once, as configured."""
+        return self.sequences // self.parts.plan.micro_batches
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a step that each process computes."""
         train, seq_len = self.parts.config.train, self.parts.config.model.seq_len
-        return train.batch_tokens // seq_len // self.parts.world.size // self.parts.plan.micro_batches
+        return train.batch_tokens // seq_len // self.parts.world.size
 
     def tell_retry(self) -> None:
         """Tells what an earlier attempt left word of, and takes it from there."""
@@ -140,15 +146,21 @@ class Fitting:
         self.emit("incident", step=step, **incident(what, retry["before"], retry[what], retry["said"]))
         self.parts.world.decide(self.run.retry.unlink)
 
-    def rehearse(self, batch: Batch, step: int) -> None:
+    def rehearse(self, batch: Batch, step: int, plan: Step) -> None:
         """Computes gradients of `batch` and throws them away: what does not fit is known before anything has happened.
 
         All micro-batches are of one size, and depth routers take the most of the first that is left.
         """
         compiling = "compiling, and " if self.parts.config.train.compile == "on" else ""
         with whole(f"{compiling}rehearsing the largest batch", self.told):
-            self._gradients(batch, step, self.parts.plan, REHEARSED)
+            self._gradients(batch, step, plan, REHEARSED)
             self.parts.optimizer.zero_grad()
+
+    def loss(self, batch: Batch, step: int, plan: Step) -> Tensor:
+        """What `Sums.loss` is for `batch`, of this process; the gradients are thrown away."""
+        found = self._gradients(batch, step, plan)
+        self.parts.optimizer.zero_grad()
+        return found.loss
 
     def step(self, batch: Batch, lr: float, plan: Step, step: int) -> Tensor:
         """The step of the session's parts by `plan`: the metrics of `step.apply`.
@@ -182,7 +194,8 @@ class Fitting:
     def _gradients(self, batch: Batch, step: int, plan: Step, at_most: int | None = None) -> Sums:
         parts, compiling = self.parts, False
         while True:
-            fitting = replace(plan, micro_batches=parts.plan.micro_batches)
+            least = self.sequences // self.most if self.most else 1
+            fitting = replace(plan, micro_batches=max(plan.micro_batches, least))
             work = partial(gradients, parts.model, parts.optimizer, batch, fitting, parts.precision, step, at_most)
             with whole(COMPILING, self.told) if compiling else nullcontext():  # which takes longer than a step may
                 found = attempt(work)
@@ -191,23 +204,26 @@ class Fitting:
             parts.optimizer.zero_grad()
             self._give_up_trial(found)
             free()
-            self._split(step, found.said)
+            self._split(step, found.said, self.sequences // fitting.micro_batches)
             compiling = parts.config.train.compile == "on"
 
     def _give_up_trial(self, shortage: Shortage) -> None:
         if self.trying:
             raise OutOfMemory(f"out of memory in an arm: {shortage.said}", self._again())
 
-    def _split(self, step: int, said: str) -> None:
-        """Goes on with half the micro-batch, here or in the next start."""
-        parts, before = self.parts, self.micro_batch
+    def _split(self, step: int, said: str, before: int) -> None:
+        """Goes on with half the micro-batch, which was `before`, here or in the next start."""
+        parts = self.parts
         if before == 1:
             raise OutOfMemory(f"training one sequence at a time, in step {step}: {said}", self._advice())
         half = machine.micro_batch(parts.config, parts.world, before // 2)
         self._abort_or_tell({"micro_batch": half}, said, step, before)
-        self.resolved = settle(self.resolved, {"train.micro_batch": (half, f"{KIND} with {before} in step {step}")})
-        rewrite(self.run, self.resolved)
-        parts.plan = replace(parts.plan, micro_batches=parts.plan.micro_batches * before // half)
+        self.most = half
+        if half < self.micro_batch:  # else it was an overlay that asked for more than was planned
+            why = f"{KIND} with {before} in step {step}"
+            self.resolved = settle(self.resolved, {"train.micro_batch": (half, why)})
+            rewrite(self.run, self.resolved)
+            parts.plan = replace(parts.plan, micro_batches=self.sequences // half)
         if parts.config.train.compile == "on":
             torch.compiler.reset()  # graphs for the new size alone, as a resumed run will have them
 

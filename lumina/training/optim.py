@@ -19,7 +19,7 @@ together first, each process orthogonalises a share of them, and keeps its rows 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,6 +37,9 @@ MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Jordan et al.: fast, not exact
 NEWTON_SCHULZ_STEPS = 5
 MATCH_RMS = 0.2
+SAMPLE = 64  # elements of a parameter
+FIGURES = ("moved", "size", "adam", "adam_count", "optimizer_steps")  # of a step, from a sample
+PARTS = ("embed", "head", "router")  # whose gradients have a norm of their own
 
 
 @dataclass(frozen=True)
@@ -203,26 +206,30 @@ class Optimizer:
             if leaf in ("w_qkv", "w_gate_up"):
                 splits[name] = modules[owner].splits
         self.muon = Muon(self.groups.matrices, splits, world)
-        plain = self.groups.plain | self.groups.predictors
-        self.named = self.groups.decayed | plain
+        self.predictor_rate = 1.0  # of the learning rate of the step to come
+        self.named = self.groups.decayed | self.groups.plain | self.groups.predictors
         # What AdamW moves: the parameter itself, or this process's rows of it as a leaf in the same memory.
         self.leaves = {name: p if local(p) is p else nn.Parameter(local(p)) for name, p in self.named.items()}
         self.adamw = torch.optim.AdamW(
             [
                 {"params": [self.leaves[name] for name in self.groups.decayed], "weight_decay": self.weight_decay},
-                {"params": [self.leaves[name] for name in plain], "weight_decay": 0.0},
+                {"params": [self.leaves[name] for name in self.groups.plain], "weight_decay": 0.0},
+                {"params": [self.leaves[name] for name in self.groups.predictors], "weight_decay": 0.0},
             ],
             lr=train.lr,
             betas=train.betas,
             eps=train.eps,
             fused=True,
         )
+        self.part_of = {name: part for name in self.groups.clipped if (part := _part(name))}
         for tensor in self.leaves.values():
             self.adamw.state[tensor] = {
                 "step": torch.zeros((), device=tensor.device),
                 "exp_avg": torch.zeros_like(tensor),
                 "exp_avg_sq": torch.zeros_like(tensor),
             }
+
+        self.sample = Sample(self)
 
     def step(self, lr: float, skip: Tensor) -> None:
         """Applies the gradients, or nothing at all where `skip` is 1."""
@@ -231,10 +238,23 @@ class Optimizer:
         for name, leaf in self.leaves.items():
             gradient = self.named[name].grad
             leaf.grad = None if gradient is None else local(gradient)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+        for group, rate in zip(self.adamw.param_groups, (1.0, 1.0, self.predictor_rate), strict=True):
+            group["lr"] = lr * rate
         self.adamw.found_inf = skip  # type: ignore[attr-defined]
         self.adamw.step()
+
+    def reset(self) -> None:
+        """As new: no moments, and AdamW counts its steps from 0, by which it corrects them. A loss scale stays."""
+        for momentum in self.muon.momentum.values():
+            momentum.zero_()
+        for state in self.adamw.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+
+    def replan(self, train: TrainConfig) -> None:
+        """Its constants as the configuration has them; rate and decay are given anew with each step."""
+        for group in self.adamw.param_groups:
+            group["betas"], group["eps"] = train.betas, train.eps
 
     def zero_grad(self) -> None:
         # Of several processes a block's gradients lie in one piece of memory: one that a leaf still has keeps them all.
@@ -244,6 +264,12 @@ class Optimizer:
     def gradients(self, parameters: dict[str, Tensor]) -> list[Tensor]:
         """This process's part of the gradients there are."""
         return [local(p.grad) for p in parameters.values() if p.grad is not None]
+
+    def norms(self) -> Tensor:
+        """Of the gradients that are clipped: the total, then `PARTS`."""
+        names = [name for name, p in self.groups.clipped.items() if p.grad is not None]
+        parts = [[i for i, name in enumerate(names) if self.part_of.get(name) == part] for part in PARTS]
+        return gradient_norms(self.gradients(self.groups.clipped), parts, self.world)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every moment under its parameter's name; loading writes into these tensors in place."""
@@ -268,15 +294,71 @@ class Optimizer:
             state["step"].fill_(value)
 
 
-def gradient_norm(gradients: list[Tensor], world: World = ALONE) -> Tensor:
-    """The global L2 norm, in fp32, on the device; `gradients` are this process's parts of them.
+def _part(name: str) -> str:
+    """Which of `PARTS` a parameter is; "" if none."""
+    if name in ("embed.weight", "head.weight"):
+        return name.removesuffix(".weight")
+    return "router" if name.endswith("router.weight") else ""
 
-    Row by row in fp32, for rows are never divided, and over the rows in fp64: so the norm, and with it the clipped
-    step, is the same to the bit for any number of processes. (Muon turns the last bit of a gradient into a digit of
-    bf16.)
+
+class Sample:
+    """Up to `SAMPLE` elements of every parameter, evenly spread: what a step does to them stands for what it does.
+
+    Of this process's rows alone: an exchange would cost more than it tells.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        groups = optimizer.groups
+        self.weights = [_some(local(p)) for p in (groups.clipped | groups.predictors).values()]
+        tied = "head.weight" not in groups.decayed
+        # The rows of an untied embedding have gradients in few steps: that of a rare token is large beside its mean.
+        self.adamw = [name for name in optimizer.leaves if name != "embed.weight" or tied]
+        states = [optimizer.adamw.state[optimizer.leaves[name]] for name in self.adamw]
+        self.squares = [_some(state["exp_avg_sq"]) for state in states]
+        self.step: Tensor = states[0]["step"]
+
+    def before(self) -> Tensor:
+        """What they are."""
+        return torch.cat(self.weights).float()
+
+    def figures(self, before: Tensor) -> Tensor:
+        """After a step, `FIGURES`: norm of what it moved, and of what they were; of AdamW's g² / v the sum and how many
+        there are, of those that ever had a gradient; its steps.
+
+        v is without its bias towards 0 (Wortsman et al. 2023, 2304.13013, section 3.4).
+        """
+        group, named = self.optimizer.adamw.param_groups[0], self.optimizer.named
+        found = [named[name].grad for name in self.adamw]
+        gradients = [
+            torch.zeros_like(v) if g is None else _some(local(g)) for g, v in zip(found, self.squares, strict=True)
+        ]
+        v = torch.cat(self.squares).float() / (1 - group["betas"][1] ** self.step)
+        ratio = torch.cat(gradients).float().square() / v.clamp_min(group["eps"] ** 2)
+        moved = torch.linalg.vector_norm(torch.cat(self.weights).float() - before)
+        return torch.stack([moved, torch.linalg.vector_norm(before), ratio.sum(), torch.count_nonzero(v), self.step])
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """Some elements of a contiguous tensor: a view."""
+    numel = tensor.numel()
+    return tensor.detach().contiguous().as_strided((min(numel, SAMPLE),), (max(1, numel // SAMPLE),))
+
+
+def gradient_norms(gradients: Sequence[Tensor], parts: Sequence[Sequence[int]] = (), world: World = ALONE) -> Tensor:
+    """The global L2 norm, then that of each part (indices into `gradients`; 0 of none), in fp32, on the device.
+
+    `gradients` are this process's parts of them. Row by row in fp32, for rows are never divided, and over the rows in
+    fp64: so the norm, and with it the clipped step, is the same to the bit for any number of processes. (Muon turns
+    the last bit of a gradient into a digit of bf16.)
     """
     wide = torch.float32 if gradients[0].device.type == "mps" else torch.float64
     rows = [g.flatten(1) if g.ndim > 1 else g.unsqueeze(1) for g in gradients]
-    norms = torch.cat([torch.linalg.vector_norm(row, dim=1, dtype=torch.float32) for row in rows])
-    total: Tensor = torch.linalg.vector_norm(norms, dtype=wide)
+    norms = [torch.linalg.vector_norm(row, dim=1, dtype=torch.float32) for row in rows]
+    wanted = [norms, *([norms[i] for i in part] for part in parts)]
+    found = [
+        torch.linalg.vector_norm(torch.cat(some), dtype=wide) if some else norms[0].new_zeros((), dtype=wide)
+        for some in wanted
+    ]
+    total: Tensor = torch.stack(found)
     return (total if world.size == 1 else world.sum(total.square()).sqrt()).float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lumina.config.phases import phases
 from lumina.config.schema.data import DataConfig
@@ -12,6 +12,7 @@ from lumina.config.schema.model import MoDConfig
 from lumina.config.schema.train import TrainConfig
 from lumina.config.units import span
 from lumina.model.cost import depth_stages
+from lumina.orchestrator.protocol import Stage
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Part:
         start = steps - self.decay
         return self.lr if step <= start else self.lr * (steps - step + 1) / (self.decay + 1)
 
+    def stage(self, step: int) -> Stage:
+        """Of the schedule, in step `step` of the run, counted from 1."""
+        if step <= self.begin + self.warmup:
+            return "warmup"
+        return "decay" if step > self.end - self.decay else "stable"
+
 
 def parts(train: TrainConfig, data: DataConfig, steps: int) -> list[Part]:
     """The phases of a run of `steps`: those of `train.phases`, or one; `hybrid_sequential` has two by itself.
@@ -62,6 +69,20 @@ def parts(train: TrainConfig, data: DataConfig, steps: int) -> list[Part]:
 def rate(planned: Sequence[Part], schedule: str, step: int) -> float:
     """The learning rate of step `step`, counted from 1."""
     return next(phase for phase in reversed(planned) if step > phase.begin).rate(step, schedule)
+
+
+def shortened(planned: Sequence[Part], begin: int, steps: int) -> list[Part]:
+    """The phases when the decay is started in step `begin`: that phase ends with `steps` of it, and with it the run.
+
+    What was planned behind is left out: up to there and from there on it is the run that was planned so long.
+    """
+    before = [phase for phase in planned if begin > phase.begin]
+    return [*before[:-1], replace(before[-1], end=begin - 1 + steps, decay=steps)]
+
+
+def stage(planned: Sequence[Part], step: int) -> Stage:
+    """Where the schedule of this step's phase is. A cosine falls from the warm-up on; its decay is where `wsd`'s is."""
+    return next(phase for phase in reversed(planned) if step > phase.begin).stage(step)
 
 
 def depth_capacity(mod: MoDConfig, step: int, steps: int) -> float:

@@ -22,6 +22,7 @@ from lumina.config.resolve import Resolved
 from lumina.errors import DiskRefused, UserError
 from lumina.events import EventWriter
 from lumina.orchestrator.protocol import Decision
+from lumina.planner.memory import RESTORE_POINTS
 from lumina.progress import Tell, silent
 from lumina.run import lineage, signals, supervised
 from lumina.run.folder import Run
@@ -29,6 +30,8 @@ from lumina.run.watchdog import Watchdog
 from lumina.training import machine, oom, room, setup
 from lumina.training.course import Course
 from lumina.training.forecasting import Forecaster
+from lumina.training.hand import Hand
+from lumina.training.oversight import Oversight
 from lumina.training.saving import Saver
 
 Listener = Callable[[dict[str, Any]], None]
@@ -76,9 +79,11 @@ class Session:
         self.forecaster = Forecaster(run, parts, rate, self._emit)
         recast = resolved.origins["precision.mode"] == RESUME
         self.saver = Saver(run, parts, self.state, self.told, self._emit, recast)
-        self.point: Snapshot | None = None  # the restore point in memory
+        self.points: list[Snapshot] = []  # restore points in memory, the older first
+        self.hand = Hand(self)
         self.began = machine.work_began()
         self.ending = ""  # who asked to stop, if not a signal
+        self.oversight = Oversight(self)
 
     def train(self, back: Back | None = None) -> None:
         """Trains to the end, from where the run stands or goes `back` to.
@@ -104,29 +109,54 @@ class Session:
                 with self._refusals():  # where no save comes, at the end of a run, none would tidy either
                     self.saver.tidy()
             self.course.begin()
-            while self.state.progress.step < self.parts.steps:
+            self.oversight.begin()
+            self._take_point_if_due(every=1)  # what goes wrong before the next is taken again from here
+            if self.world.max(self.hand.waiting()):  # since the run was left
+                self.hand.obey()
+            while self.state.progress.step < self.course.steps:
                 with suppress(Interrupted):
                     self._step()
-                self._answer(self.world.max(self.requests.take()))
+                self._answer(self.world.max(2 * self.requests.take() + self.hand.waiting()))
                 if self.ending:
                     self._stop(self.ending)
             self._finish()
 
     def _open_log(self, stack: ExitStack) -> None:
         hold = self.config.checkpoint.on_error == "continue"
-        writer = EventWriter(self.run.event_log, self.state.attempt, [*self.listeners, self.forecaster], hold)
+        listeners: list[Listener] = [*self.listeners, self.forecaster, self.oversight.hear]
+        writer = EventWriter(self.run.event_log, self.state.attempt, listeners, hold)
         self.events = stack.enter_context(writer)
 
     def _step(self) -> None:
-        """The next step, and a checkpoint where one is due."""
+        """The next step, what whoever watches makes of it, and the restore points that are due."""
+        attempt = self.state.attempt
         if any(one.begin == self.state.progress.step + 1 for one in self.state.overlays):
             self.keep_ways_back()
+        self.course.seen = self.course.looked = None
         self.course.advance()
-        step, every = self.state.progress.step, int(self.config.checkpoint.every)
         with self._pausing(), self._refusals():
             self.saver.poll(self.state.progress.step_seconds)
-        if step < self.parts.steps and every and step % every == 0:
+        self.oversight.after_step()
+        step, every = self.state.progress.step, int(self.config.checkpoint.every)
+        if self.state.attempt > attempt or step == self.course.steps:
+            return
+        if every and step % every == 0:
             self._save()
+        self._take_point_if_due(int(self.config.orchestrator.snapshot_every))
+
+    def _take_point_if_due(self, every: int) -> None:
+        wanted = self.oversight.watching and self.config.orchestrator.snapshot_every
+        if wanted and self.state.progress.step % every == 0 and self.oversight.calm():
+            self.take_point()
+
+    def take_point(self) -> Snapshot:
+        """Makes this step a restore point in memory, in place of the older of two; its time is not training time."""
+        with self._pausing():
+            self.points = [point for point in self.points if _step(point) < self.state.progress.step]
+            spare = self.points.pop(0) if len(self.points) == RESTORE_POINTS else None
+            self.points.append(self.course.take(into=spare))
+            self.points[-1].state["orchestrator"] = self.state.orchestrator()
+        return self.points[-1]
 
     # -- where it goes on from ----------------------------------------------------------------------------------------
 
@@ -169,23 +199,44 @@ class Session:
             raise UserError(f"step {step}: the run is at step {self.state.progress.step}", "name an earlier step")
         with self._refusals():
             self.saver.finish()
-        at_hand = self.point if self.point and self.point.state["progress"].step == step else None
+        at_hand = next((point for point in self.points if _step(point) == step), None)
         found = at_hand or self.saver.find(step)
         overlays = self.state.overlays if overlays is None else overlays
         overlays = self._without(skip, step) if skip else overlays
         self.world.each(self.course.observe)
         before = self.state.attempt, self.state.overlays
-        self._number(self.state.attempt + 1, overlays)
+        here = self._here() if self.points else None  # then there is room for another copy
+
+        def move() -> None:
+            self._go_to(found)
+
+        def tell() -> None:  # known on the disk before a step is taken
+            self._number(self.state.attempt + 1, overlays)
+            self._announce("rollback", [], step, why)
+
         try:
-            self._announce("rollback", [], step, why)  # known on the disk before anything changes
-        except UserError:
+            for work in (move, tell) if here else (tell, move):
+                work()
+        except Exception as error:
+            if here is None and work is move:
+                raise LeftHalfway(f"the way back to step {step} failed: {error}") from error
             self._number(*before)
+            if here:
+                self._stay(*here)
             raise
-        self._go_to(found)
         self.state.overlays = overlays
         self._went_back(step)
+        self.oversight.return_to(why)
         self.keep_ways_back()
         self.course.last = time.perf_counter()
+
+    def _here(self) -> tuple[Snapshot, int | None, Any]:
+        """Where the run stands, to stay there after all."""
+        return self.course.take(), self.saver.saved_step, self.state.unpacked
+
+    def _stay(self, point: Snapshot, saved: int | None, known: Any) -> None:
+        self.course.return_to(point)
+        self.saver.saved_step, self.state.unpacked = saved, known
 
     def _number(self, attempt: int, overlays: tuple[Overlay, ...]) -> None:
         """What is told from here on is of this attempt, over whose plan these overlays lie."""
@@ -194,24 +245,29 @@ class Session:
             self.events.attempt = attempt
 
     def way_back(self, begin: int) -> int:
-        """The newest restore point before step `begin`, on disk or in memory."""
-        points = self.world.decide(self.saver.saved)
-        points += [self.point.state["progress"].step] if self.point else []
-        return max((step for step in points if step < begin), default=begin - 1)
+        """The newest restore point before step `begin`."""
+        return max((step for step in self.restore_points() if step < begin), default=begin - 1)
+
+    def restore_points(self) -> tuple[int, ...]:
+        """The steps that it can go back to, on disk or in memory, ascending."""
+        at_hand = [_step(point) for point in self.points]
+        points = {*self.world.decide(self.saver.saved), *at_hand}
+        return tuple(sorted(step for step in points if step < self.state.progress.step))
 
     def _go_to(self, point: Snapshot | store.Checkpoint | None) -> None:
         """Stands at a restore point; without one, at the start, where a session begins anyway."""
         self.course.last_eval, self.saver.saved_step = None, None
         if isinstance(point, Snapshot):
             self.course.return_to(point)
+            self.state.unpacked = point.state["orchestrator"]
         elif point:
             self.saver.load(point)
         else:
             setup.load_origin(self.parts)
 
     def _went_back(self, step: int) -> None:
-        if self.point and self.point.state["progress"].step > step:
-            self.point = None
+        self.points = [point for point in self.points if _step(point) <= step]
+        self.course.seen = self.course.looked = self.oversight.seen = None
         self.saver.lineage = self.saver.lineage.after(self.state.attempt, step)
         with self._refusals():
             self.world.decide(self.saver.link)
@@ -243,12 +299,17 @@ class Session:
     # -- saving, stopping ----------------------------------------------------------------------------------------------
 
     def _answer(self, asked: int) -> None:
-        """Does what signals asked, of any process, since the last step."""
-        stop, save = signals.read(asked)
+        """Does what signals asked, of any process, since the last step, and then people.
+
+        `asked` is twice the number of the signals, and 1 more if something is in the inbox.
+        """
+        stop, save = signals.read(asked // 2)
         if stop:
             self._stop(stop)
         elif save:
             self._save(signal=save)
+        if asked % 2:
+            self.hand.obey()
 
     def _save(self, last: bool = False, **why: str) -> None:
         """Begins to save this step, if that is not done; its time is not training time. After the `last` comes none."""
@@ -333,6 +394,10 @@ class Session:
         if self.world.main:
             self.events.emit(type, **fields)
 
+    def tell(self, type: str, /, **fields: Any) -> None:
+        """Tells something of this step."""
+        self._emit(type, step=self.state.progress.step, **fields)
+
     def record(self, type: str, /, **fields: Any) -> None:
         """Tells what must be known before it is done; returns when the disk knows it.
 
@@ -370,6 +435,7 @@ class Session:
                 reason=reason,
                 why=why.fields() if why else None,
                 overlays=overlay.pack(self.state.overlays),
+                ends=self.course.steps,
                 path=str(self.run.path),
                 at=round(time.time(), 3),  # from here to `end` is how long the attempt took
                 began=self.began,
@@ -388,8 +454,17 @@ class Session:
         self.world.decide(tell)
 
 
+def _step(point: Snapshot) -> int:
+    step: int = point.state["progress"].step
+    return step
+
+
 class Interrupted(Exception):  # noqa: N818 - not an error: an arm was left because the run is asked to stop
     """A trial was left because the run is asked to stop; the run stands where it left on trial."""
+
+
+class LeftHalfway(RuntimeError):  # noqa: N818 - the state of the run, as a person reads it
+    """A way back failed when the state was no longer whole: the attempt ends, and the next goes on from the disk."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and saved itself

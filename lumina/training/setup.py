@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -92,6 +93,10 @@ class Parts:
     def steps(self) -> int:
         assert self.config.train.steps is not None  # settled
         return self.config.train.steps
+
+    def reseat(self) -> None:
+        """A new loader: whatever the old one had come to hold is gone, and batch i is what it is planned to be."""
+        self.loader = _loader(self.config, self.corpus, self.phases)
 
 
 def load_data(config: Config, tokenizer: str | None = None, world: World = ALONE, progress: Tell = silent) -> Corpus:
@@ -293,8 +298,8 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
     torch.use_deterministic_algorithms(config.train.deterministic)
     precision = Precision.of(config.precision, config.parallel.device)
     model = build_model(config, precision, world)
-    sequences, steps = config.train.batch_tokens // config.model.seq_len, config.train.steps or 0
-    phases = parts_of_run(config.train, config.data, steps)
+    sequences = config.train.batch_tokens // config.model.seq_len
+    phases = parts_of_run(config.train, config.data, config.train.steps or 0)
     return Parts(
         config=config,
         corpus=corpus,
@@ -302,15 +307,7 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
         optimizer=Optimizer(
             model, config.train, world, LossScale(config.parallel.device) if config.precision.mode == "fp16" else None
         ),
-        loader=Loader(
-            corpus,
-            config.data,
-            [DataPhase(phase.begin, phase.data) for phase in phases],
-            config.model.seq_len,
-            sequences,
-            config.train.seed,
-            steps,
-        ),
+        loader=_loader(config, corpus, phases),
         phases=phases,
         precision=precision,
         plan=Step(
@@ -325,6 +322,12 @@ def build(config: Config, corpus: Corpus, world: World = ALONE) -> Parts:
         cost=cost.count(config.model, rank=config.train.lora.rank),
         world=world,
     )
+
+
+def _loader(config: Config, corpus: Corpus, phases: Sequence[Part]) -> Loader:
+    train, seq_len = config.train, config.model.seq_len
+    read = [DataPhase(phase.begin, phase.data) for phase in phases]
+    return Loader(corpus, config.data, read, seq_len, train.batch_tokens // seq_len, train.seed, train.steps or 0)
 
 
 def build_model(config: Config, precision: Precision, world: World) -> Transformer:

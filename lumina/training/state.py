@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -20,6 +20,10 @@ from lumina.training.optim import Optimizer
 from lumina.training.probe import Probe
 from lumina.training.step import METRICS
 
+# What figures of the progress are at least.
+LEAST: dict[str, float] = {"tokens": 0, "wall": 0.0, "step_seconds": 0.0, "eval_tokens": 1}
+LEAST |= {"skipped": 0, "looked": 0, "rates": 0.0, "travel": 0.0}
+
 
 @dataclass
 class Progress:
@@ -35,6 +39,16 @@ class Progress:
     experts: list[float] | None = None  # what the expert layers did since the last event of it, as of `step` - 1
     depth: list[float] | None = None  # what the depth routers did, likewise
     eval_tokens: int = EVAL_TOKENS  # evaluated at once; less once the memory did not hold so many
+    skipped: int = 0  # steps observed that the guard did not take
+    batch: int = -1  # number of the batch of `step`, as planned; here and below: what `invariants` remember
+    content: str = ""  # hash of its tokens
+    broken: list[str] = field(default_factory=list)  # invariants that did not hold in `step`
+    contents: list[str] = field(default_factory=list)  # of the last batches, the newest last
+    golden: str = ""  # hash of the batch that every look reads again
+    sums: list[float] | None = None  # of each tensor of the model at the last look, and of its squares
+    looked: int = 0  # steps that the optimizer had taken then
+    rates: float = 0.0  # sum of the learning rates since
+    travel: float = 0.0  # how far the router biases can have moved since
 
 
 class State:
@@ -46,6 +60,9 @@ class State:
         self.pending: Lagged | None = None  # metrics of `progress.step`, if this attempt took it
         self.overlays: tuple[Overlay, ...] = ()  # what lies over the plan
         self.attempt = 0
+        self.unpacked: dict[str, Any] | None = None  # the orchestrator's state, as it was restored
+        self.saved_in = -1  # the attempt that saved it
+        self.orchestrator: Callable[[], dict[str, Any] | None] = lambda: self.unpacked  # as it is now, plain values
 
     def model_tensors(self) -> dict[str, Tensor]:
         """Weights and router buffers by name; writing into them changes the model."""
@@ -68,6 +85,7 @@ class State:
             "optimizer_steps": self.optimizer.steps_taken,
             "attempt": self.attempt,
             "overlays": overlay.pack(self.overlays),
+            "orchestrator": self.orchestrator(),
         }
 
     def problems(self, state: Mapping[str, Any], identity: Mapping[str, str], step: int) -> list[str]:
@@ -78,13 +96,15 @@ class State:
         """How many figures the lists of the progress have."""
         of_experts = sum(experts.width(moe.router.bias_E.numel()) for moe in self.model.moes)
         of_depth = depth.WIDTH * len(self.model.routers)
-        return {"pending": len(METRICS) + of_experts + of_depth, "experts": of_experts, "depth": of_depth}
+        lengths = {"pending": len(METRICS) + of_experts + of_depth, "experts": of_experts, "depth": of_depth}
+        return lengths | {"sums": 2 * len(self.model_tensors())}
 
     def unpack(self, state: dict[str, Any]) -> None:
         """Restores what `pack` gave, but for the attempt; the tensors are loaded separately."""
         self.optimizer.steps_taken = state["optimizer_steps"]
         self.progress, self.pending = Progress(**state["progress"]), None
         self.overlays = overlay.unpack(state["overlays"], "state.json")
+        self.unpacked, self.saved_in = state["orchestrator"], state["attempt"]
 
 
 def _mistyped(state: Mapping[str, Any], identity: Mapping[str, str]) -> Iterator[str]:
@@ -94,6 +114,7 @@ def _mistyped(state: Mapping[str, Any], identity: Mapping[str, str]) -> Iterator
         "optimizer_steps": int,
         "attempt": int,
         "overlays": list,
+        "orchestrator": dict[str, Any] | None,
         "progress": dict,
     }
     for key, kind in wanted.items():
@@ -116,7 +137,7 @@ def _impossible(state: Mapping[str, Any], step: int, figures: Mapping[str, int])
         yield f"its state has optimizer_steps={state['optimizer_steps']}"
     if state["attempt"] < 0:
         yield f"its state has attempt={state['attempt']}"
-    for name, least in (("tokens", 0), ("wall", 0.0), ("step_seconds", 0.0), ("eval_tokens", 1)):
+    for name, least in LEAST.items():
         if not getattr(progress, name) >= least:  # nor is nan
             yield f"its progress has {name}={getattr(progress, name)}"
     if progress.best_step is not None and not 0 < progress.best_step <= step:
@@ -135,6 +156,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if args := get_args(kind):
         if get_origin(kind) is list:
             return type(value) is list and all(_fits(item, args[0]) for item in value)
+        if get_origin(kind) is dict:
+            return type(value) is dict
         return any(_fits(value, one) for one in args)
     return type(value) is kind or (kind is float and type(value) is int)
 

@@ -21,10 +21,13 @@ from lumina.model.noise import keys
 from lumina.model.transformer import RoutingStats, Transformer
 from lumina.parallel.world import ALONE, World
 from lumina.training import depth, experts
-from lumina.training.optim import Optimizer, gradient_norm
+from lumina.training.optim import FIGURES, PARTS, Optimizer, gradient_norms
 from lumina.training.precision import Precision
 
-METRICS = ("nats", "correct", "count", "grad_norm", "skipped", "balance", "agreement", "loss_scale")
+METRICS = (
+    "nats", "correct", "count", "square", "grad_norm", *(f"grad_{part}" for part in PARTS), "skipped",
+    *FIGURES, "loss_scale",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,13 @@ class Step:
     world: World = ALONE
     seed: int = 0  # of the noise
     frozen: bool = False  # only adapters learn: router biases and depth thresholds rest
+    skip: bool = False  # asked for: the step moves nothing, as if it were not finite
 
 
 class Sums(NamedTuple):
     """What this process's micro-batches add up to."""
 
-    loss: Tensor  # nats, correct, counted tokens
+    loss: Tensor  # nats, correct, counted tokens, squares of log Z
     routing: RoutingStats
 
 
@@ -81,7 +85,7 @@ def gradients(
     """
     optimizer.zero_grad()
     device, scale = model.embed.weight.device, optimizer.loss_scale
-    sums = torch.zeros(3, device=device)
+    sums = torch.zeros(4, device=device)
     stats: list[RoutingStats] = []
     tokens = max(1, batch.targets)  # of conversations, a small batch may count none
     for micro in batch.split(plan.world.size)[plan.world.rank].split(plan.micro_batches)[:at_most]:
@@ -92,7 +96,7 @@ def gradients(
         # Sums over the whole batch's tokens, not means of means: any split gives the same gradient.
         total = (loss.loss + routing.predictor_loss) / tokens + routing.router_loss / len(batch.ids_BS)
         (total * scale.scale if scale else total).backward()
-        sums += torch.stack([loss.nats, loss.correct, loss.tokens])
+        sums += torch.stack([loss.nats, loss.correct, loss.tokens, loss.square])
         stats.append(RoutingStats(*(value.detach() for value in routing)))
     return Sums(sums, RoutingStats(*(torch.stack(values).sum(0) for values in zip(*stats, strict=True))))
 
@@ -114,19 +118,25 @@ def apply(
     )
     if scale:
         scale.unscale([*clipped, *predictors])
-    norm = gradient_norm(clipped, plan.world)
-    losses = torch.stack([*sums, routing.predictor_loss, routing.router_loss])
+    norms = optimizer.norms()
+    norm = norms[0]
+    losses = torch.stack([*sums[:3], routing.predictor_loss, routing.router_loss])
     finite = torch.isfinite(norm) & torch.isfinite(losses).all()
     if predictors:
-        finite &= torch.isfinite(gradient_norm(predictors, plan.world))
+        finite &= torch.isfinite(gradient_norms(predictors, world=plan.world)).all()
+    overflow = (~finite).float()
+    if plan.skip:
+        finite = torch.zeros_like(finite)
     skip = (~finite).float()
     torch._foreach_mul_(clipped, (plan.clip / (norm + 1e-6)).clamp(max=1.0))
+    before = optimizer.sample.before()
     optimizer.step(lr, skip)
+    figures = optimizer.sample.figures(before)
     _update_routers(model, routing, finite, plan, 0.0 if freeze_bias else plan.bias_rate, batch)
     used = scale.scale[0].clone() if scale else torch.ones((), device=sums.device)
     if scale:
-        scale.update(skip)
-    metrics = torch.stack([*sums, norm, skip, *_routing_metrics(model, routing), used])
+        scale.update(overflow)
+    metrics = torch.cat([sums, norms, skip.view(1), figures, used.view(1)])
     return torch.cat([metrics, experts.rows(model, routing).flatten(), depth.rows(model, routing).flatten()])
 
 
@@ -151,16 +161,3 @@ def _update_routers(
     sequences = len(batch.ids_BS)
     for router, quantile, threshold in zip(model.routers, routing.quantile_L, routing.threshold_L, strict=True):
         router.follow(quantile / sequences, threshold / sequences, finite)
-
-
-def _routing_metrics(model: Transformer, routing: RoutingStats) -> list[Tensor]:
-    """Largest over mean expert load (mean over layers), and how often the causal depth rule and the choice agree."""
-    load_LE = routing.load_LE
-    one = torch.ones((), device=routing.predictor_loss.device)
-    balance = agreement = one
-    if len(load_LE):
-        active = torch.stack([moe.router.active_E.sum() for moe in model.moes])
-        balance = (load_LE.amax(1) / load_LE.sum(1) * active).mean()
-    if len(routing.depth_LX):
-        agreement = depth.share(routing.depth_LX, "agreement")
-    return [balance, agreement]

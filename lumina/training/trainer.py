@@ -23,6 +23,7 @@ from lumina.parallel.world import World, join
 from lumina.progress import Tell, silent, whole
 from lumina.run import index
 from lumina.run.folder import Run
+from lumina.run.inbox import Inbox
 from lumina.run.lineage import lineage
 from lumina.run.lock import RunLock
 from lumina.training import machine, memory, oom, room, setup
@@ -111,6 +112,20 @@ class Trainer:
         return request, known, status == "finished"
 
 
+def stand(source: str | Path, keys: Mapping[str, Any], root: Path, listeners: Sequence[Listener] = ()) -> Session:
+    """A session of a new run below `root`, before its first step: for whoever drives or disturbs it from outside.
+
+    Benchmarks and verification do; `Session.train` takes its steps.
+    """
+    resolved = resolve(source, dict(keys))
+    corpus = setup.load_data(resolved.config)
+    settled, rate = setup.settle_all(resolved, corpus, root=root)
+    parts = setup.build(settled.config, corpus)
+    run = Run.create(root, settled.source)
+    _write(run, settled, corpus, {"request": "", "data": corpus.fingerprint, "processes": 1})
+    return Session(run, settled, parts, rate, listeners, silent)
+
+
 def _write(run: Run, settled: Resolved, corpus: Corpus, meta: dict[str, Any]) -> None:
     """What makes a folder a run."""
     try:
@@ -137,11 +152,11 @@ def resume(
 
     `settings` change how it is computed, kept and shown from here on, as `config.change` lists; its `config.yaml`
     holds them then, so that it goes on with them the next time. A finished run is returned as it is, unless it goes
-    back: then it is unfinished again. Raises `UserError` if it cannot go on so, with nothing changed; `OutOfMemory`;
-    and `MachineFailed` for an error of the system that may pass.
+    back or something in its inbox may: then it is unfinished again. Raises `UserError` if it cannot go on so, with
+    nothing changed; `OutOfMemory`; and `MachineFailed` for an error of the system that may pass.
     """
     world = join()
-    if back is None and world.decide(lambda: run.finished):
+    if back is None and world.decide(lambda: run.finished and not Inbox(run).waiting()):
         return run
     before = world.each(lambda: read(run.config))
     resolved = _changed(run, before, settings, world)

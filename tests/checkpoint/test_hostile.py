@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lumina.checkpoint import store, tensors
+from lumina.checkpoint.migrations import FORMAT
 from lumina.checkpoint.readback import fingerprint
 from lumina.errors import UserError
 
@@ -41,7 +42,7 @@ def seal(path: Path, **more: dict[str, Any]) -> None:
         file.relative_to(path).as_posix(): dict(zip(("size", "xxh3_128"), fingerprint(file), strict=True))
         for file in files
     }
-    (path / "COMPLETE").write_text(json.dumps({"format": 2, "step": 20, "files": entries | more}))
+    (path / "COMPLETE").write_text(json.dumps({"format": FORMAT, "step": 20, "files": entries | more}))
 
 
 def pickled(name: str) -> Harm:

@@ -70,7 +70,8 @@ def test_it_has_the_values_that_are_saved_today(run: Run) -> None:
     assert json.loads((new / store.COMPLETE).read_bytes())["format"] == FORMAT
 
     def names(values: dict[str, object]) -> set[str]:
-        inner = {key: value for key, value in values.items() if isinstance(value, dict)}
+        # What the orchestrator packs is its own to read.
+        inner = {key: value for key, value in values.items() if isinstance(value, dict) and key != "orchestrator"}
         return set(values) | {f"{key}.{name}" for key, value in inner.items() for name in value}
 
     assert names(migrated) == names(store.read(new).state)
@@ -84,8 +85,9 @@ def test_one_that_cannot_be_brought_up_to_date_is_passed_over(run: Run) -> None:
     seal, state = json.loads((bad / store.COMPLETE).read_text()), json.loads((bad / store.STATE).read_text())
     del state["progress"]
     (bad / store.STATE).write_text(json.dumps(state))
-    size, digest = fingerprint(bad / store.STATE, "sha256")
-    seal |= {"step": 4, "files": seal["files"] | {store.STATE: {"size": size, "sha256": digest}}}
+    (hash,) = seal["files"][store.STATE].keys() - {"size"}
+    size, digest = fingerprint(bad / store.STATE, hash)
+    seal |= {"step": 4, "files": seal["files"] | {store.STATE: {"size": size, hash: digest}}}
     (bad / store.COMPLETE).write_text(json.dumps(seal))
     found, skipped = store.newest(run.checkpoints)
     assert found is not None

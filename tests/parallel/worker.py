@@ -23,10 +23,10 @@ from lumina.parallel.world import ALONE, World, join
 from lumina.run.folder import Run
 from lumina.training import oom, setup
 from lumina.training.machine import choose
-from lumina.training.optim import Optimizer
+from lumina.training.optim import FIGURES, Optimizer
 from lumina.training.precision import LossScale, Precision
 from lumina.training.session import Stopped
-from lumina.training.step import Step, train_step
+from lumina.training.step import METRICS, Step, train_step
 from lumina.training.trainer import Trainer, resume
 
 LENGTH, CUT = 9, 3  # steps of a run that changes hands after each third
@@ -63,7 +63,7 @@ def one_step(kind: str, optimizer_name: str, mode: str, world: World) -> dict[st
         for name, t in whole.items()
     }
     return {name: t.detach().clone().contiguous() for name, t in full.items()} | {
-        f"{kind} {optimizer_name} {mode} metrics": metrics
+        f"{kind} {optimizer_name} {mode} metrics": metrics[: METRICS.index(FIGURES[0])]  # those are each process's own
     }
 
 

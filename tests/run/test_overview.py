@@ -55,6 +55,15 @@ def test_a_run_that_diverged_is_listed(tmp_path: Path, loss: float, capsys: pyte
     assert f" {loss} " in capsys.readouterr().out
 
 
+def test_where_it_ends_is_not_whether_an_incident_ended_it(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    with EventWriter(run.event_log, 0) as events:
+        begin(events)
+        events.emit("decision", step=3, ends=7)
+        events.emit("incident", step=4, kind="save refused", ends=True)
+    assert overview(tmp_path)[0]["steps"] == 7
+
+
 def test_an_attempt_without_a_step_stands_where_it_went_on(tmp_path: Path) -> None:
     run = made(tmp_path)
     attempt(run, 0, range(1, 6))

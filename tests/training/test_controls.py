@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forks import WHY, act, crash, history, request, require_equal, trained
+import torch
+from forks import STEPS, WHY, Act, act, crash, history, request, require_equal, tensors, trained
 from support import full
 
 from lumina.checkpoint import retention, store
-from lumina.config.overlay import KEYS, SKIP, Value
+from lumina.config.overlay import DECAY, KEYS, SKIP, Value
 from lumina.errors import DiskRefused, UserError
 from lumina.events import EventWriter
+from lumina.model.transformer import Block, Transformer
 from lumina.orchestrator.protocol import Controls, Decision
 from lumina.run.folder import Run
 from lumina.training import controls as module
@@ -25,13 +27,16 @@ from lumina.training.trainer import Trainer, resume
 Keys = dict[str, Any]
 VALUES: list[tuple[str, Value]] = [
     ("lr.scale", 0.5), ("lr.decay", 3), ("lr.warmup", 3), ("clip", 0.1), ("weight_decay", 1.0), ("z_loss", 1e-2),
-    ("bias_rate", 1e-2), (SKIP, [5, 2]),
+    ("bias_rate", 1e-2), (SKIP, [5, 2]), ("skip", 1), ("balance", 0.1), ("temperature", 2.0), ("capacity_factor", 0.5),
+    ("expert_dropout", 0.5), ("mod_capacity", 1.0), ("predictor", 0.0), ("optimizer.reset", 1), ("qk_clip", 1.0),
+    ("router.reset", [0, 1]), ("expert.reseed", [1, 2]), ("decay", 3),
 ]  # fmt: skip
+HOW: list[tuple[str, Value]] = [("micro_batch", 1), ("recompute", 2)]  # change how a step is computed, not what it is
 
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return request(tmp_path_factory.mktemp("text"), "moe", train__decay=3)
+    return request(tmp_path_factory.mktemp("text"), "hybrid", train__decay=3, train__warmup=2, train__steps=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def pins(controls: SessionControls) -> dict[int, str]:
 
 
 def test_every_key_is_tried_below() -> None:
-    assert {key for key, _ in VALUES} == {name for name, key in KEYS.items() if not key.forks_only} | {SKIP}
+    assert {key for key, _ in VALUES + HOW} == {name for name, key in KEYS.items() if not key.forks_only} | {SKIP}
 
 
 @pytest.mark.parametrize(("key", "value"), VALUES, ids=lambda v: str(v))
@@ -61,7 +66,7 @@ def test_an_overlay_shows_and_its_undo_is_the_run_that_never_had_it(
     def lay(controls: SessionControls) -> None:
         laid = controls.overlay(WHY, key, value)
         assert pins(controls) == {4: f"before {laid.id}"}
-        act(monkeypatch, {8: lambda controls: undo(controls, laid.id)})
+        act(monkeypatch, {7 if key == DECAY else 8: lambda controls: undo(controls, laid.id)})
 
     def undo(controls: SessionControls, id: str) -> None:
         seen.extend(history(controls.session.run))
@@ -82,6 +87,71 @@ def test_an_overlay_shows_and_its_undo_is_the_run_that_never_had_it(
     assert [one["id"] for one in laid["overlays"]] == [laid["overlay"]]
 
 
+@pytest.mark.parametrize("mode", ["full", "off"])
+def test_how_a_step_is_computed_changes_at_once_and_back(
+    mode: str, keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller pieces: more of them, and the same but for rounding. Recomputation: blocks are computed twice."""
+    calls: list[int] = []
+    forward, computed = Transformer.forward, Block._compute
+
+    def counted(how: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*given: Any, **more: Any) -> Any:
+            calls.append(0)
+            return how(*given, **more)
+
+        return counting
+
+    def lay(controls: SessionControls) -> None:
+        count(controls)
+        laid = controls.overlay(WHY, "recompute", 2) if mode == "full" else controls.overlay(WHY, "micro_batch", 1)
+        act(monkeypatch, {4: count, 5: count, 6: lambda c: undo(c, laid.id)})
+
+    def undo(controls: SessionControls, id: str) -> None:
+        count(controls)
+        controls.undo(WHY, id)
+
+    def count(controls: SessionControls) -> None:
+        counts.append(len(calls))
+        calls.clear()
+
+    counts: list[int] = []
+    monkeypatch.setattr(Transformer, "forward", counted(forward) if mode == "off" else forward)
+    monkeypatch.setattr(Block, "_compute", counted(computed) if mode == "full" else computed)
+    run = trained(tmp_path, keys, monkeypatch, {3: lay})
+    assert counts == [8 if mode == "full" else 4, 4, 4, 4]  # the first are of a rehearsal and three steps
+    require_equal(plain, run)
+
+
+def test_a_decay_that_is_started_is_the_run_that_was_planned_so_long(
+    keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit; and undone after its end, the run that was planned longer."""
+    short = Trainer("tiny", root=tmp_path / "short", **keys | {"train.steps": 7}).fit()
+    run = trained(tmp_path / "run", keys, monkeypatch, {4: lambda c: c.overlay(WHY, DECAY, 3)})
+    assert tensors(run, 7).keys() == tensors(short, 7).keys()
+    assert all(torch.equal(tensor, tensors(short, 7)[name]) for name, tensor in tensors(run, 7).items())
+    assert history(run) == history(short)
+    assert run.finished
+    assert decisions(run)[0]["ends"] == 7
+
+
+def test_a_decay_where_it_makes_no_shorter_run_is_refused(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(says: str, steps: int = 3) -> Act:
+        def attempt(controls: SessionControls) -> None:
+            with pytest.raises(UserError, match=says):
+                controls.overlay(WHY, DECAY, steps)
+
+        return attempt
+
+    at = {1: refused("not between warm-up"), 5: refused("has 5 steps left", 6), 7: refused("not between warm-up")}
+    trained(tmp_path, keys, monkeypatch, at)
+    cosine = keys | {"train.schedule": "cosine"}
+    trained(tmp_path, cosine, monkeypatch, {5: refused("a cosine decays all along")})
+
+
 def test_an_overlay_that_ends_by_itself_and_one_that_is_lifted_are_one(
     keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +164,30 @@ def test_an_overlay_that_ends_by_itself_and_one_that_is_lifted_are_one(
     require_equal(short, lifted)
     rates, usual = ([float(e[5]) for e in history(run) if e[0] == "step"] for run in (lifted, plain))
     assert [a / b for a, b in zip(rates, usual, strict=True)] == [1, 1, 1, 1, 2, 2, 1, 1, 1, 1]
+
+
+EDITS = [(key, value) for key, value in VALUES if key in KEYS and KEYS[key].once]
+
+
+@pytest.mark.parametrize("after", [4, 7])
+@pytest.mark.parametrize(("key", "value"), EDITS, ids=lambda v: str(v))
+def test_a_crash_forgets_no_edit(
+    key: str, value: Value, after: int, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the journal and the edit, and after it with the checkpoint of before: it is made, once."""
+
+    def lay(controls: SessionControls) -> None:
+        controls.overlay(WHY, key, value)
+        if after == 4:
+            crash()
+
+    made = trained(tmp_path / "made", keys, monkeypatch, {4: lambda c: c.overlay(WHY, key, value)})
+    with monkeypatch.context() as patch:
+        act(patch, {7: crash, 4: lay})
+        patch.setattr(Session, "_save", lambda session: None if session.state.progress.step > 4 else save(session))
+        with pytest.raises(RuntimeError, match="power cut"):
+            Trainer("tiny", root=tmp_path / "crashed", **keys).fit()
+    require_equal(made, resume(Run(next((tmp_path / "crashed").iterdir()))))
 
 
 @pytest.mark.parametrize("after", [5, 8])

@@ -104,8 +104,8 @@ def test_a_rehearsal_leaves_no_trace(kind: str, tmp_path: Path, monkeypatch: pyt
     seen: list[tuple[int, float]] = []
     real = Fitting.rehearse
 
-    def watched(fitting: Fitting, batch: Any, step: int) -> None:
-        real(fitting, batch, step)
+    def watched(fitting: Fitting, batch: Any, step: int, plan: Any) -> None:
+        real(fitting, batch, step, plan)
         seen.append((step, fitting.parts.model.routers[0].capacity if kind == "hybrid" else 1.0))
         assert all(p.grad is None for p in fitting.parts.model.parameters())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from support import model_config, settings
 from lumina.data.loader import Batch
 from lumina.model.transformer import Transformer
 from lumina.run.folder import Run
+from lumina.training import probe as module
 from lumina.training.precision import Precision
 from lumina.training.probe import Probe
 from lumina.training.trainer import Trainer
@@ -25,13 +27,14 @@ def text(sequences: int = 2) -> Batch:
 def test_churn_is_the_share_of_tokens_that_have_other_experts() -> None:
     model = Transformer(model_config("moe"))
     probe = Probe(model, text(), Precision("fp32", "fp32", "cpu"))
-    first = probe()
-    assert first["churn"] is None
-    assert probe() == {"loss": first["loss"], "churn": [0.0] * len(model.moes)}
+    first = probe(text())
+    assert first.churn is None
+    assert probe(text()) == replace(first, churn=[0.0] * len(model.moes))
     before = probe.chosen_LTA.clone()
     model.moes[-1].router.bias_E[0] = 10.0  # now every token takes expert 0 there
-    *others, last = probe()["churn"]
+    *others, last = probe(text()).churn or []
     assert others == [0.0] * (len(model.moes) - 1)
+    assert last is not None
     had = (before[-1] == 0).any(-1).float().mean().item()
     assert last >= 1 - had - 1e-4  # who had it may have lost its other one
     assert last > 0.2
@@ -44,19 +47,60 @@ def test_churn_is_of_the_tokens_that_a_routed_block_computes() -> None:
     router = model.routers[0]
     probe = Probe(model, text(), Precision("fp32", "fp32", "cpu"))
     router.quantile.fill_(-100.0)  # takes all
-    probe()
+    probe(text())
     model.moes[routed].router.bias_E[0] = 10.0
-    churn = probe()["churn"]
-    assert churn[routed] > 0.2
+    churn = probe(text()).churn or []
+    assert (churn[routed] or 0) > 0.2
     model.moes[routed].router.bias_E[0] = 0.0
     router.quantile.fill_(100.0)  # takes none: what its experts would have done is nobody's
-    assert probe()["churn"][routed] is None
+    assert (probe(text()).churn or [])[routed] is None
 
 
 def test_a_model_without_experts_has_a_loss_and_no_churn() -> None:
     probe = Probe(Transformer(model_config("dense")), text(), Precision("fp32", "fp32", "cpu"))
-    assert probe()["churn"] is None
+    assert probe(text()).churn is None
     assert probe.tensors() == {}
+
+
+@pytest.mark.parametrize("at_once", [2**22, 4 * 64 * 5])
+def test_the_largest_attention_logit_is_that_of_what_a_query_may_see(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOGITS", at_once)
+    model = Transformer(model_config("dense"))
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def watched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
+        seen.append((query, key, how["attn_mask"]))
+        return attention(query, key, value, **how)
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model.units[1].attn.q_norm.weight.data *= 7
+    found = Probe(model, text(), Precision("fp32", "fp32", "cpu"))(text())
+    wanted = []
+    for q, k, mask in seen[: len(model.units)]:
+        logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[-1] ** 0.5
+        wanted.append(logits.masked_fill(~mask, -torch.inf).max().item())
+    assert found.attention == pytest.approx(wanted, rel=1e-5)
+    look = found.look(4, ("data: torn",))
+    assert (look.attention, look.attentions.index(look.attention)) == (max(found.attention), 1)
+    assert (look.step, look.golden, look.churn, look.broken) == (4, found.golden, (), ("data: torn",))
+
+
+def test_the_golden_batch_tells_of_data_and_the_agreement_of_the_predictor() -> None:
+    model = Transformer(model_config("hybrid"))
+    probe = Probe(model, text(), Precision("fp32", "fp32", "cpu"))
+    (router,) = model.routers[:1]
+    first = probe(text())
+    assert first.golden == first.loss
+    shifted = replace(text(), targets_BS=text().targets_BS.roll(1, 1))
+    assert probe(shifted).golden != first.loss
+    assert probe(shifted).loss == first.loss
+    for one in model.routers:
+        one.quantile.fill_(100.0)  # takes none: agrees on all that are not among the top C
+    share = 1 - router.capacity
+    assert probe(text()).agree == pytest.approx(share, abs=1e-4)
 
 
 def run(folder: Path, every: int, listeners: Any = (), **keys: Any) -> Run:

@@ -104,22 +104,21 @@ def test_a_crash_right_after_going_back_keeps_to_it(
 ) -> None:
     """No checkpoint of the new attempt is there yet, but a newer one that does not count any more."""
     went = trained(tmp_path / "went", keys, monkeypatch, {8: back(3, "skip")})
-    for number, place in enumerate(("_go_to", "_went_back")):
-        with monkeypatch.context() as patch:
-            act(patch, {8: back(3, "skip")})
-            patch.setattr(Session, place, crash)
-            with pytest.raises(RuntimeError, match="power cut"):
-                Trainer("tiny", root=tmp_path / str(number), **keys).fit()
-        (run,) = (Run(path) for path in (tmp_path / str(number)).iterdir())
-        assert [path.name for path in abandoned(run.checkpoints, lineage.lineage(run).counts)] == ["step-000006"]
-        assert engine.load(run).step == 3
-        assert os.readlink(run.checkpoints / "latest") == "step-000006"  # nobody came to point it elsewhere
+    with monkeypatch.context() as patch:
+        act(patch, {8: back(3, "skip")})
+        patch.setattr(Session, "_went_back", crash)
         with pytest.raises(RuntimeError, match="power cut"):
-            resume(run, [crash])
-        assert os.readlink(run.checkpoints / "latest") == "step-000003"
-        again = resume(run)
-        assert [event["parent_step"] for event in starts(again)] == [None, 3, 3, 3]
-        require_equal(went, again)
+            Trainer("tiny", root=tmp_path / "cut", **keys).fit()
+    (run,) = (Run(path) for path in (tmp_path / "cut").iterdir())
+    assert [path.name for path in abandoned(run.checkpoints, lineage.lineage(run).counts)] == ["step-000006"]
+    assert engine.load(run).step == 3
+    assert os.readlink(run.checkpoints / "latest") == "step-000006"  # nobody came to point it elsewhere
+    with pytest.raises(RuntimeError, match="power cut"):
+        resume(run, [crash])
+    assert os.readlink(run.checkpoints / "latest") == "step-000003"
+    again = resume(run)
+    assert [event["parent_step"] for event in starts(again)] == [None, 3, 3, 3]
+    require_equal(went, again)
 
 
 def test_a_lost_log_forgets_no_overlay_on_the_way_back(
@@ -255,6 +254,18 @@ def test_phases_are_not_moved_by_a_quarantine_before_them(tmp_path: Path, monkey
     assert len(set(read)) == STEPS
     assert history(run)  # and it came to its end
     assert tensors(run)
+
+
+@pytest.mark.parametrize(
+    ("after", "ahead", "blocks"), [(4, 9, [[3, 2]]), (7, 2, [[3, 2], [5, 4]]), (7, 0, [[3, 2], [5, 2]])]
+)
+def test_what_is_left_out_ahead_is_of_the_phase_that_was_read(
+    after: int, ahead: int, blocks: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = request(tmp_path, "dense", data__mode="hybrid_sequential", data__base_ratio=0.5)
+    at: dict[int, Act] = {after: lambda controls: controls.rollback(WHY, 3, "skip", after + ahead)}
+    run = trained(tmp_path / "runs", keys, monkeypatch, at)
+    assert [one["value"] for one in starts(run)[-1]["overlays"]] == blocks
 
 
 @pytest.mark.parametrize(

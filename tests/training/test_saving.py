@@ -29,6 +29,7 @@ from lumina.run.folder import Run
 from lumina.telemetry.console import Console
 from lumina.training import machine, memory
 from lumina.training.session import Back
+from lumina.training.step import METRICS
 from lumina.training.trainer import Trainer, resume
 
 
@@ -232,7 +233,7 @@ def change_state(**keys: Any) -> Any:
         (change_state(progress__tokens=-1), "its progress has tokens=-1"),
         (change_state(progress__wall=float("nan")), "its progress has wall=nan"),
         (change_state(progress__best_step=5), "its progress has best_step=5"),
-        (change_state(progress__pending=[1.0]), "its progress has 1 figures of pending, where 8 belong"),
+        (change_state(progress__pending=[1.0]), f"its progress has 1 figures of pending, where {len(METRICS)} belong"),
         (change_state(progress__experts=[1.0]), "its progress has 1 figures of experts, where 0 belong"),
         (change_state(optimizer_steps=-1), "its state has optimizer_steps=-1"),
         (change_state(attempt=-1), "its state has attempt=-1"),

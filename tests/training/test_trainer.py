@@ -23,6 +23,7 @@ from lumina.run.exit_codes import MACHINE_FAILED
 from lumina.run.folder import Run
 from lumina.training import setup
 from lumina.training.evaluate import Evaluation
+from lumina.training.session import Session
 from lumina.training.trainer import Trainer, resume
 
 
@@ -57,6 +58,31 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 )  # fmt: skip
 def test_every_setting_changes_the_run(key: str, value: Any, usual: list[float], tmp_path: Path) -> None:
     assert losses(tmp_path, **{key: value}) != usual
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "seen"),
+    [
+        ("orchestrator.mode", ("off", "advise"), (False, True)),
+        ("orchestrator.snapshot_every", (0, 2), ([], [4, 6])),
+    ],
+)
+def test_every_setting_of_the_orchestrator_shows(
+    key: str, values: tuple[Any, ...], seen: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    step = Session._step
+
+    def stepping(session: Session) -> None:
+        step(session)
+        if session.state.progress.step == 7:
+            points = [point.state["progress"].step for point in session.points]
+            found.append(session.course.invariants is not None if key.endswith("mode") else points)
+
+    monkeypatch.setattr(Session, "_step", stepping)
+    runs = [losses(tmp_path, **{"train.steps": 8, key: value}) for value in values]
+    assert tuple(found) == seen
+    assert runs[0] == runs[1]
 
 
 def test_alpha_changes_a_run_with_adapters(tmp_path: Path) -> None:

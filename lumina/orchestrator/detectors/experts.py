@@ -1,0 +1,75 @@
+"""Experts that get too little, or routers that give all to few, or to all the same: never below the noise of counting.
+
+Balanced random routing of n assignments has a largest load of 1 + sqrt(2 ln E E / n) of the mean, so loads are added up
+until each expert expects `windows.EXPECTED`. A selection bias moves by `bias_rate` a step: an expert 0.5 below the
+threshold needs 0.5 / bias_rate steps to come back, before which nothing is alarming (Wang et al. 2024, 2408.15664).
+"""
+
+from __future__ import annotations
+
+from lumina.orchestrator.finding import Finding
+from lumina.orchestrator.robust import median
+from lumina.orchestrator.signals import Signals
+from lumina.orchestrator.windows import BLOCK, BLOCKS, EVEN, STARVED, entropy, floor
+
+REVIVES = 0.5  # of a score, which a bias makes up for
+USUAL = 1e-3  # bias rate that is reckoned with where there is none
+STARVES = 1000  # steps below a tenth of the mean
+DEAD = 0.01  # of the mean
+LASTS = 300  # steps: for a hundred, domains of the data make such loads in a healthy run of small batches
+FLOORS = 3.0
+FLAT = 0.5  # of the floor: healthy routers, which choose by what tokens say, are at 3 times and more
+
+
+def settled(signals: Signals) -> bool:
+    """Whether biases had time to balance, since the run began or what it routes was changed."""
+    rate = signals.facts.bias_rate or USUAL
+    return signals.step - max(signals.first - 1, signals.changed) > REVIVES / rate
+
+
+def starvation(signals: Signals) -> Finding | None:
+    """An expert below a tenth of the mean load for 1,000 steps, or for 300 and then below a hundredth."""
+    loads = signals.loads
+    if not loads.whole or not settled(signals):
+        return None
+    for layer, (load, low) in enumerate(zip(loads.last, loads.low, strict=True)):
+        hungry = [e for e, value in enumerate(load) if low[e] >= (LASTS if value < DEAD else STARVES)]
+        if hungry and 1 - min(load) > FLOORS * floor(len(load), _counted(signals)):
+            steps = max(low[e] for e in hungry)
+            text = f"expert {hungry[0]} of layer {layer} gets {load[hungry[0]]:.3f} of the mean load, for {steps} steps"
+            values = {"layer": layer, "experts": hungry, "load": load, "threshold": STARVED, "steps": steps}
+            return Finding("starvation", signals.step, signals.step - steps + 1, text, False, values)
+    return None
+
+
+def collapse(signals: Signals) -> Finding | None:
+    """A layer's load has little entropy for 300 steps: few experts get most."""
+    loads = signals.loads
+    if not loads.whole or not settled(signals):
+        return None
+    for layer, (load, steps) in enumerate(zip(loads.last, loads.narrow, strict=True)):
+        even = entropy(load)
+        if steps >= LASTS and max(load) - 1 > FLOORS * floor(len(load), _counted(signals)):
+            text = f"the load of layer {layer} has {even:.2f} of an even one's entropy; the largest is {max(load):.2f}"
+            values = {"layer": layer, "load": load, "entropy": even, "threshold": EVEN}
+            return Finding("collapse", signals.step, signals.step - steps + 1, text, False, values)
+    return None
+
+
+def over_balance(signals: Signals) -> Finding | None:
+    """Every layer more even than chance: the router spreads tokens, whatever they are."""
+    loads, facts = signals.loads, signals.facts
+    if len(loads.uneven) < BLOCKS or loads.blocked or not loads.layers:
+        return None
+    noise = min(floor(len(layer), BLOCK * facts.assignments / facts.routed) for layer in loads.layers)
+    uneven = median(loads.uneven)
+    if uneven >= FLAT * noise:
+        return None
+    text = f"the largest load is {uneven:.4f} above the mean where chance alone makes {noise:.4f}"
+    values = {"maxvio": uneven, "floor": noise, "threshold": FLAT * noise}
+    return Finding("over_balance", signals.step, signals.step - BLOCK * BLOCKS + 1, text, False, values)
+
+
+def _counted(signals: Signals) -> float:
+    """Assignments in the last window, at least."""
+    return signals.loads.length * signals.facts.assignments

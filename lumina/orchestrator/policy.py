@@ -1,0 +1,196 @@
+"""What is done about a diagnosis: at once for hard faults, in mode `act`; all else is advice, with its evidence.
+
+Rules that no finding may pass: one intervention is open at a time, and the next soft one comes 5 / (1 - beta2) steps
+later at the earliest, which is how long the second moments remember (science of stability, guards); nothing soft is
+done in the warm-up, near planned changes, or in the decay; after `REWINDS` ways back at one place a person has to look.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from lumina.orchestrator.diagnosis import Cause, Diagnosis
+from lumina.orchestrator.finding import Finding
+from lumina.orchestrator.signals import Facts, Signals
+
+Mode = Literal["off", "advise", "act"]
+Action = Literal["skip_step", "rewind_replay", "rewind_skip", "replan", "stop", "watch"]
+
+MOST, WITHIN = 6, 10_000  # ways back in so many steps, from wherever: our choice
+REWINDS = 2  # at one place: more were never seen to help (BLOOM 104B, OPT-175B)
+LOST = 0.25  # of what was learned: one step at 10 times the rate cost 2 to 13 % and healed, at 100 times 34 to 110 %
+HARD = frozenset({"non_finite", "divergence", "loader", "invariant", "looked", "off_plan"})  # these alone are acted on
+ADVICE: dict[Cause, str] = {
+    "data": "look at the batches of these steps; `data.skip` leaves some out",
+    "learning rate": "compare the learning rate with the plan; `lr.scale` changes it within bounds",
+    "optimizer state": "go back to before it began, or begin the moments anew",
+    "numerics": "go back to before it began; a wider format keeps what left this one",
+    "router": "look at the loads; a higher `bias_rate` balances faster",
+    "depth": "look at the predictor: its evaluations are not comparable while it is off",
+    "config": "restore the configuration that the run was started with",
+    "hardware": "check the machine; the same step came out otherwise",
+    "none": "watch: it may heal by itself",
+}
+
+
+class Choice(NamedTuple):
+    """What is to be done: `act` says whether it is, or is only advised; `to` is the step to go back to."""
+
+    action: Action
+    act: bool
+    reason: str
+    to: int | None = None
+    replan: bool = False  # before going back, the plan is put back
+    until: int = 0  # a step up to whose batch more are left out
+
+
+@dataclass
+class Open:
+    """An intervention whose effect is not known yet."""
+
+    rule: str
+    action: str
+    step: int  # of the run when it was done
+    until: int  # step behind which it counts as held
+
+
+@dataclass
+class Policy:
+    """Remembers what was done: it is no part of what a way back undoes."""
+
+    mode: Mode
+    facts: Facts
+    open: Open | None = None
+    quiet: int = 0  # no soft action before this step
+    places: list[list[int]] = field(default_factory=list)  # step, how often the run went back from near it, and to
+    went: list[int] = field(default_factory=list)  # the last steps from which it went back
+    over: bool = False  # handed over
+
+    @property
+    def cooldown(self) -> int:
+        """Steps."""
+        return math.ceil(round(5 / (1 - self.facts.beta2), 6))
+
+    def decide(self, finding: Finding, why: Diagnosis, signals: Signals, points: Sequence[int]) -> Choice:
+        """`points`: steps that the run can go back to."""
+        if finding.hard and finding.rule in HARD:
+            choice = self._hard(finding, why, points)
+            return choice._replace(act=choice.act and self.mode == "act" and not self.over)
+        return Choice("watch", False, self._soft(why, signals))
+
+    def done(self, finding: Finding, choice: Choice, step: int) -> None:
+        """The choice was acted on, when the run was at `step`."""
+        if choice.action in ("rewind_replay", "rewind_skip"):
+            place = self._place(finding.since)
+            to = min(choice.to or 0, finding.since - self.cooldown)
+            if place is None:
+                self.places.append([finding.since, 1, to])
+            else:
+                place[:] = [max(place[0], finding.since), place[1] + 1, min(place[2], to)]
+            self.went = [*self.went[1 - MOST :], step]
+            self.open = Open(finding.rule, choice.action, step, step + self.cooldown)
+        self.over = self.over or choice.action == "stop"
+        self.quiet = max(self.quiet, step + self.cooldown)
+
+    def went_back(self, step: int) -> None:
+        """By hand: what was tried is given up, and rests no longer than from here on."""
+        self.open, self.quiet = None, min(self.quiet, step + self.cooldown)
+
+    def recall(self, back: Mapping[str, Any]) -> None:
+        """The `run` event of a way back, which the state that was restored does not know of."""
+        why: Mapping[str, Any] = back.get("why") or {}
+        evidence = why.get("evidence", {})
+        if "finding" not in evidence:
+            self.went_back(back["parent_step"])
+            return
+        finding = Finding(why["rule"], evidence["step"], evidence["finding"]["since"], "")
+        self.done(finding, Choice(why["action"], True, "", back["parent_step"]), finding.step)
+
+    def passed(self, step: int) -> Open | None:
+        """The open intervention, if it has held until `step`: it is closed then."""
+        if self.open is None or step < self.open.until:
+            return None
+        held, self.open = self.open, None
+        return held
+
+    def may(self, signals: Signals) -> str:
+        """Why nothing soft may be done now; empty if it may."""
+        if self.over:
+            return "the run was handed over"
+        if self.open is not None:
+            return f"{self.open.action} of step {self.open.step} is still on trial"
+        if signals.step < self.quiet:
+            return f"the last action has to settle until step {self.quiet}"
+        if signals.settling:
+            return "the run warms up, or a planned change is near"
+        if signals.seen is not None and signals.seen.stage == "decay":
+            return "the learning rate decays"
+        return ""
+
+    def _soft(self, why: Diagnosis, signals: Signals) -> str:
+        held_back = self.may(signals)
+        return ADVICE[why.cause] + (f" ({held_back})" if held_back else "")
+
+    def _hard(self, finding: Finding, why: Diagnosis, points: Sequence[int]) -> Choice:
+        if finding.rule == "non_finite" and not finding.values["lasting"]:
+            return Choice("skip_step", False, "the guard moved nothing in this step, so nothing is left to do")
+        if finding.rule == "off_plan" and why.lost is not None and why.lost < LOST:
+            cost = f"it cost {100 * max(0.0, why.lost):.0f} % of what was learned"
+            return Choice("watch", False, f"one step alone, which heals: {cost}")
+        if len([step for step in self.went if step > finding.step - WITHIN]) >= MOST:
+            return Choice("stop", True, f"the run went back {MOST} times in {WITHIN} steps: a person has to look")
+        place = self._place(finding.since)
+        times = place[1] if place else 0
+        to = self._point(finding, why, points, times)
+        if times >= REWINDS:
+            reason = f"the run went back from here {times} times, and it came again: a person has to look"
+            return Choice("stop", True, reason)
+        if to is None:
+            return Choice("stop", True, "there is no restore point before it began, and going on makes it worse")
+        replan = why.cause in ("learning rate", "config") or _misread(finding)
+        if why.cause == "data" and why.verdict == "data" and not replan:
+            more = f" and the {why.ahead} that follow and are as bad" if why.ahead else ""
+            reason = f"back to step {to}, and past the batches since{more}, which are left out"
+            return Choice("rewind_skip", True, reason, to, until=finding.step + why.ahead)
+        if times and not replan and finding.rule in ("divergence", "non_finite"):
+            reason = f"back to step {to} again; the same batches brought it back, so they are left out"
+            return Choice("rewind_skip", True, reason, to)
+        put = "optimizer and loader are set to the plan, then " if replan else ""
+        return Choice("rewind_replay", True, f"{put}back to step {to}, and the same batches again", to, replan)
+
+    def _point(self, finding: Finding, why: Diagnosis, points: Sequence[int], times: int) -> int | None:
+        """The step to go back to: before the fault showed, each time an older one, for the newest may be of after it.
+
+        If the replay, which begins at the newest of them in memory, has no finite batch, that point is damaged itself.
+        """
+        sound = sorted(step for step in points if step < finding.before)
+        older = times + (why.cause == "numerics" and why.verdict == "any batch")
+        return sound[max(0, len(sound) - 1 - older)] if sound else None
+
+    def _place(self, step: int) -> list[int] | None:
+        """The place that the run went back from, if `step` is near it, or on the way there again."""
+        return next((place for place in self.places if place[2] <= step <= place[0] + self.cooldown), None)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def pack(self) -> dict[str, Any]:
+        return {
+            "open": asdict(self.open) if self.open else None,
+            "quiet": self.quiet,
+            "places": [list(place) for place in self.places],
+            "went": list(self.went),
+        }
+
+    def unpack(self, packed: Mapping[str, Any]) -> None:
+        self.open = Open(**packed["open"]) if packed["open"] else None
+        self.quiet = packed["quiet"]  # that it was handed over ends here: a person has looked, and went on
+        self.places = [list(place) for place in packed["places"]]
+        self.went = list(packed["went"])
+
+
+def _misread(finding: Finding) -> bool:
+    """Whether batches are not those that were planned: it is the loader, and a new one reads them."""
+    return finding.rule == "loader" or not {"batch", "data"}.isdisjoint(finding.values.get("broken", ()))

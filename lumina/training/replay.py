@@ -1,0 +1,123 @@
+"""A step taken again from the restore point before it: the machine, the data, or the state?
+
+Megatron's rerun machine attributes faults so: what differs when it is computed again is hardware, what is equal is not;
+and a loss that is high on this batch alone is the data's. The run is on trial meanwhile and stands afterwards, to the
+bit, where it stood.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lumina.checkpoint.snapshot import Snapshot
+from lumina.config.overlay import skipped
+from lumina.data.loader import Batch
+from lumina.errors import OutOfMemory
+from lumina.orchestrator.protocol import Observation, Replay
+from lumina.training.course import Course
+from lumina.training.step import METRICS
+
+if TYPE_CHECKING:
+    from lumina.training.session import Session
+
+OTHERS = 3  # batches to compare with, evenly spread
+APART = 0.3  # nats above them, from which on it is asked how many of the batches that follow are as bad
+NOISE = 0.01  # of the loss, our choice: less is the same, where a device does not give the same bits
+FARTHEST = 4096  # batches; a search takes 2 log2 of them
+
+
+def replay(session: Session, before: int) -> Replay | None:
+    """See `orchestrator.protocol.Controls.replay`."""
+    seen = session.oversight.seen
+    points = [p for p in session.points if seen and p.state["progress"].step < min(before, seen.step)]
+    if seen is None or not points:
+        return None
+    try:
+        return _again(session, seen, points[-1])
+    except OutOfMemory:  # it takes a copy more than training; of several processes the others would wait
+        if session.world.size > 1:
+            raise
+        return None
+
+
+def _again(session: Session, seen: Observation, point: Snapshot) -> Replay:
+    course = session.course
+    left, last = time.perf_counter(), course.last
+    here, emit, heard = course.take(), course.emit, (course.seen, course.looked)
+    course.emit = lambda type, /, **fields: None
+    try:
+        with course.fitting.on_trial():
+            course.return_to(point)
+            begin = course.state.progress.step
+            while course.state.progress.step < seen.step - 1:
+                course.step()
+                session.heed()
+            course.observe()
+            heldout = course.probe.heldout()
+            others = tuple(_loss(course, batch) for batch in _others(course, seen.step, begin))
+            ahead = _ahead(course, seen.step, others)
+            course.step()
+            assert course.state.pending
+            again = dict(zip(METRICS, course.state.pending.read(), strict=False))
+    finally:
+        course.return_to(here)
+        course.emit, (course.seen, course.looked) = emit, heard
+        course.last = last + time.perf_counter() - left
+    loss = again["nats"] / again["count"]
+    exact = session.config.parallel.device == "cpu" or session.config.train.deterministic
+    same = str((loss, again["grad_norm"])) == str((seen.loss, seen.grad_norm))  # as texts, for NaN equals no NaN
+    same = same or (not exact and abs(loss - seen.loss) <= NOISE * abs(seen.loss))
+    return Replay(seen.step, seen.loss, loss, same, others, heldout, exact, ahead)
+
+
+def _others(course: Course, step: int, before: int) -> list[Batch]:
+    """Batches of the same phase as that of `step`: of those read up to step `before`, which trained well, or, where
+    these are too few, of the whole phase."""
+    phase = next(phase for phase in reversed(course.phases) if step > phase.begin)
+    first, last = (phase.begin, before) if before - phase.begin >= OTHERS else (phase.begin, phase.end)
+    rest = [i for i in range(first, last) if i != step - 1]
+    places = sorted({rest[(2 * i + 1) * len(rest) // (2 * OTHERS)] for i in range(OTHERS)} if rest else ())
+    return [course.parts.loader.batch(i, skipped(course.state.overlays)) for i in places]
+
+
+def _ahead(course: Course, step: int, others: Sequence[float]) -> int:
+    """How many batches after that of `step` cost the weights as much as it: doubled until one does not, then halved.
+
+    As much as it is more than half the way from the worst of `others` to it; two in a row that do not end the block.
+    """
+    here, worst = _cost(course, step), max(others, default=math.nan)
+    if not here - worst > APART:
+        return 0
+    most = min(FARTHEST, course.parts.loader.phase_end(step - 1) - step)
+
+    def bad(ahead: int) -> bool:
+        last = min(ahead + 1, most)
+        return any(_cost(course, step + n) - worst > (here - worst) / 2 for n in range(ahead, last + 1))
+
+    low, high = 0, 1  # the block reaches as far as `low`, and not as far as `high`
+    while high <= most and bad(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if bad(middle) else (low, middle)
+    return low
+
+
+def _cost(course: Course, step: int) -> float:
+    """The loss of the weights as they are on the batch of `step`; as large as can be where it is not finite."""
+    loss = _loss(course, course.parts.loader.batch(step - 1, skipped(course.state.overlays)))
+    return loss if math.isfinite(loss) else sys.float_info.max
+
+
+def _loss(course: Course, batch: Batch) -> float:
+    """Of the weights as they are, as training computes it; the gradients are thrown away."""
+    step = course.state.progress.step + 1
+    sums = course.fitting.loss(batch, step, course.plan(course.values(step)))
+    nats, _, count, _ = course.parts.world.sum(sums).tolist()
+    loss: float = nats / count
+    return loss
