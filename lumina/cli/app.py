@@ -13,6 +13,7 @@ import typer
 
 from lumina import __version__
 from lumina.cli import (
+    act,
     bench,
     chat,
     checkpoints,
@@ -20,6 +21,7 @@ from lumina.cli import (
     data,
     demo,
     doctor,
+    gauntlet,
     generate,
     laws,
     lora,
@@ -44,6 +46,9 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     "chat": chat.chat,
     "lora": {"export": lora.export, "merge": lora.merge},
     "runs": runs.runs,
+    "act": act.act,
+    "undo": act.undo,
+    "decisions": act.decisions,
     "checkpoints": checkpoints.checkpoints,
     "presets": presets.presets,
     "plan": plan.plan,
@@ -69,8 +74,10 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
         "data": bench.data,
         "checkpoint": bench.checkpoint,
         "memory": bench.memory,
+        "orchestrator": bench.orchestrator,
     },
     "verify": {"resume": verify.resume, "corruption": verify.corruption},
+    "gauntlet": gauntlet.gauntlet,
 }
 
 GROUP_HELP = {

@@ -1,0 +1,219 @@
+"""The gauntlet: runs that something is done to, alone and watched, and what became of them.
+
+    cases x kinds x seeds x modes -> arms, one process each -> scores against healthy runs -> a dated report
+
+Each case is run alone (`off`), too. A fault hurts if the run alone ends more than `HURTS` standard deviations of
+healthy runs above the healthy run of the same seed, and is rescued if the watched one ends at most `SIGMAS` above it. A
+trap is passed if nothing was done and the run is, to the bit, the one alone. A run that was stopped, or whose
+orchestrator failed, is neither.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lumina.events import merged, read_events
+from lumina.verify.faults import CASES, HEALTHY, Case
+
+PRESET, STEPS, TOKENS = "tiny", 600, 512
+FIRST, WITHIN = 200, 80  # a fault begins at one of so many steps from here on, drawn by the seed
+SIGMAS, HURTS = 2.0, 4.0
+HEALTHY_RUNS = 8  # of a kind, at least: their losses' standard deviation is sigma
+KINDS = ("dense", "moe", "mod")
+KEYS: dict[str, Any] = {
+    "train.steps": STEPS, "train.batch_tokens": TOKENS, "train.warmup": 0.05, "train.decay": 0.2,
+    "train.eval_every": 0, "checkpoint.every": 250, "telemetry.log_every": 50, "data.train": ["sample"],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run."""
+
+    case: str
+    kind: str
+    seed: int
+    mode: str  # of the orchestrator
+
+    @property
+    def step(self) -> int:
+        """At which the fault begins."""
+        return FIRST + self.seed * 37 % WITHIN
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of an arm, plain values."""
+
+    arm: Arm
+    loss: float  # final, held-out, nats a token; infinite if it was stopped or is not finite
+    steps: int = 0  # that it came to
+    stopped: str = ""  # by whom; empty if it came to its end
+    failed: str = ""  # what ended the orchestrator itself
+    decisions: list[dict[str, Any]] = field(default_factory=list)  # step, kind, rule, action, cause, reason, outcome
+    seconds: float = 0.0
+
+    @property
+    def acted(self) -> list[dict[str, Any]]:
+        """Decisions that changed the state, or ended the run; the guard's own, in the step itself, changed nothing."""
+        return [one for one in self.decisions if one["kind"] == "act" and one["action"] != "skip_step"]
+
+    @property
+    def about(self) -> list[dict[str, Any]]:
+        """Decisions since the fault; a look is heard before the step that it is behind."""
+        return [one for one in self.decisions if one["step"] >= self.arm.step - 1]
+
+    @property
+    def cause(self) -> str:
+        """Of the first diagnosis since the fault that was acted on, or else of the first that there is."""
+        done = [one for one in self.about if one in self.acted]
+        return next((one["cause"] for one in [*done, *self.about] if one["cause"]), "")
+
+    @property
+    def delay(self) -> int | None:
+        """Steps from the fault to the first decision about it."""
+        return min((max(0, one["step"] - self.arm.step) for one in self.about), default=None)
+
+    def plain(self) -> dict[str, Any]:
+        found = asdict(self)
+        return {"t": "arm", **found.pop("arm"), "fault": self.arm.step, **found}
+
+
+def arms(
+    cases: Sequence[Case], kinds: Sequence[str], seeds: Sequence[int], modes: Sequence[str] = ("act",)
+) -> list[Arm]:
+    """All of them, each alone, too, and as many healthy runs of each kind as scoring faults needs."""
+    healthy = sorted({*seeds, *range(1000, 1000 + max(0, HEALTHY_RUNS - len(set(seeds))))})
+    wanted = [Arm(HEALTHY.name, kind, seed, "off") for kind in kinds for seed in healthy]
+    wanted = wanted if any(case.fault for case in cases) else []
+    for case in cases:
+        of = [kind for kind in kinds if kind in case.kinds]
+        wanted += [Arm(case.name, kind, seed, mode) for kind in of for seed in seeds for mode in ("off", *modes)]
+    return list(dict.fromkeys(wanted))
+
+
+def train(arm: Arm) -> Result:
+    """Trains it in this process, below a folder that goes with it."""
+    start = time.perf_counter()
+    try:
+        return _train(arm, start)
+    except Exception as error:  # one run that breaks is a result, and no reason to lose the others
+        said = f"crashed: {type(error).__name__}: {error}"
+        return Result(arm, math.inf, stopped=said, seconds=round(time.perf_counter() - start, 1))
+
+
+def _train(arm: Arm, start: float) -> Result:
+    from lumina.orchestrator.ledger import entries
+    from lumina.training.oversight import KIND
+    from lumina.training.session import Stopped
+    from lumina.training.trainer import stand
+
+    case, stopped = CASES[arm.case], ""
+    with tempfile.TemporaryDirectory(prefix="lumina-gauntlet-") as folder:
+        keys = KEYS | {"model.kind": arm.kind, "train.seed": arm.seed, "orchestrator.mode": arm.mode} | dict(case.keys)
+        keys.update(case.files(Path(folder), arm.seed) if case.files else {})
+        session = stand(PRESET, keys, Path(folder) / "runs")
+        if case.plant:
+            case.plant(session, arm.step, arm.seed)
+        try:
+            session.train()
+        except Stopped as error:
+            stopped = error.signal
+        told = list(read_events(session.run.event_log))
+    events = merged(told)
+    loss = next((event["loss"] for event in reversed(events) if event["t"] == "eval"), math.inf)
+    names = ("step", "kind", "rule", "action", "cause", "reason", "outcome")
+    return Result(
+        arm,
+        loss if not stopped and loss is not None and math.isfinite(loss) else math.inf,
+        max(event["step"] for event in events if event["t"] == "step"),
+        stopped,
+        next((event["error"] for event in told if event["t"] == "incident" and event["kind"] == KIND), ""),
+        [{name: getattr(one, name) for name in names} for one in entries(told)],
+        round(time.perf_counter() - start, 1),
+    )
+
+
+def train_all(wanted: Sequence[Arm], workers: int, tell: Callable[[Result], None]) -> list[Result]:
+    """All arms, each in a process of its own; `tell` hears of each that is done. In the order of `wanted`."""
+    found: dict[Arm, Result] = {}
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=20) as pool:
+        for done in as_completed([pool.submit(train, arm) for arm in wanted]):
+            result = done.result()
+            found[result.arm] = result
+            tell(result)
+    return [found[arm] for arm in wanted]
+
+
+class Score(NamedTuple):
+    """Of one case and kind in one mode, over its seeds. Excess: final loss above the healthy run's of the same seed, of
+    faults."""
+
+    case: str
+    kind: str
+    mode: str
+    excess: list[float]  # in sigma
+    nats: list[float]  # the same, in nats
+    alone: list[float]  # in sigma, of the run that nobody watched
+    good: list[bool]  # within `SIGMAS`, or left alone to the bit
+    delays: list[int]
+    causes: list[str]
+    acted: list[str]
+
+    @property
+    def hurt(self) -> list[bool]:
+        """Whether the fault hurts the run alone."""
+        return [value > HURTS for value in self.alone]
+
+    @property
+    def avoided(self) -> list[float]:
+        """Share of the damage that was avoided, where there was any: 1 is none of it left."""
+        pairs = [pair for *pair, hurt in zip(self.excess, self.alone, self.hurt, strict=True) if hurt]
+        return [1 - excess / alone if math.isfinite(alone) else float(excess <= HURTS) for excess, alone in pairs]
+
+    @property
+    def right(self) -> int:
+        """Diagnoses that name a right cause."""
+        return sum(cause in CASES[self.case].causes for cause in self.causes)
+
+
+def scores(results: Sequence[Result]) -> list[Score]:
+    """One for each case, kind and mode that watches."""
+    of = {(r.arm.case, r.arm.kind, r.arm.seed, r.arm.mode): r for r in results}
+    watched = [key for key in dict.fromkeys((r.arm.case, r.arm.kind, r.arm.mode) for r in results) if key[2] != "off"]
+    spread = sigmas(results)
+    found = []
+    for case, kind, mode in watched:
+        mine = [r for r in results if (r.arm.case, r.arm.kind, r.arm.mode) == (case, kind, mode)]
+        alone, nats, away = [of[case, kind, r.arm.seed, "off"].loss for r in mine], list[float](), list[float]()
+        if CASES[case].fault:
+            healthy = [of[HEALTHY.name, kind, r.arm.seed, "off"].loss for r in mine]
+            nats = [r.loss - base for r, base in zip(mine, healthy, strict=True)]
+            away = [(value - base) / spread[kind] for value, base in zip(alone, healthy, strict=True)]
+            good = [value <= SIGMAS * spread[kind] and not r.failed for value, r in zip(nats, mine, strict=True)]
+        else:
+            good = [not r.acted and not r.failed and r.loss == base for base, r in zip(alone, mine, strict=True)]
+        excess = [value / spread[kind] for value in nats]
+        delays = [r.delay for r in mine if r.delay is not None]
+        acted = [one["action"] for r in mine for one in r.acted]
+        found.append(Score(case, kind, mode, excess, nats, away, good, delays, [r.cause for r in mine], acted))
+    return found
+
+
+def sigmas(results: Sequence[Result]) -> dict[str, float]:
+    """Standard deviation of the final losses of the healthy runs of each kind, over seeds, in nats."""
+    losses: dict[str, list[float]] = {}
+    for result in results:
+        if result.arm.case == HEALTHY.name and result.arm.mode == "off":
+            losses.setdefault(result.arm.kind, []).append(result.loss)
+    return {kind: statistics.stdev(values) for kind, values in losses.items()}
