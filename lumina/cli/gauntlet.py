@@ -27,7 +27,10 @@ def gauntlet(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Break runs on purpose, and set traps for sound ones: what the orchestrator makes of them, in tables."""
+    """Break runs on purpose, and set traps for sound ones: what the orchestrator makes of them, in tables.
+
+    With --out, runs that an interrupted one of this commit and day had done are not taken again.
+    """
     from lumina.telemetry.console import Console
     from lumina.verify import gauntlet as running
     from lumina.verify import report, scoring
@@ -47,10 +50,12 @@ def gauntlet(
         of = ", ".join(CASES[names[0]].kinds)
         raise UserError(f"--case {names[0]}: not for --kind {', '.join(kinds)}", fix=f"it is for {of}")
     path = out / f"{time.strftime('%Y-%m-%d')}-gauntlet.md" if out else None
-    log = report.Raw(path.with_suffix(".jsonl") if path else None)
-    done = 0
+    raw = path.with_suffix(".jsonl") if path else None
+    before = [running.Result.of(row) for row in report.earlier(raw)]
+    before = [result for result in before if result.arm in arms]
+    log, done = report.Raw(raw, keep=bool(before)), len(before)
     with Console(1, quiet=json) as console:
-        console.progress("runs", 0, len(arms))
+        console.progress("runs", done, len(arms))
 
         def tell(result: running.Result) -> None:
             nonlocal done
@@ -58,7 +63,7 @@ def gauntlet(
             log(result.plain())
             console.progress("runs", done, len(arms))
 
-        results = running.train_all(arms, workers, tell)
+        results = running.train_all(arms, workers, tell, before)
     if path:
         options = [f"--case {name!r}" for name in case or []]
         options += [f"--kind {one}" for one in kind or []] + [f"--mode {one}" for one in mode or []]

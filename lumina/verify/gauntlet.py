@@ -15,9 +15,9 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,6 +87,13 @@ class Result:
         found = asdict(self)
         return {"t": "arm", **found.pop("arm"), "fault": self.arm.step, **found}
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Result:
+        """The inverse of `plain`."""
+        values = {name: value for name, value in row.items() if name not in ("t", "fault")}
+        arm = Arm(**{one.name: values.pop(one.name) for one in fields(Arm)})
+        return cls(arm, **values)
+
 
 def arms(
     cases: Sequence[Case], kinds: Sequence[str], seeds: Sequence[int], modes: Sequence[str] = ("act",)
@@ -143,12 +150,14 @@ def _train(arm: Arm, start: float) -> Result:
     )
 
 
-def train_all(wanted: Sequence[Arm], workers: int, tell: Callable[[Result], None]) -> list[Result]:
-    """All arms, each in a process of its own; `tell` hears of each that is done. In the order of `wanted`."""
-    found: dict[Arm, Result] = {}
+def train_all(
+    wanted: Sequence[Arm], workers: int, tell: Callable[[Result], None], known: Sequence[Result] = ()
+) -> list[Result]:
+    """All arms but those `known`, in so many processes; `tell` hears of each that is done. In the order of `wanted`."""
+    found = {result.arm: result for result in known}
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=20) as pool:
-        for done in as_completed([pool.submit(train, arm) for arm in wanted]):
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        for done in as_completed([pool.submit(train, arm) for arm in wanted if arm not in found]):
             result = done.result()
             found[result.arm] = result
             tell(result)

@@ -105,12 +105,23 @@ def page(outcome: Outcome) -> str:
     return told + table("Moments", *moments(outcome)) + table("Configurations", *configurations(outcome))
 
 
-class Raw:
-    """The raw log of an outcome: one JSON object a line, written as it comes; nothing without a path."""
+def earlier(path: Path | None) -> list[Event]:
+    """What a raw log holds already, if it is of this commit; nothing otherwise."""
+    if path is None or not path.exists():
+        return []
+    with refusing(path):
+        first, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    now = commit()
+    return rest if now and not now.endswith("+") and first.get("commit") == now else []
 
-    def __init__(self, path: Path | None) -> None:
+
+class Raw:
+    """The raw log of an outcome: one JSON object a line, written as it comes, behind what is kept of one that is there;
+    nothing without a path."""
+
+    def __init__(self, path: Path | None, keep: bool = False) -> None:
         self.path = path
-        if path:
+        if path and not keep:
             with refusing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps({"t": "about", **about()}) + "\n", encoding="utf-8")

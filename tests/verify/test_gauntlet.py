@@ -13,7 +13,7 @@ import pytest
 
 from lumina.cli import main
 from lumina.orchestrator.signals import Signals
-from lumina.verify import gauntlet, scoring
+from lumina.verify import gauntlet, report, scoring
 from lumina.verify.faults import CASES, FAULTS, HEALTHY, TRAPS, Case, _junk
 from lumina.verify.gauntlet import Arm, Result
 
@@ -160,19 +160,26 @@ def test_arms_have_healthy_runs_of_the_same_seeds_and_each_case_alone() -> None:
 
 
 def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str], known: Any) -> None:
-    def train_all(arms: Any, workers: int, tell: Any) -> list[Result]:
+    taken: list[int] = []
+
+    def train_all(arms: Any, workers: int, tell: Any, known: Any) -> list[Result]:
         results = [made(arm.case, arm.seed, 2.0 + arm.seed / 1e4, arm.mode) for arm in arms]
-        for result in results:
+        new = [result for result in results if result not in known]
+        taken.append(len(new))
+        for result in new:
             tell(result)
         return results
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gauntlet, "train_all", train_all)
+        patch.setattr(report, "commit", lambda: "abc1234")
         assert main(["gauntlet", "--case", "junk", "--kind", "dense", "--seeds", "2", "--out", str(tmp_path)]) == 0
         assert "act: 2 of 2 runs with faults within 2 sigma" in capsys.readouterr().out
         page, raw = (next(tmp_path.glob(f"*-gauntlet.{end}")).read_text() for end in ("md", "jsonl"))
         assert "lumina gauntlet --case 'junk' --kind dense --seeds 2 --first 80" in page
         assert [json.loads(line)["t"] for line in raw.splitlines()] == ["about"] + ["arm"] * 12
+        assert main(["gauntlet", "--case", "junk", "--kind", "dense", "--seeds", "3", "--out", str(tmp_path)]) == 0
+        assert taken == [12, 3]  # of the same commit: what there is is not taken again
     assert main(["gauntlet", "--case", "domains", "--kind", "dense"]) == 2
     assert "it is for moe" in capsys.readouterr().err
     assert main(["gauntlet", "--case", "junks"]) == 2
