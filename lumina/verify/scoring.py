@@ -35,12 +35,12 @@ MEANING = (
     f"draws; restore points are made at {SNAPSHOT_STEPS}, {2 * SNAPSHOT_STEPS} and so on. The orchestrator cannot see "
     "what. Losses are final, causal and held-out. *above healthy*: above the healthy run of the same seed, for each "
     "seed, in sigma, the standard deviation of the final losses of healthy runs of that kind over seeds, and the most "
-    "in nats; inf: the run was stopped. *alone*: the same of the run that nobody watched: a fault hurts if that is "
-    f"more than {HURTS:g}. *rescued*: of those that hurt, how many ended at most {SIGMAS:g} above. *avoided*: 1 - "
-    "above / alone, median of those. *heard*: steps from the fault to the first decision about it. *diagnosed*: the "
-    "causes that were named, of the decision that was acted on if there was one. *done*: what changed the run, without "
-    "what the guard skipped. A trap is *left alone* if nothing was done and the run is to the bit the one that nobody "
-    "watched."
+    "in nats; inf: it was stopped, or is not finite. *alone*: the same of the run that nobody watched: a fault hurts "
+    f"if that is more than {HURTS:g}. *rescued*: of those that hurt, how many ended at most {SIGMAS:g} above. "
+    "*avoided*: 1 - above / alone, median of those. *heard*: steps from the fault to the first decision about it. "
+    "*diagnosed*: the causes that were named, of the decision that was acted on if there was one. *done*: what changed "
+    "the run, without what the guard skipped. A trap is *left alone* if nothing was done and the run is to the bit the "
+    "one that nobody watched."
 )
 
 
