@@ -117,7 +117,10 @@ class Orchestrator:
             if not choice.act:
                 self.emit("decision", step=finding.step, **why.fields() | {"kind": "advise"})
                 return False
-            before = self.policy.pack()
+            before, tried = self.policy.pack(), self.policy.open
+            if tried and not refused:
+                failed = ledger.outcome(tried, finding.step, held=False)
+                self.emit("decision", step=finding.step, **failed)
             try:
                 self._do(finding, choice, why, controls)
                 return True
@@ -139,9 +142,6 @@ class Orchestrator:
 
     def _do(self, finding: Finding, choice: Choice, why: Decision, controls: Controls) -> None:
         """The policy knows of it first: it is in the state that a stop saves."""
-        if self.policy.open:
-            failed = ledger.outcome(self.policy.open, finding.step, held=False)
-            self.emit("decision", step=finding.step, **failed)
         self.policy.done(finding, choice, finding.step)
         if choice.replan:
             controls.replan(why)

@@ -17,7 +17,7 @@ from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.signals import Facts, Signals
 
 Mode = Literal["off", "advise", "act"]
-Action = Literal["skip_step", "rewind_replay", "rewind_skip", "replan", "stop", "watch"]
+Action = Literal["skip_step", "rewind_replay", "rewind_skip", "stop", "watch"]
 
 MOST, WITHIN = 6, 10_000  # ways back in so many steps, from wherever: our choice
 REWINDS = 2  # at one place: more were never seen to help (BLOOM 104B, OPT-175B)
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
     act: bool
     reason: str
     to: int | None = None
-    replan: bool = False  # before going back, the plan is put back
+    replan: bool = False  # optimizer and loader are set to the plan before the way back
     until: int = 0  # a step up to whose batch more are left out
 
 

@@ -64,7 +64,6 @@ class Look:
     churn: tuple[float | None, ...] = ()  # share of the tokens whose experts changed since the last look, by layer
     agreement: float | None = None  # of the causal depth rule and top-C on the held-out piece
     broken: tuple[str, ...] = ()  # invariants that only a look can see
-    attentions: tuple[float, ...] = ()  # largest attention logit of each block
 
 
 @dataclass(frozen=True)

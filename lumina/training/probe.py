@@ -51,8 +51,8 @@ class Seen:
         return vars(self) | {"attention": [round(logit, 3) for logit in self.attention]}
 
     def look(self, step: int, broken: tuple[str, ...]) -> Look:
-        churn, attention = tuple(self.churn or ()), tuple(self.attention)
-        return Look(step, self.loss, self.golden, max(attention), churn, self.agree, broken, attention)
+        churn = tuple(self.churn or ())
+        return Look(step, self.loss, self.golden, max(self.attention), churn, self.agree, broken)
 
 
 class Probe:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from support import script
 from watched import Watch, replay
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "orchestrator"
@@ -18,13 +17,7 @@ FIXTURE = Path(__file__).with_name("healthy.json.xz")
 
 @pytest.fixture(scope="module")
 def calibrate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("calibrate", FOLDER / "calibrate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["calibrate"] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+    return script(FOLDER / "calibrate.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support import script
 
 from lumina.planner.prior import SHIPPED
 
@@ -16,13 +15,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks" / "planner"
 
 @pytest.fixture(scope="module")
 def forecasts() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("forecasts", FOLDER / "forecasts.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["forecasts"] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+    return script(FOLDER / "forecasts.py")
 
 
 def test_the_constants_are_those_of_the_runs_that_they_name(forecasts: ModuleType) -> None:

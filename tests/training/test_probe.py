@@ -84,7 +84,7 @@ def test_the_largest_attention_logit_is_that_of_what_a_query_may_see(
         wanted.append(logits.masked_fill(~mask, -torch.inf).max().item())
     assert found.attention == pytest.approx(wanted, rel=1e-5)
     look = found.look(4, ("data: torn",))
-    assert (look.attention, look.attentions.index(look.attention)) == (max(found.attention), 1)
+    assert (look.attention, found.attention.index(look.attention)) == (max(found.attention), 1)
     assert (look.step, look.golden, look.churn, look.broken) == (4, found.golden, (), ("data: torn",))
 
 

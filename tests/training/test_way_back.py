@@ -149,14 +149,20 @@ def test_one_that_was_killed_after_its_ways_back_decides_and_trains_as_one_that_
     require_equal(resume(one), resume(other))
 
 
-def test_undo_of_what_a_decision_left_out_is_the_run_that_never_left_it_out(
-    keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The batches read since the restore point, and more ahead, are one name that the ledger gives."""
+def fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 7 and 8 are three times too long, the first time that they are taken."""
     faults = [3.0, 3.0]
 
     def once(optimizer: Optimizer, lr: float, skip: Tensor) -> None:
         STEP(optimizer, lr * (faults.pop() if faults and optimizer.steps_taken >= 6 else 1), skip)
+
+    monkeypatch.setattr(Optimizer, "step", once)
+
+
+def test_undo_of_what_a_decision_left_out_is_the_run_that_never_left_it_out(
+    keys: Keys, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batches read since the restore point, and more ahead, are one name that the ledger gives."""
 
     def undo(controls: SessionControls) -> None:
         run = lumina.open_run(controls.session.run)
@@ -167,7 +173,7 @@ def test_undo_of_what_a_decision_left_out_is_the_run_that_never_left_it_out(
         assert (laid.value, laid.begin, entry.undo) == ([6, 3], 7, [laid.id])  # 6 to 8 were read or are as bad
         run.undo(entry.undo[0])
 
-    monkeypatch.setattr(Optimizer, "step", once)
+    fault(monkeypatch)
     monkeypatch.setattr(orchestrator, "diagnose", lambda *_: Diagnosis("data", "Planted.", "data", ahead=1))
     run = trained(tmp_path, keys, monkeypatch, {9: undo})
     assert begun(run) == [None, 6, 6]
@@ -181,14 +187,9 @@ def test_a_way_back_that_fails_on_its_way_leaves_the_run_where_it_stood(
 ) -> None:
     """The orchestrator ends with it; that it was tried is nowhere in the log but as its incident."""
 
-    faults = [3.0, 3.0]
-
-    def once(optimizer: Optimizer, lr: float, skip: Tensor) -> None:
-        STEP(optimizer, lr * (faults.pop() if faults and optimizer.steps_taken >= 6 else 1), skip)
-
-    monkeypatch.setattr(Optimizer, "step", once)
+    fault(monkeypatch)
     unwatched = trained(tmp_path / "off", keys | {"orchestrator.mode": "off"}, monkeypatch)
-    faults += [3.0, 3.0]
+    fault(monkeypatch)
     announce = Session._announce
 
     def announced(session: Session, reason: str, *how: Any, **more: Any) -> None:
