@@ -19,9 +19,9 @@ from lumina.config.resolve import read, resolve
 from lumina.data.loader import Batch
 from lumina.model.transformer import Transformer
 from lumina.run.folder import Run
+from lumina.training.endings import Stopped
 from lumina.training.optim import Optimizer
 from lumina.training.precision import LossScale, Precision
-from lumina.training.session import Stopped
 from lumina.training.step import METRICS, Step, train_step
 from lumina.training.trainer import Trainer, resume
 

@@ -217,7 +217,7 @@ def fit(source: str, settings: list[str], root: Path, fresh: bool, voice: Voice)
 
 def _finish(train: Callable[[], Run], console: Console, voice: Voice) -> Run:
     """Trains, says where everything is and which command comes next; a stopped run exits with its own code."""
-    from lumina.training.session import Stopped
+    from lumina.training.endings import Stopped
 
     try:
         with NothingToSave(), console:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from lumina.config.schema.config import Config
 from lumina.errors import DiskRefused, MachineFailed, OutOfMemory, UserError
+from lumina.training.endings import Interrupted, LeftHalfway
 
 
 def ends(error: Exception, config: Config) -> bool:
     """Whether it ends the attempt, wherever it is raised."""
-    from lumina.training.session import Interrupted, LeftHalfway
-
     if isinstance(error, DiskRefused):
         return config.checkpoint.on_error == "stop"
     return isinstance(error, Interrupted | LeftHalfway | OutOfMemory | MachineFailed)

@@ -29,6 +29,7 @@ from lumina.run.folder import Run
 from lumina.run.watchdog import Watchdog
 from lumina.training import machine, oom, room, setup
 from lumina.training.course import Course
+from lumina.training.endings import Interrupted, LeftHalfway, Stopped
 from lumina.training.forecasting import Forecaster
 from lumina.training.hand import Hand
 from lumina.training.oversight import Oversight
@@ -457,19 +458,3 @@ class Session:
 def _step(point: Snapshot) -> int:
     step: int = point.state["progress"].step
     return step
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: an arm was left because the run is asked to stop
-    """A trial was left because the run is asked to stop; the run stands where it left on trial."""
-
-
-class LeftHalfway(RuntimeError):  # noqa: N818 - the state of the run, as a person reads it
-    """A way back failed when the state was no longer whole: the attempt ends, and the next goes on from the disk."""
-
-
-class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and saved itself
-    """The run was stopped by a signal after saving its state at `step`."""
-
-    def __init__(self, run: Run, step: int, signal: str) -> None:
-        super().__init__(f"stopped by {signal} at step {step}; state saved")
-        self.run, self.step, self.signal = run, step, signal

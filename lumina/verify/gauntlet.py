@@ -120,8 +120,8 @@ def train(arm: Arm) -> Result:
 
 def _train(arm: Arm, start: float) -> Result:
     from lumina.orchestrator.ledger import entries
+    from lumina.training.endings import Stopped
     from lumina.training.oversight import KIND
-    from lumina.training.session import Stopped
     from lumina.training.trainer import stand
 
     case, stopped = CASES[arm.case], ""

@@ -17,7 +17,7 @@ from lumina.config.resolve import read
 from lumina.inference import engine
 from lumina.run import index
 from lumina.run.folder import Run
-from lumina.training.session import Stopped
+from lumina.training.endings import Stopped
 from lumina.training.trainer import Trainer, resume
 
 ADAPTED = {"train.lora.rank": 4, "train.lr": 0.03, "train.warmup": 0}

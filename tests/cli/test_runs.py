@@ -13,7 +13,7 @@ from support import settings
 from lumina.cli import main
 from lumina.errors import UserError
 from lumina.run.lock import RunLock, is_held
-from lumina.training.session import Stopped
+from lumina.training.endings import Stopped
 from lumina.training.trainer import Trainer
 
 

@@ -24,7 +24,7 @@ from lumina.errors import UserError
 from lumina.events import read_events
 from lumina.parallel.world import World, join
 from lumina.run.folder import Run
-from lumina.training.session import Stopped
+from lumina.training.endings import Stopped
 from lumina.training.trainer import Trainer, resume
 from lumina.verify.comparison import differences
 

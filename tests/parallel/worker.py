@@ -22,10 +22,10 @@ from lumina.data.loader import Batch, Loader
 from lumina.parallel.world import ALONE, World, join
 from lumina.run.folder import Run
 from lumina.training import oom, setup
+from lumina.training.endings import Stopped
 from lumina.training.machine import choose
 from lumina.training.optim import FIGURES, Optimizer
 from lumina.training.precision import LossScale, Precision
-from lumina.training.session import Stopped
 from lumina.training.step import METRICS, Step, train_step
 from lumina.training.trainer import Trainer, resume
 

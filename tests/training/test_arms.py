@@ -23,7 +23,7 @@ from lumina.errors import DiskRefused, UserError
 from lumina.orchestrator.protocol import Outcome
 from lumina.run.folder import Run
 from lumina.training.controls import SessionControls
-from lumina.training.session import Stopped
+from lumina.training.endings import Stopped
 from lumina.training.trainer import Trainer, resume
 
 VARIANTS: list[dict[str, Any]] = [

@@ -22,7 +22,8 @@ from lumina.config.resolve import read
 from lumina.errors import UserError
 from lumina.run.folder import Run
 from lumina.training import interval
-from lumina.training.session import Back, Stopped
+from lumina.training.endings import Stopped
+from lumina.training.session import Back
 from lumina.training.trainer import Trainer, resume
 
 STEPS = 6

@@ -21,7 +21,8 @@ from lumina.orchestrator.protocol import Controls, Decision
 from lumina.run.folder import Run
 from lumina.training import controls as module
 from lumina.training.controls import SessionControls
-from lumina.training.session import Session, Stopped
+from lumina.training.endings import Stopped
+from lumina.training.session import Session
 from lumina.training.trainer import Trainer, resume
 
 Keys = dict[str, Any]

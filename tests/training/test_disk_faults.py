@@ -22,8 +22,8 @@ from lumina.errors import DiskRefused
 from lumina.events import Event, read_events
 from lumina.run.folder import Run
 from lumina.telemetry.console import Console
+from lumina.training.endings import Stopped
 from lumina.training.evaluate import Evaluation
-from lumina.training.session import Stopped
 from lumina.training.trainer import Trainer, resume
 
 SMALL = {"model.width": 16, "model.layers": 2, "model.heads": 2, "model.kv_heads": 1, "model.head_dim": 8,

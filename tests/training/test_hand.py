@@ -25,8 +25,9 @@ from lumina.run.inbox import Inbox
 from lumina.training import edits
 from lumina.training.controls import SessionControls
 from lumina.training.course import Course
+from lumina.training.endings import LeftHalfway, Stopped
 from lumina.training.hand import Hand
-from lumina.training.session import LeftHalfway, Session, Stopped
+from lumina.training.session import Session
 from lumina.training.trainer import Trainer, resume
 
 Keys = dict[str, Any]

@@ -16,7 +16,7 @@ from support import KINDS, history, settings, write_chats
 from lumina.checkpoint import store
 from lumina.errors import UserError
 from lumina.run.folder import Run
-from lumina.training.session import Stopped
+from lumina.training.endings import Stopped
 from lumina.training.trainer import Trainer, resume
 
 STEPS = 8

@@ -17,8 +17,9 @@ from lumina.orchestrator.diagnosis import Diagnosis
 from lumina.run.folder import Run
 from lumina.training.controls import SessionControls
 from lumina.training.course import Course
+from lumina.training.endings import Stopped
 from lumina.training.optim import Optimizer
-from lumina.training.session import Session, Stopped
+from lumina.training.session import Session
 from lumina.training.trainer import Trainer, resume
 
 STEP = Optimizer.step
