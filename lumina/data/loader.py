@@ -259,6 +259,7 @@ class Heldout:
     ) -> None:
         self.windows = [windows_of(shard, seq_len, end_id, train_on) for shard in shards]
         self.offsets = np.cumsum([0, *map(len, self.windows)])
+        self.ids: NDArray[np.int64] = np.arange(self.offsets[-1])
         self.sequences = sequences
         pairs = zip(shards, self.windows, strict=True)
         self.text_bytes = round(sum(_counted_bytes(shard, windows, train_on) for shard, windows in pairs))
@@ -269,13 +270,19 @@ class Heldout:
         other.sequences = sequences
         return other
 
+    def thinned(self, sequences: int) -> Heldout:
+        """At most so many of its sequences, evenly spread; at least one."""
+        other, there = copy(self), len(self.ids)
+        other.ids = self.ids[:: max(1, -(-there // max(1, sequences)))]
+        other.text_bytes = round(self.text_bytes * len(other.ids) / max(1, there))
+        return other
+
     def __len__(self) -> int:
-        return -(-int(self.offsets[-1]) // self.sequences)
+        return -(-len(self.ids) // self.sequences)
 
     def __getitem__(self, i: int) -> Batch:
-        first = range(0, int(self.offsets[-1]), self.sequences)[i]
-        ids = np.arange(first, min(first + self.sequences, int(self.offsets[-1])))
-        return _fetch(self.windows, self.offsets, ids)
+        first = range(0, len(self.ids), self.sequences)[i]
+        return _fetch(self.windows, self.offsets, self.ids[first : first + self.sequences])
 
 
 def _counted_bytes(shard: Shard, windows: TextWindows | ChatWindows, train_on: str) -> float:

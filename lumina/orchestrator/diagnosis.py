@@ -49,6 +49,8 @@ class Diagnosis:
 
 def diagnose(finding: Finding, replay: Replay | None, signals: Signals) -> Diagnosis:
     """What certainty is there: broken invariants, then the replay, then what the signals show."""
+    if told := finding.values.get("follows"):
+        return Diagnosis(told, f"Step {finding.step}: {finding.text}. The cause was found before: {told}.")
     verdict = judge(replay) if replay else ""
     shown = shows(finding, signals)
     cause, why = _cause(finding, verdict, replay, shown)

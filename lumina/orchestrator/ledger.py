@@ -8,6 +8,7 @@ What it lays over the plan is among the event's `overlays`, and by that name it 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ WORDS = {
     "rewind_skip": ("go back and leave the batches out", ""),
     "stop": ("stop and hand over", RESUME),
     "watch": ("watch", ""),
+    "trial": ("a trial", ""),
 }
 
 
@@ -52,6 +54,27 @@ def outcome(tried: Open, step: int, held: bool = True) -> dict[str, Any]:
     came = "has held: nothing came again" if held else f"has not held: at step {step} something came again"
     reason = f"{_words(tried.action)}, decided at step {tried.step}, {came}"
     return {"kind": "outcome", "rule": tried.rule, "action": tried.action, "evidence": evidence, "reason": reason}
+
+
+def probation(tried: Open, step: int, held: bool, gain: float, end: float) -> Decision:
+    """The decision to keep what won a trial, or to undo it."""
+    known = f"{gain:+.4f} nats" if math.isfinite(gain) else "where the run without it does not end"
+    came = "has held" if held else "has not held, and is undone"
+    reason = (
+        f"{tried.action}, decided at step {tried.step}, {came}: after {step - tried.step} steps and a probe of "
+        f"{tried.probe} it is {known} {'better' if held else 'off'} what the run comes to without it"
+    )
+    found = {"gain": gain, "end": end, "without": tried.without, "probe": tried.probe, "trial": tried.trial}
+    evidence = {"of": tried.step, "steps": step - tried.step, "held": held, "step": step, "probation": found}
+    action = tried.action if held else f"undo {', '.join(tried.laid)}"
+    return Decision(tried.rule, action, evidence, reason, [f"trials/{tried.trial}-probation.jsonl"])
+
+
+def failed(tried: Open, why: Decision, step: int) -> Decision:
+    """The decision to undo what is on probation, because something came that cannot wait."""
+    reason = f"{tried.action}, decided at step {tried.step}, has not held: {why.reason}"
+    evidence = why.evidence | {"of": tried.step, "held": False, "step": step, "probation": {"probe": 0}}
+    return Decision(tried.rule, f"undo {', '.join(tried.laid)}", evidence, reason)
 
 
 def _share(values: Sequence[float | None]) -> float | None:

@@ -1,8 +1,10 @@
-"""What is done about a diagnosis: at once for hard faults, in mode `act`; all else is advice, with its evidence.
+"""What is done about a diagnosis: at once for hard faults, by trial for others, in mode `act`; else it is advice.
 
+What is laid over the plan has won a trial (`trial`, `candidates`): a fault that may wait is met by nothing else.
 Rules that no finding may pass: one intervention is open at a time, and the next soft one comes 5 / (1 - beta2) steps
 later at the earliest, which is how long the second moments remember (science of stability, guards); nothing soft is
-done in the warm-up, near planned changes, or in the decay; after `REWINDS` ways back at one place a person has to look.
+done in the warm-up, near planned changes, or in the decay; after `REWINDS` ways back at one place a person has to
+look.
 """
 
 from __future__ import annotations
@@ -12,17 +14,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from lumina.orchestrator.candidates import Candidate, candidates, fault
+from lumina.orchestrator.confidence import Confidence
 from lumina.orchestrator.diagnosis import Cause, Diagnosis
 from lumina.orchestrator.finding import Finding
+from lumina.orchestrator.robust import median
 from lumina.orchestrator.signals import Facts, Signals
+from lumina.orchestrator.trial import NOISE, Size, size
 
 Mode = Literal["off", "advise", "act"]
-Action = Literal["skip_step", "rewind_replay", "rewind_skip", "stop", "watch"]
+Action = Literal["skip_step", "rewind_replay", "rewind_skip", "trial", "stop", "watch"]
 
 MOST, WITHIN = 6, 10_000  # ways back in so many steps, from wherever: our choice
 REWINDS = 2  # at one place: more were never seen to help (BLOOM 104B, OPT-175B)
+MOST_TRIED = 3  # candidates of a trial: each more costs as much as the control, and raises the bar for all
+REMEMBERED = 16  # noises of a run's trials
 LOST = 0.25  # of what was learned: one step at 10 times the rate cost 2 to 13 % and healed, at 100 times 34 to 110 %
 HARD = frozenset({"non_finite", "divergence", "loader", "invariant", "looked", "off_plan"})  # these alone are acted on
+FOLLOWED: frozenset[Cause] = frozenset({"learning rate", "optimizer state"})  # which the same steps bring back
 ADVICE: dict[Cause, str] = {
     "data": "look at the batches of these steps; `data.skip` leaves some out",
     "learning rate": "compare the learning rate with the plan; `lr.scale` changes it within bounds",
@@ -45,6 +54,8 @@ class Choice(NamedTuple):
     to: int | None = None
     replan: bool = False  # optimizer and loader are set to the plan before the way back
     until: int = 0  # a step up to whose batch more are left out
+    fault: str = ""  # of a trial: the class of faults, and what is tried for it
+    tries: tuple[Candidate, ...] = ()
 
 
 @dataclass
@@ -55,6 +66,11 @@ class Open:
     action: str
     step: int  # of the run when it was done
     until: int  # step behind which it counts as held
+    trial: str = ""  # the trial that it won, and what follows is of that
+    fault: str = ""
+    laid: list[str] = field(default_factory=list)  # names of what it laid over the plan
+    without: float = 0.0  # held-out loss, nats, that the run without it comes to at `until`, behind a probe
+    probe: int = 0  # steps of that
 
 
 @dataclass
@@ -67,6 +83,11 @@ class Policy:
     quiet: int = 0  # no soft action before this step
     places: list[list[int]] = field(default_factory=list)  # step, how often the run went back from near it, and to
     went: list[int] = field(default_factory=list)  # the last steps from which it went back
+    tried: dict[str, int] = field(default_factory=dict)  # trials of each fault since one was won
+    trials: int = 0  # in all
+    spent: float = 0.0  # on them, steps' worth of compute
+    noises: list[float] = field(default_factory=list)  # standard deviations of pairs, of the last candidates, nats
+    confidence: Confidence = field(default_factory=Confidence)  # what helped before
     over: bool = False  # handed over
 
     @property
@@ -79,7 +100,7 @@ class Policy:
         if finding.hard and finding.rule in HARD:
             choice = self._hard(finding, why, points)
             return choice._replace(act=choice.act and self.mode == "act" and not self.over)
-        return Choice("watch", False, self._soft(why, signals))
+        return self._soft(finding, why, signals)
 
     def done(self, finding: Finding, choice: Choice, step: int) -> None:
         """The choice was acted on, when the run was at `step`."""
@@ -95,23 +116,79 @@ class Policy:
         self.over = self.over or choice.action == "stop"
         self.quiet = max(self.quiet, step + self.cooldown)
 
+    # -- trials ------------------------------------------------------------------------------------------------------
+
+    @property
+    def left(self) -> float:
+        """Steps' worth of compute that trials may still take."""
+        return self.facts.budget * self.facts.steps - self.spent
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of a pair's difference, nats: of this run's trials, or what is usual."""
+        return median(self.noises) if self.noises else NOISE
+
+    @property
+    def placebo(self) -> bool:
+        """Whether the next trial has one: the first shows that arms of this run can be compared."""
+        return self.trials == 0
+
+    def fit(self, tries: Sequence[Candidate], rest: int) -> tuple[tuple[Candidate, ...], Size] | str:
+        """As many of them as a trial can hold, and its size; or why none fits."""
+        refused = ""
+        for count in range(len(tries), 0, -1):
+            found = size(count, self.noise, rest, self.left, self.cooldown, self.placebo)
+            if isinstance(found, Size):
+                return tuple(tries[:count]), found
+            refused = found
+        return refused
+
+    def held_trial(self, fault: str, spent: float, noises: Sequence[float], won: Open | None, step: int) -> None:
+        """A trial is over, when the run was at `step`; `won` is the intervention that it committed to."""
+        self.trials, self.spent = self.trials + 1, self.spent + spent
+        self.noises = [*self.noises, *noises][-REMEMBERED:]
+        self.tried[fault] = self.tried.get(fault, 0) + 1
+        self.open = won or self.open
+        self.quiet = max(self.quiet, won.until if won else step + self.cooldown)
+
+    def due(self, step: int) -> Open | None:
+        """The intervention whose probation ends with this step of the run."""
+        return self.open if self.open and self.open.trial and step >= self.open.until else None
+
+    def judged(self, held: bool, spent: float) -> None:
+        """A probation is over. What did not hold counts as tried, so that something else comes next."""
+        if self.open and held:
+            self.tried.pop(self.open.fault, None)
+        self.open, self.spent = None, self.spent + spent
+
+    def taken_off(self) -> None:
+        """A person undid what is on probation: it is nobody's to judge any more."""
+        self.open = None
+
+    # -- what was done -----------------------------------------------------------------------------------------------
+
     def went_back(self, step: int) -> None:
         """By hand: what was tried is given up, and rests no longer than from here on."""
         self.open, self.quiet = None, min(self.quiet, step + self.cooldown)
 
-    def recall(self, back: Mapping[str, Any]) -> None:
-        """The `run` event of a way back, which the state that was restored does not know of."""
+    def recall(self, back: Mapping[str, Any]) -> Finding | None:
+        """The `run` event of a way back, which the state that was restored does not know of; what is to be tried
+        behind it."""
         why: Mapping[str, Any] = back.get("why") or {}
         evidence = why.get("evidence", {})
+        if "probation" in evidence:
+            self.judged(held=False, spent=evidence["probation"]["probe"])
+            return None
         if "finding" not in evidence:
             self.went_back(back["parent_step"])
-            return
+            return None
         finding = Finding(why["rule"], evidence["step"], evidence["finding"]["since"], "")
         self.done(finding, Choice(why["action"], True, "", back["parent_step"]), finding.step)
+        return follow(finding.rule, evidence["diagnosis"]["cause"], back["parent_step"])
 
     def passed(self, step: int) -> Open | None:
         """The open intervention, if it has held until `step`: it is closed then."""
-        if self.open is None or step < self.open.until:
+        if self.open is None or self.open.trial or step < self.open.until:
             return None
         held, self.open = self.open, None
         return held
@@ -130,9 +207,20 @@ class Policy:
             return "the learning rate decays"
         return ""
 
-    def _soft(self, why: Diagnosis, signals: Signals) -> str:
-        held_back = self.may(signals)
-        return ADVICE[why.cause] + (f" ({held_back})" if held_back else "")
+    def _soft(self, finding: Finding, why: Diagnosis, signals: Signals) -> Choice:
+        kind = fault(finding, why)
+        tried, advice = self.tried.get(kind, 0), ADVICE[why.cause]
+        follows = "follows" in finding.values  # its way back is the intervention that is open
+        held_back = ("the run was handed over" if self.over else "") if follows else self.may(signals)
+        if held_back:
+            return Choice("watch", False, f"{advice} ({held_back})")
+        tries = {one.action: one for one in candidates(kind, finding, signals, tried)}
+        if not tries:
+            nothing = f"; {tried} trial{'s' if tried > 1 else ''} found nothing that helps: a person has to look"
+            return Choice("watch", False, advice + (nothing if tried else ""))
+        ordered = tuple(tries[action] for action in self.confidence.order(kind, list(tries)))[:MOST_TRIED]
+        text = ", ".join(one.text for one in ordered)
+        return Choice("trial", self.mode == "act", f"to be tried: {text}", fault=kind, tries=ordered)
 
     def _hard(self, finding: Finding, why: Diagnosis, points: Sequence[int]) -> Choice:
         if finding.rule == "non_finite" and not finding.values["lasting"]:
@@ -182,6 +270,10 @@ class Policy:
             "quiet": self.quiet,
             "places": [list(place) for place in self.places],
             "went": list(self.went),
+            "tried": dict(self.tried),
+            "trials": self.trials,
+            "spent": self.spent,
+            "noises": list(self.noises),
         }
 
     def unpack(self, packed: Mapping[str, Any]) -> None:
@@ -189,6 +281,17 @@ class Policy:
         self.quiet = packed["quiet"]  # that it was handed over ends here: a person has looked, and went on
         self.places = [list(place) for place in packed["places"]]
         self.went = list(packed["went"])
+        self.tried, self.trials = dict(packed["tried"]), packed["trials"]
+        self.spent, self.noises = packed["spent"], list(packed["noises"])
+
+
+def follow(rule: str, cause: Cause, step: int) -> Finding | None:
+    """What is tried behind a way back to `step`: where the plan or the state made the run diverge, the same steps will
+    again. Hard faults act first and try afterwards."""
+    if rule != "divergence" or cause not in FOLLOWED:
+        return None
+    text = "the run diverged from here, and will again where nothing else is done"
+    return Finding(rule, step, step, text, False, {"follows": cause})
 
 
 def _misread(finding: Finding) -> bool:

@@ -10,6 +10,9 @@ from typing import Any, Literal, Protocol
 from lumina.config.overlay import Overlay, Value
 
 Data = Literal["replay", "skip"]
+# An arm's end is evaluated on as much held-out text as takes this share of the compute of its steps, and on `FEWEST`
+# tokens at least: the difference of two arms on the same text is then known to about a thousandth of a nat.
+ENDPOINT, FEWEST = 0.1, 16_384
 Stage = Literal["warmup", "stable", "decay"]
 
 
@@ -103,10 +106,13 @@ class Outcome:
     steps: int
     probe: int
     losses: list[float]  # of its `steps`, in nats a token
-    heldout: float  # causal loss after the probe, in nats a token
+    heldout: float  # causal loss after the probe, in nats a token, of a part of the held-out text (`ENDPOINT`)
     comparable: bool  # as in `eval` events
     seconds: float  # counted, not measured: all its steps times the step time that the fork was given
     void: str = ""  # why there is nothing to compare: memory ran out. `heldout` is NaN then, and it is not held
+
+
+Heard = tuple[Observation | None, Look | None]  # what a step showed: of the step before, and the look behind it
 
 
 class Fork(Protocol):
@@ -115,8 +121,9 @@ class Fork(Protocol):
     def run(self, name: str, overlays: Sequence[Overlay], steps: int, probe: int, hold: bool = False) -> Outcome:
         """Goes `steps` with these overlays beside those in force, then the probe; leaves the run where it was.
 
-        An overlay without an end holds in the probe too, whose decay begins at the rate that it leaves. Its events go
-        to `trials/<name>.jsonl`. `hold` keeps the state before the probe in memory, for `Controls.commit`.
+        An overlay without an end holds in the probe too, whose decay begins at the rate that it leaves; without steps
+        there is the probe alone. Its events go to `trials/<name>.jsonl`. `hold` keeps the state before the probe in
+        memory, for `Controls.commit`; without it no step is evaluated or looked behind as the run's own are.
         Raises `UserError` for overlays out of bounds, or an arm longer than the rest of the run; `OutOfMemory` where
         one of several processes has too little memory, for the others wait for it: the attempt ends.
         """
@@ -138,6 +145,20 @@ class Controls(Protocol):
     @property
     def overlays(self) -> tuple[Overlay, ...]:
         """What was laid over the plan, ended ones included."""
+        ...
+
+    @property
+    def rest(self) -> int:
+        """Steps that the run has left."""
+        ...
+
+    @property
+    def step_seconds(self) -> float:
+        """That the last step took."""
+        ...
+
+    def work(self, overlays: Sequence[Overlay]) -> float:
+        """What a step costs with these beside those in force, over what it costs now: counted FLOPs."""
         ...
 
     def points(self) -> tuple[int, ...]:
@@ -163,8 +184,9 @@ class Controls(Protocol):
         """Ends an overlay: from the next step on it has no effect."""
         ...
 
-    def undo(self, why: Decision, id: str) -> None:
-        """Goes back to before an overlay and on without it: a new attempt, the run that never had it."""
+    def undo(self, why: Decision, *ids: str) -> None:
+        """Goes back to before the first of these overlays and on without them: a new attempt, the run that never had
+        them."""
         ...
 
     def rollback(self, why: Decision, step: int, data: Data = "replay", until: int = 0) -> None:
@@ -183,8 +205,11 @@ class Controls(Protocol):
         """Leaves the run on trial, to return to this step; `step_seconds` is what a step counts."""
         ...
 
-    def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> None:
-        """Goes on from the end of an arm that was held: its steps, without the probe, are the run's."""
+    def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> list[Heard]:
+        """Goes on from the end of an arm that was held: its steps, without the probe, are the run's.
+
+        Returns what they showed, in order.
+        """
         ...
 
     def replay(self, before: int) -> Replay | None:

@@ -37,6 +37,9 @@ class Facts(NamedTuple):
     routed: float = 1.0  # share of the tokens that meet every expert layer, at least
     capacity: float | None = None  # of depth routing
     settles: int = 0  # steps until that is the capacity
+    steps: int = 0  # planned
+    budget: float = 0.0  # of trials, over the planned compute
+    exact: bool = True  # the same step comes to the same bits
 
     @classmethod
     def of(cls, config: Config) -> Facts:
@@ -50,6 +53,9 @@ class Facts(NamedTuple):
             routed=mod.capacity if mod else 1.0,
             capacity=mod.capacity if mod else None,
             settles=span(mod.anneal, config.train.steps or 0) if mod else 0,
+            steps=config.train.steps or 0,
+            budget=config.orchestrator.trial.budget,
+            exact=config.parallel.device == "cpu" or config.train.deterministic,
         )
 
     @property

@@ -19,9 +19,10 @@ from lumina.checkpoint.snapshot import Snapshot
 from lumina.config.overlay import Overlay, added, check
 from lumina.errors import DiskRefused, OutOfMemory, UserError
 from lumina.events import EventWriter
-from lumina.orchestrator.protocol import Outcome
+from lumina.orchestrator.protocol import ENDPOINT, FEWEST, Heard, Outcome
 from lumina.training import oom
 from lumina.training.course import Course
+from lumina.training.evaluate import Evaluation
 
 
 @dataclass
@@ -31,6 +32,7 @@ class _Held:
     end: Snapshot
     events: list[tuple[str, dict[str, Any]]]
     overlays: tuple[Overlay, ...]
+    heard: list[Heard]
 
 
 class Arms:
@@ -45,6 +47,7 @@ class Arms:
         course = self.course
         self.left, self.last = time.perf_counter(), course.last
         self.here, self.overlays, self.emit = course.take(), course.state.overlays, course.emit
+        self.heard = course.seen, course.looked
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,7 +68,7 @@ class Arms:
 
     def _run(self, name: str, overlays: Sequence[Overlay], steps: int, probe: int, hold: bool) -> Outcome:
         here, rest = self.course.state.progress.step, self.course.steps - self.course.state.progress.step
-        if steps < 1 or probe < 0 or steps + probe > rest:
+        if steps < 0 or probe < 0 or not 1 <= steps + probe <= rest:
             wrong = f"arm {name}: {steps} steps and {probe} of the probe, but the run has {rest} left"
             raise UserError(wrong, fix="make it shorter")
         acting = self.overlays
@@ -73,25 +76,39 @@ class Arms:
             acting = added(acting, one, fork=True)
         decay = Overlay(f"probe of {name}", "lr.decay", probe, here + steps + 1) if probe else None
         told: list[tuple[str, dict[str, Any]]] = []
+        heard: list[Heard] = []
         with ExitStack() as stack:
             stack.callback(self._return)
             self.course.emit = stack.enter_context(self._telling(name, told))
             self.course.state.overlays = acting
             for _ in range(steps):
-                self.course.advance()
+                self.course.seen = self.course.looked = None
+                (self.course.advance if hold else self.course.step)()
+                heard.append((self.course.seen, self.course.looked))
                 self.between()
             if hold:
-                self.held[name] = _Held(self.course.take(), list(told), acting)
+                self.held[name] = _Held(self.course.take(), list(told), acting, heard)
             if decay:
                 self.course.state.overlays = added(acting, decay, fork=True)
             for _ in range(probe):
                 self.course.step()
                 self.between()
             self.course.observe()
-            heldout = self.course.evaluate()
+            heldout = self._evaluate(steps + probe)
         losses = [fields["loss"] for type, fields in told if type == "step" and here < fields["step"] <= here + steps]
         seconds = (steps + probe) * self.step_seconds
         return Outcome(name, steps, probe, losses, heldout.loss, heldout.comparable, seconds)
+
+    def _evaluate(self, steps: int) -> Evaluation:
+        """The arm's end, on as much of the held-out text as so many steps are worth."""
+        course, config = self.course, self.course.config
+        most = max(FEWEST, round(3 * ENDPOINT * steps * config.train.batch_tokens))  # a third of a step has no gradient
+        kind, mod = course.parts.main_kind, config.model.mod
+        result = course.fitting.evaluate(kind, mod.capacity if mod else None, most)
+        step, tokens = course.state.progress.step, course.state.progress.tokens
+        told = {"split": "part of heldout", "data": kind, "routing": "causal"}
+        course.emit("eval", step=step, tokens=tokens, **told, **result.fields())
+        return result
 
     def require_held(self, outcome: Outcome) -> tuple[Overlay, ...]:
         """What lies over the plan at the end of that arm. Raises `UserError` if a run cannot go on from there."""
@@ -101,13 +118,14 @@ class Arms:
             check(one)
         return self.held[outcome.name].overlays
 
-    def keep(self, outcome: Outcome) -> None:
-        """Stands at the end of a held arm, and tells what it did as the run's own."""
+    def keep(self, outcome: Outcome) -> list[Heard]:
+        """Stands at the end of a held arm, and tells what it did as the run's own; returns what its steps showed."""
         held = self.held[outcome.name]
         self.course.return_to(held.end)
         self.course.state.overlays = held.overlays
         self.course.parts.world.each(lambda: self._tell_again(held))
         self.course.last = time.perf_counter()
+        return held.heard
 
     def _tell_again(self, held: _Held) -> None:
         for type, fields in held.events:
@@ -160,4 +178,5 @@ class Arms:
         """Back to where the run was left; the time since is not training time."""
         self.course.emit, self.course.state.overlays = self.emit, self.overlays
         self.course.return_to(self.here)
+        self.course.seen, self.course.looked = self.heard
         self.course.last = self.last + time.perf_counter() - self.left

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lumina.config.overlay import DECAY, KEYS, SKIP, Overlay, Value, added, lifted, pack, require_kind, skipped
+from lumina.config.overlay import DECAY, KEYS, SKIP, Overlay, Value, acting, added, lifted, pack, require_kind, skipped
 from lumina.errors import UserError
-from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Outcome, Replay
+from lumina.model.cost import count
+from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Heard, Outcome, Replay
 from lumina.training import edits
 from lumina.training.arms import Arms
 from lumina.training.replay import replay
@@ -34,6 +35,23 @@ class SessionControls(Controls):
     def overlays(self) -> tuple[Overlay, ...]:
         return self.state.overlays
 
+    @property
+    def rest(self) -> int:
+        return self.course.steps - self.step
+
+    @property
+    def step_seconds(self) -> float:
+        return self.state.progress.step_seconds
+
+    def work(self, overlays: Sequence[Overlay]) -> float:
+        model, rank, step = self.course.config.model, self.course.config.train.lora.rank, self.step + 1
+        planned = self.course.planned(step)
+
+        def flops(laid: Sequence[Overlay]) -> float:
+            return count(model, capacity=acting(laid, step, planned)["mod_capacity"], rank=rank).flops_per_token
+
+        return flops((*self.overlays, *overlays)) / flops(self.overlays)
+
     # -- what lies over the plan -----------------------------------------------------------------------------------
 
     def overlay(self, why: Decision, key: str, value: Value, steps: int | None = None) -> Overlay:
@@ -51,14 +69,14 @@ class SessionControls(Controls):
     def lift(self, why: Decision, id: str) -> None:
         self._lay(why, lifted(self.overlays, id, self.step), overlay=id)
 
-    def undo(self, why: Decision, id: str) -> None:
-        rest = tuple(one for one in self.overlays if one.id != id)
-        if rest == self.overlays:
-            there = ", ".join(one.id for one in self.overlays) or "none"
-            raise UserError(f"{id}: no such overlay", fix=f"there are: {there}")
-        begin = next(one.begin for one in self.overlays if one.id == id)
-        if begin > self.step:  # nothing was done with it yet
-            self._lay(why, rest, overlay=id)
+    def undo(self, why: Decision, *ids: str) -> None:
+        there = [one.id for one in self.overlays]
+        if missing := [id for id in ids if id not in there]:
+            raise UserError(f"{missing[0]}: no such overlay", fix=f"there are: {', '.join(there) or 'none'}")
+        rest = tuple(one for one in self.overlays if one.id not in ids)
+        begin = min(one.begin for one in self.overlays if one.id in ids)
+        if begin > self.step:  # nothing was done with them yet
+            self._lay(why, rest, overlay=", ".join(ids))
         else:
             self.session.rollback(self.session.way_back(begin), overlays=rest, why=why)
 
@@ -71,7 +89,7 @@ class SessionControls(Controls):
 
     def _require_effect(self, new: Overlay) -> None:
         """Raises `UserError` for what this run has nothing of, and for what is not to come any more."""
-        config, rest = self.course.config, self.course.steps - self.step
+        config, rest = self.course.config, self.rest
         require_kind(new.key, config.model.kind)
         if rest < 1:
             raise UserError(f"{new.key}: the run has no step left", fix="go back first, or undo what ended it")
@@ -135,12 +153,15 @@ class SessionControls(Controls):
         with Arms(self.course, self.session.run.path / "trials", step_seconds, self.session.heed) as arms:
             yield arms
 
-    def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> None:
+    def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> list[Heard]:
         assert isinstance(fork, Arms)
         overlays = fork.require_held(outcome)
         self.session.secure()
         self._lay(why, overlays, ahead=outcome.steps, arm=outcome.name)
-        fork.keep(outcome)
+        heard = fork.keep(outcome)
+        for seen, _ in heard:
+            self.session.oversight.seen = seen or self.session.oversight.seen
+        return heard
 
     def replay(self, before: int) -> Replay | None:
         return replay(self.session, before)

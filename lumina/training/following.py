@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from lumina.config.overlay import Overlay, Value
 from lumina.errors import UserError
-from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Outcome, Replay
+from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Heard, Outcome, Replay
 from lumina.parallel.world import World
 
 END, ENTER, LEAVE, RUN = "end", "enter", "leave", "run"
@@ -53,11 +53,22 @@ class Leading(Controls):
     def lift(self, why: Decision, id: str) -> None:
         self._do("lift", why, id)
 
-    def undo(self, why: Decision, id: str) -> None:
-        self._do("undo", why, id)
+    def undo(self, why: Decision, *ids: str) -> None:
+        self._do("undo", why, *ids)
 
     def rollback(self, why: Decision, step: int, data: Data = "replay", until: int = 0) -> None:
         self._do("rollback", why, step, data, until)
+
+    @property
+    def rest(self) -> int:
+        return self.controls.rest
+
+    @property
+    def step_seconds(self) -> float:
+        return self.controls.step_seconds
+
+    def work(self, overlays: Sequence[Overlay]) -> float:
+        return self.controls.work(overlays)
 
     def points(self) -> tuple[int, ...]:
         points: tuple[int, ...] = self._do("points")
@@ -82,10 +93,10 @@ class Leading(Controls):
     def fork(self, step_seconds: float) -> AbstractContextManager[Fork]:
         return self._fork(step_seconds)
 
-    def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> None:
+    def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> list[Heard]:
         assert isinstance(fork, _LeadingFork)
         self._tell("commit", why, None, outcome)  # each has its own fork
-        self.controls.commit(why, fork.fork, outcome)
+        return self.controls.commit(why, fork.fork, outcome)
 
     def replay(self, before: int) -> Replay | None:
         found: Replay | None = self._do("replay", before)

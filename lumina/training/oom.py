@@ -172,14 +172,15 @@ class Fitting:
         with beyond_repair(f"the optimizer, in step {step}", f"go on from the last checkpoint: {self._again()}"):
             return apply(parts.model, parts.optimizer, batch, lr, plan, found)
 
-    def evaluate(self, kind: Kind, capacity: float | None) -> Evaluation:
-        """All held-out tokens of a kind; `capacity` is the trained share of a depth router.
+    def evaluate(self, kind: Kind, capacity: float | None, most: int | None = None) -> Evaluation:
+        """All held-out tokens of a kind, or at `most` about so many; `capacity` is the trained share of a depth router.
 
         Raises `OutOfMemory` if one sequence is too much.
         """
         parts, progress = self.parts, self.state.progress
         while True:
             batches = parts.heldout(kind, progress.eval_tokens)
+            batches = batches if most is None else batches.thinned(most // parts.config.model.seq_len)
             how = batches, batches.text_bytes, parts.precision, capacity, parts.world, self.told
             found = attempt(partial(evaluate, parts.model, *how))
             if isinstance(found, Evaluation):

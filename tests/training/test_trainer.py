@@ -65,6 +65,7 @@ def test_every_setting_changes_the_run(key: str, value: Any, usual: list[float],
     [
         ("orchestrator.mode", ("off", "advise"), (False, True)),
         ("orchestrator.snapshot_every", (0, 2), ([], [4, 6])),
+        ("orchestrator.trial.budget", (0.0, 0.5), (0.0, 4.0)),
     ],
 )
 def test_every_setting_of_the_orchestrator_shows(
@@ -77,7 +78,10 @@ def test_every_setting_of_the_orchestrator_shows(
         step(session)
         if session.state.progress.step == 7:
             points = [point.state["progress"].step for point in session.points]
-            found.append(session.course.invariants is not None if key.endswith("mode") else points)
+            watching = session.oversight.orchestrator
+            left = watching.policy.left if watching else None
+            shown = {"mode": session.course.invariants is not None, "snapshot_every": points, "budget": left}
+            found.append(shown[key.rpartition(".")[2]])
 
     monkeypatch.setattr(Session, "_step", stepping)
     runs = [losses(tmp_path, **{"train.steps": 8, key: value}) for value in values]

@@ -10,6 +10,7 @@ from lumina.config.schema.base import (
     AutoCount,
     AutoSteps,
     Count,
+    Number,
     Problem,
     Seconds,
     Section,
@@ -67,6 +68,14 @@ class TelemetryConfig(Section):
     log_every: Count = Field(10, ge=1, description="steps between console lines")
 
 
+class TrialConfig(Section):
+    """`orchestrator.trial`."""
+
+    budget: Number = Field(
+        0.03, ge=0, le=10, description="compute that trials of interventions may take, over that of the planned steps"
+    )
+
+
 class OrchestratorConfig(Section):
     """`orchestrator`."""
 
@@ -77,6 +86,7 @@ class OrchestratorConfig(Section):
     snapshot_every: AutoSteps = Field(
         0, description="steps between restore points, of which memory keeps two; auto: 100 if it has room; 0: none"
     )
+    trial: TrialConfig = Field(TrialConfig.model_validate({}), description="interventions that prove themselves")
 
 
 class ParallelConfig(Section):

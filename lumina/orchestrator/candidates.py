@@ -1,0 +1,175 @@
+"""What is tried for which fault: a few candidates, mild ones first; where none of them won, stronger ones.
+
+A candidate is what it lays over the plan from the next step on. It may only be what `orchestrator.actions` and the
+bounds of `lumina.config.overlay` allow, and be of no use: the trial says whether it helps. Where the run itself shows
+what was usual (a rate that it trained well with, an expert's load), the candidate goes back to that.
+
+To add one: a line in the list of a cause, and the fault in the gauntlet that it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lumina.config.overlay import KEYS, Overlay, Value
+from lumina.orchestrator.diagnosis import Diagnosis
+from lumina.orchestrator.finding import Finding
+from lumina.orchestrator.signals import Signals
+from lumina.orchestrator.windows import STARVED, entropy
+
+FAST = 1e-2  # bias rate, the upper bound: 50 steps bring a score back by 0.5
+USUAL = 1e-3  # bias rate of the aux-free balance (Wang et al. 2024, 2408.15664)
+BALANCE = 1e-2  # weight of the balance loss (Switch Transformers, 2101.03961)
+TAU = 100.0  # largest attention logit (Kimi K2, 2507.20534)
+HOT = 1.5  # of the mean load: an expert that takes more from the others
+MOST = 3  # candidates of a trial: each more costs as much as the control, and a harder bound
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`laid`: keys and values, all from the next step on, edits once."""
+
+    name: str  # of a file's characters
+    action: str  # the family that it is remembered as, over runs
+    laid: tuple[tuple[str, Value], ...]
+
+    def overlays(self, begin: int) -> list[Overlay]:
+        """As they lie over the plan from step `begin` on."""
+        return [
+            Overlay(f"{key}={value}@{begin}".replace(" ", ""), key, value, begin, begin if KEYS[key].once else None)
+            for key, value in self.laid
+        ]
+
+    @property
+    def text(self) -> str:
+        """As a person would ask for it."""
+        return " + ".join(f"{key}={_short(value)}" for key, value in self.laid)
+
+
+def fault(finding: Finding, why: Diagnosis) -> str:
+    """The class of faults that a finding is of: what helped one of them may help another."""
+    return finding.rule if finding.rule in _LADDERS else why.cause
+
+
+def candidates(fault: str, finding: Finding, signals: Signals, tried: int = 0) -> list[Candidate]:
+    """What a trial is made of, the most promising first; empty if nothing is known that may help.
+
+    `tried`: trials of this fault before, which nothing won.
+    """
+    ladder = _LADDERS.get(fault, ())
+    return ladder[tried](finding, signals) if tried < len(ladder) else []
+
+
+# -- the learning rate, the optimizer ----------------------------------------------------------------------------------
+
+
+def _scale(factor: float) -> Candidate:
+    low, high = KEYS["lr.scale"].low, KEYS["lr.scale"].high
+    value = float(f"{min(high, max(low, factor)):.3g}")
+    return Candidate(f"lr-{value:g}", f"lr.scale {'down' if value < 1 else 'up'}", (("lr.scale", value),))
+
+
+def _rates(finding: Finding, signals: Signals) -> list[Candidate]:
+    """Back to the pace that the run had, where it is known; else down, or up where the loss stands still."""
+    times = finding.values.get("times")
+    if isinstance(times, float) and times > 0:
+        back = 1 / times
+        return [_scale(back), _scale(back**0.5)]
+    return [_scale(0.5), _scale(2.0) if finding.rule == "plateau" else _scale(0.1)]
+
+
+def _rates_again(finding: Finding, signals: Signals) -> list[Candidate]:
+    """Further down, or with moments that know nothing of what was; up, where it stood still."""
+    return [_scale(0.1), _scale(0.25), *_fresh(signals)]
+
+
+def _fresh(signals: Signals) -> list[Candidate]:
+    """New moments with a re-warm: works on healthy runs, and is no more than a candidate (science of stability)."""
+    steps = round(1 / (1 - signals.facts.beta2))
+    return [Candidate("reset", "optimizer.reset", (("optimizer.reset", 1), ("lr.warmup", steps)))]
+
+
+def _state(finding: Finding, signals: Signals) -> list[Candidate]:
+    return [*_clipped(signals), *_fresh(signals), _scale(0.5)]
+
+
+def _clipped(signals: Signals) -> list[Candidate]:
+    """Where an attention logit is beyond what is usual, its gains are the state that is out of order."""
+    if signals.look is None or signals.look.attention <= TAU:
+        return []
+    return [Candidate("qk-clip", "qk_clip", (("qk_clip", TAU),))]
+
+
+# -- routers -----------------------------------------------------------------------------------------------------------
+
+
+def _even(finding: Finding, signals: Signals) -> list[Candidate]:
+    """Balanced by biases alone, which cost no loss, or by a usual weight."""
+    off = Candidate("balance-0", "balance off", (("balance", 0.0), ("bias_rate", USUAL)))
+    return [off, _balance(BALANCE), _balance(BALANCE / 100)]
+
+
+def _routers(finding: Finding, signals: Signals) -> list[Candidate]:
+    """Experts that nobody asks are opened again, those that all ask are closed, and biases move faster."""
+    starved, hot = _experts(signals)
+    fast = ("bias_rate", FAST)
+    if starved:
+        reset = tuple(("router.reset", pair) for pair in starved)
+        seeded = tuple(("expert.reseed", pair) for pair in starved)
+        return [
+            Candidate("router-reset", "router.reset starved", (*reset, fast)),
+            Candidate("reseed", "expert.reseed starved", (*seeded, fast)),
+            Candidate("bias-fast", "bias_rate up", (fast,)),
+        ]
+    cooled = tuple(("router.reset", pair) for pair in hot)
+    return [
+        Candidate("bias-fast", "bias_rate up", (fast,)),
+        *([Candidate("hot-reset", "router.reset hot", (*cooled, fast))] if cooled else []),
+        Candidate("balance-up", "bias_rate and balance up", (fast, ("balance", BALANCE))),
+    ]
+
+
+def _routers_again(finding: Finding, signals: Signals) -> list[Candidate]:
+    """The same for all of them together, and a balance loss beside."""
+    starved, hot = _experts(signals)
+    every = tuple(("router.reset", pair) for pair in [*starved, *hot])
+    if not every:
+        return [Candidate("balance-up", "bias_rate and balance up", (("bias_rate", FAST), ("balance", 0.1)))]
+    return [Candidate("all-reset", "router.reset all", (*every, ("bias_rate", FAST), ("balance", BALANCE)))]
+
+
+def _balance(weight: float) -> Candidate:
+    return Candidate(f"balance-{weight:g}", f"balance {weight:g}", (("balance", weight),))
+
+
+def _experts(signals: Signals) -> tuple[list[list[int]], list[list[int]]]:
+    """[layer, expert] of those that starve, and of those that take most, in layers that are not even."""
+    starved, hot = [], []
+    for layer, load in enumerate(signals.loads.last):
+        starved += [[layer, expert] for expert, value in enumerate(load) if value < STARVED]
+        if entropy(load) < 1:
+            hot += [[layer, expert] for expert, value in enumerate(load) if value == max(load) and value > HOT]
+    return starved, hot
+
+
+# -- depth -------------------------------------------------------------------------------------------------------------
+
+
+def _depth(finding: Finding, signals: Signals) -> list[Candidate]:
+    return [Candidate("predictor", "predictor on", (("predictor", 1.0),))]
+
+
+_Rung = Callable[[Finding, Signals], list[Candidate]]
+_LADDERS: dict[str, Sequence[_Rung]] = {  # by cause, or by rule where that says more
+    "learning rate": (_rates, _rates_again),
+    "optimizer state": (_state, _rates_again),
+    "drift": (_state, _rates_again),
+    "router": (_routers, _routers_again),
+    "over_balance": (_even,),
+    "depth": (_depth,),
+}
+
+
+def _short(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")

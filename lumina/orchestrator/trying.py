@@ -1,0 +1,158 @@
+"""A trial on a run, through `Controls`: the pairs of arms, what they came to, and the probation of what won.
+
+The pairs of other orders come first; then, in the run's own order, the arm that leads is held, so that its steps become
+the run's if it wins. Where the fork is left without a winner the run stands where it stood, to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lumina.config.overlay import Overlay
+from lumina.orchestrator.candidates import Candidate
+from lumina.orchestrator.protocol import ENDPOINT, Controls, Fork, Outcome
+from lumina.orchestrator.trial import LEAST, Judged, Size, judge, winner
+
+CONTROL, PLACEBO = "control", "placebo"
+
+
+@dataclass
+class Trial:
+    """One, before and after it was held. `id` is a part of its files' names."""
+
+    id: str
+    candidates: tuple[Candidate, ...]
+    size: Size
+    begin: int  # the first step of its arms
+    placebo: bool  # whether an arm is run that has to come to the control's end
+    exact: bool  # to the bit
+    work: dict[str, float] = field(default_factory=dict)  # what a step of a candidate costs, over the control's
+    ends: dict[str, list[float]] = field(default_factory=dict)  # of each arm, of each pair: the run's own order first
+    judged: list[Judged] = field(default_factory=list)
+    void: str = ""  # why nothing may be concluded
+    spent: float = 0.0  # steps' worth of compute
+    seconds: float = 0.0  # counted
+    files: list[str] = field(default_factory=list)  # of its arms
+
+    @property
+    def won(self) -> Candidate | None:
+        best = None if self.void else winner(self.judged)
+        return next((one for one in self.candidates if best and one.name == best.name), None)
+
+    def plain(self) -> dict[str, Any]:
+        """Every number, for the ledger."""
+        actions = {one.name: one for one in self.candidates}
+        asked = [{"name": one.name, "action": one.action, "asks": one.text} for one in self.candidates]
+        judged = {one.name: one.plain() for one in self.judged}
+        return {
+            "id": self.id, "steps": self.size.steps, "probe": self.size.probe, "pairs": self.size.pairs,
+            "arms": [row | judged.get(row["name"], {}) | self._work(actions[row["name"]]) for row in asked],
+            "control": [_short(end) for end in self.ends.get(CONTROL, [])],
+            "placebo": self.ends.get(PLACEBO), "void": self.void, "spent": round(self.spent, 1),
+            "seconds": round(self.seconds, 3), "winner": self.won.name if self.won else None,
+        }  # fmt: skip
+
+    def _work(self, candidate: Candidate) -> dict[str, float]:
+        """Only where it is another than the control's."""
+        work = self.work.get(candidate.name, 1.0)
+        return {} if work == 1.0 else {"work": round(work, 4)}
+
+    # -- holding it --------------------------------------------------------------------------------------------------
+
+    def hold(self, controls: Controls, fork: Fork) -> Outcome | None:
+        """Runs all arms and judges them; the outcome of the winner's held arm, if one won."""
+        arms = {one.name: one.overlays(self.begin) for one in self.candidates}
+        self.work = {name: controls.work(laid) for name, laid in arms.items()}
+        held: dict[str, Outcome] = {}
+        for pair in [*range(1, self.size.pairs), 0]:
+            leader = self._leader() if pair == 0 else None
+            for name, laid in {CONTROL: [], **arms}.items():
+                outcome = self._run(fork, name, laid, pair, hold=name == leader)
+                if self.void:
+                    return None
+                self.ends.setdefault(name, []).insert(0 if pair == 0 else len(self.ends[name]), outcome.heldout)
+                if name == leader:
+                    held[name] = outcome
+            if pair == 0 and self.placebo:
+                self._compare(self._run(fork, PLACEBO, [], pair))
+        control, count = self.ends[CONTROL], len(self.candidates)
+        self.judged = [judge(name, control, self.ends[name], count) for name in arms]
+        if (won := self.won) is None:
+            return None
+        if won.name not in held:  # another led before the last pair
+            held[won.name] = self._run(fork, won.name, arms[won.name], 0, hold=True, probe=0)
+        self.spent -= held[won.name].steps
+        return held[won.name]
+
+    def goes_on(self, fork: Fork) -> float:
+        """What the run would come to without the winner at the end of the probation, nats."""
+        outcome = self._run(fork, f"{CONTROL}-on", [], 0, steps=2 * self.size.steps)
+        return outcome.heldout
+
+    def _run(
+        self,
+        fork: Fork,
+        name: str,
+        laid: Sequence[Overlay],
+        pair: int,
+        hold: bool = False,
+        steps: int | None = None,
+        probe: int | None = None,
+    ) -> Outcome:
+        """An arm; those of a pair take equal counted time, so that one whose steps cost more takes fewer."""
+        work = self.work.get(name, 1.0)
+        steps = max(1, round(self.size.steps / work)) if steps is None else steps
+        probe = self.size.probe if probe is None else probe
+        order = [Overlay(f"order {pair}", "data.order", pair, self.begin)] if pair else []
+        file = f"{self.id}-{name}-{pair}"
+        outcome = fork.run(file, [*laid, *order], steps, probe, hold)
+        self.files.append(f"trials/{file}.jsonl")
+        self.spent += (1 + ENDPOINT) * (steps + probe) * work
+        self.seconds += outcome.seconds * work
+        if outcome.void and name in (CONTROL, PLACEBO):
+            self.void = f"the control does not fit: {outcome.void}"
+        return outcome
+
+    def _leader(self) -> str | None:
+        """The candidate that is ahead in the pairs so far."""
+        control = self.ends.get(CONTROL, [])
+        gains = {
+            one.name: statistics.fmean(a - b for a, b in zip(control, self.ends[one.name], strict=True))
+            for one in self.candidates
+        }
+        known = {name: gain for name, gain in gains.items() if not math.isnan(gain)}
+        return max(known, key=lambda name: known[name], default=None)
+
+    def _compare(self, placebo: Outcome) -> None:
+        """Nothing was changed in this arm: what it ends off the control is what arms cannot be compared beyond."""
+        control = self.ends[CONTROL][0]
+        self.ends[PLACEBO] = [placebo.heldout]
+        apart = abs(placebo.heldout - control)
+        alike = str(placebo.heldout) == str(control)  # as texts, for NaN equals no NaN
+        if not alike and (self.exact or not apart < LEAST):
+            self.void = f"an arm in which nothing was changed ended {apart:.3g} nats off: arms cannot be compared"
+
+
+def result(trial: Trial) -> str:
+    """What came of it, one sentence for a person."""
+    if trial.void:
+        return f"Tried, but nothing can be concluded: {trial.void}"
+    names = {one.name: one.text for one in trial.candidates}
+    figures = "; ".join(f"{names[one.name]} {_figures(one)}" for one in trial.judged)
+    said = f"{trial.size.pairs} pairs of {trial.size.steps} steps and a probe of {trial.size.probe}"
+    head = f"{names[trial.won.name]} won" if trial.won else "Nothing won"
+    return f"{head}, in {said}: {figures}"
+
+
+def _figures(one: Judged) -> str:
+    if not math.isfinite(one.mean):
+        return "ends where the control does not" if one.won else "does not come to an end that can be compared"
+    return f"{one.mean:+.4f} nats (at least {one.low:+.4f}, noise of a pair {one.noise:.4f})"
+
+
+def _short(value: float) -> float:
+    return round(value, 6)
