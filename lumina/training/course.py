@@ -163,9 +163,13 @@ class Course:
 
     def values(self, step: int) -> dict[str, float]:
         """The numbers of a step, counted from 1: as planned, and what overlays make of them."""
+        return acting(self.state.overlays, step, self.planned(step))
+
+    def planned(self, step: int) -> dict[str, float]:
+        """The numbers of a step by the plan alone, whose phases a decay that was started shortens."""
         config, plan, phases = self.config, self.parts.plan, self.phases
         moe, mod = config.model.moe, config.model.mod
-        planned = {
+        return {
             "lr": rate(phases, config.train.schedule, step),
             "clip": plan.clip,
             "weight_decay": config.train.weight_decay,
@@ -182,7 +186,6 @@ class Course:
             "recompute": RECOMPUTE.index(config.train.recompute),
             "data.order": 0,
         }
-        return acting(self.state.overlays, step, planned)
 
     def plan(self, values: dict[str, float]) -> Step:
         """The constants of a step with these numbers."""
