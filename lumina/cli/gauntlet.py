@@ -34,13 +34,13 @@ def gauntlet(
     from lumina.telemetry.console import Console
     from lumina.verify import gauntlet as running
     from lumina.verify import report, scoring
-    from lumina.verify.faults import CASES, HEALTHY
+    from lumina.verify.faults import CASES, KINDS, SOUND
 
-    cases = [name for name in CASES if name != HEALTHY.name]
-    names, kinds, modes = case or cases, kind or list(running.KINDS), mode or ["act"]
+    cases = [name for name in CASES if name not in SOUND]
+    names, kinds, modes = case or cases, kind or list(KINDS), mode or ["act"]
     for given, known, what in (
         (names, list(CASES), "case"),
-        (kinds, list(running.KINDS), "kind"),
+        (kinds, list(KINDS), "kind"),
         (modes, ["advise", "act"], "mode"),
     ):
         if unknown := [one for one in given if one not in known]:

@@ -27,7 +27,8 @@ INVARIANTS: dict[str, Cause] = {
 }  # fmt: skip
 RULES: dict[str, Cause] = {
     "loader": "data", "golden": "data", "starvation": "router", "collapse": "router", "over_balance": "router",
-    "mod_capacity": "depth", "mod_agreement": "depth", "plateau": "learning rate", "spike": "none",
+    "mod_capacity": "depth", "mod_agreement": "depth", "plateau": "learning rate", "pace": "learning rate",
+    "spike": "none",
 }  # fmt: skip
 JUMP = 3.0  # times what was usual: of a learning rate in the stable part, of what a step moved
 SPAN = 20  # steps around the beginning in which causes are looked for

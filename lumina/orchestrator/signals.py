@@ -16,7 +16,7 @@ from lumina.config.units import span
 from lumina.orchestrator import windows
 from lumina.orchestrator.protocol import Look, Observation
 from lumina.orchestrator.robust import Baseline, median
-from lumina.orchestrator.windows import Contents, Level, Loads
+from lumina.orchestrator.windows import Contents, Level, Loads, Pace
 
 KEPT = 256  # steps of plain windows: divergence is heard 112 after it began, and is held against what was before
 LOOKS = 32
@@ -101,6 +101,7 @@ class Signals:
     series: dict[str, list[float | None]] = field(default_factory=lambda: {name: [] for name in NAMES})
     refused: list[int] = field(default_factory=list)  # steps that the guard did not take, or whose loss is not finite
     level: Level = field(default_factory=Level)
+    pace: Pace = field(default_factory=Pace)
     contents: Contents = field(default_factory=Contents)
     loads: Loads = field(default_factory=Loads)
     taken: list[list[float]] = field(default_factory=list)  # realised depth capacity, each step's layers
@@ -129,6 +130,7 @@ class Signals:
         if not_finite(seen):
             self.refused = [*self.refused[1 - KEPT :], seen.step]
         self.level.take(seen.loss, self.loss.spread, self.facts.uniform, self.changed > 0 and seen.stage == "warmup")
+        self.pace.take(seen.lr, seen.stage == "stable")
         self.contents.take(seen.content)
         self.loads.take(seen.load, self.facts.assignments)
         if seen.capacity and all(map(math.isfinite, seen.capacity)):
@@ -165,6 +167,7 @@ class Signals:
         for baseline in (self.loss, self.grad):
             baseline.forget()
         self.level.forget()
+        self.pace.forget()
         self.taken, self.agreed, self.deviations, self.apart = [], None, [], []
         self.series["agreement"] = []
 
@@ -220,7 +223,7 @@ class Signals:
 TUPLES = [one.name for one in fields(Observation) if str(one.type).startswith("tuple")]
 STILL = [one.name for one in fields(Look) if str(one.type).startswith("tuple")]
 _PARTS: dict[str, Any] = {
-    "loss": Baseline, "grad": Baseline, "level": Level, "contents": Contents, "loads": Loads,
+    "loss": Baseline, "grad": Baseline, "level": Level, "pace": Pace, "contents": Contents, "loads": Loads,
 }  # fmt: skip
 
 

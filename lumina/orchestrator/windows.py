@@ -20,6 +20,8 @@ BRIEF = 9  # steps whose median is held against that of a uniform guess
 LEARNED = 0.3  # nats below a uniform guess, after which a loss above it is a fault
 MEDIAN = 1.2533  # standard error of a median of normal noise over that of the mean: sqrt(pi / 2)
 
+JUMPS = 2.0  # times from one step to the next: schedules are smoother, but for the warm-up and the end of a decay
+
 CONTENTS = 256  # batches whose contents are remembered
 
 EXPECTED = 1000  # assignments that each expert must expect before its load says something
@@ -73,6 +75,34 @@ class Level:
         """What comes is planned to be otherwise; that something was learned stays."""
         learned = self.learned
         self.__init__(learned=learned)  # type: ignore[misc]
+
+
+@dataclass
+class Pace:
+    """By how much the learning rate jumped where no change was planned, and for how long.
+
+    Only jumps count, from one step to the next: what a schedule does slowly it does on purpose.
+    """
+
+    last: float = 0.0  # rate; 0: none is known
+    times: float = 1.0  # what it was before all jumps that still hold
+    steps: int = 0  # since the first of them
+
+    def take(self, lr: float, stable: bool) -> None:
+        """`stable`: the schedule neither warms up nor decays."""
+        if not stable or lr <= 0:
+            self.forget()
+            return
+        jump = lr / self.last if self.last else 1.0
+        if max(jump, 1 / jump) > JUMPS:
+            self.times *= jump
+        off = max(self.times, 1 / self.times) > JUMPS
+        self.times, self.steps = (self.times, self.steps + 1) if off else (1.0, 0)
+        self.last = lr
+
+    def forget(self) -> None:
+        """What comes is planned to be otherwise."""
+        self.last, self.times, self.steps = 0.0, 1.0, 0
 
 
 @dataclass

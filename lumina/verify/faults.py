@@ -1,9 +1,10 @@
 """Faults and traps, put into a run from outside: what the orchestrator has to tell apart. It never imports this.
 
 One is planted in a session before it trains and wraps, in memory, one thing that training uses: its loader, its steps,
-its optimizer. What happens *once* is not there when a step is taken again, as a bit that flipped; what is wrong with
-*data* is wrong with those batches whenever they are read, as a poisoned shard; what *sticks* stays until the part that
-it sits in is built anew. Numbers and names are those of the gauntlet's design: F are faults, H are healthy.
+its optimizer, its plan. What happens *once* is not there when a step is taken again, as a bit that flipped; what is
+wrong with *data* is wrong with those batches whenever they are read, as a poisoned shard; what *sticks* stays until the
+part that it sits in is built anew; what is wrong with the *plan* acts as it was planned, so that only an overlay on top
+makes it another. Numbers and names are those of the gauntlet's design: F are faults, H are healthy.
 
 Shapes: B batch, S sequence.
 """
@@ -27,9 +28,12 @@ from lumina.data.windows import NOT_COUNTED
 from lumina.training.session import Session
 
 Plant = Callable[[Session, int, int], None]  # session, step at which it begins, seed
+KINDS = ("dense", "moe", "mod")
 BYTES = 256  # of the byte vocabulary that junk is drawn from
 STALE = 4  # batches that a stuck loader repeats
 DOMAIN = 4  # batches of one domain, then as many of the other
+USUAL_BALANCE, OVER = 0.01, 1000  # Switch Transformers' coefficient (2101.03961), and what it becomes
+BIASED, DEAD = 20.0, 2
 COPIED, LETTERS, LINES = 6, 16, 20_000  # of the copy task: a line has so many letters twice, of so many
 
 
@@ -41,9 +45,11 @@ class Case:
     text: str
     plant: Plant | None = None
     causes: frozenset[str] = frozenset()
-    kinds: tuple[str, ...] = ("dense", "moe", "mod")
+    kinds: tuple[str, ...] = KINDS
     keys: Mapping[str, Any] = field(default_factory=dict)
     files: Callable[[Path, int], Mapping[str, Any]] | None = None  # keys whose data is written into a folder, by a seed
+    first: int = 0  # step from which on the fault may begin; 0: as most (`gauntlet.FIRST`)
+    against: str = "healthy"  # the case that a fault is held against: the same keys, and nothing is done
 
     @property
     def fault(self) -> bool:
@@ -238,7 +244,83 @@ def stuck_loader(session: Session, step: int, seed: int) -> None:
     loader.batch = batch  # type: ignore[method-assign]
 
 
+# -- what is wrong with the plan ---------------------------------------------------------------------------------------
+
+
+def _planned(session: Session, step: int, change: Callable[[dict[str, float]], dict[str, float]]) -> None:
+    """From `step` on the plan's numbers are `change`d."""
+    course = session.course
+    inner = course.planned
+
+    def planned(number: int) -> dict[str, float]:
+        values = inner(number)
+        return values | change(values) if number >= step else values
+
+    course.planned = planned  # type: ignore[method-assign, assignment]
+
+
+def _rate(factor: float) -> Plant:
+    """F1 and F8: the planned learning rate is so many times what it should be."""
+
+    def plant(session: Session, step: int, seed: int) -> None:
+        _planned(session, step, lambda values: {"lr": factor * values["lr"]})
+
+    return plant
+
+
+def over_balance(session: Session, step: int, seed: int) -> None:
+    """F12: the balance loss weighs `OVER` times what is usual; the plan of `tiny` has none, and balances by biases."""
+    _planned(session, step, lambda values: {"balance": OVER * USUAL_BALANCE})
+
+
+def frozen_predictor(session: Session, step: int, seed: int) -> None:
+    """F15: the depth predictors learn no more, while what they predict does."""
+    _planned(session, step, lambda values: {"predictor": 0.0})
+
+
+def unbalanced(session: Session, step: int, seed: int) -> None:
+    """F10: nothing balances any more, and expert 0 of every layer wants all or nothing of each token.
+
+    The loss that balances within a sequence is no number of a step; its weight in `tiny`, 1e-4, balances little.
+    """
+    _planned(session, step, lambda values: {"bias_rate": 0.0, "balance": 0.0})
+
+    def around(take: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad():
+            for moe in session.parts.model.moes:
+                moe.router.weight[0] *= BIASED
+        return take()
+
+    _once(session, step, around)
+
+
+def dead_experts(session: Session, step: int, seed: int) -> None:
+    """F11: the router rows of the two most loaded experts of each layer are zero, and their biases beyond reach."""
+
+    def around(take: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad():
+            for router in (moe.router for moe in session.parts.model.moes):
+                dead = router.fraction_E.topk(DEAD).indices  # of the last step
+                router.weight[dead] = 0.0
+                router.bias_E[dead] = -5.0
+        return take()
+
+    _once(session, step, around)
+
+
 # -- the table ---------------------------------------------------------------------------------------------------------
+
+LONG = {"train.steps": 900}  # what is wrong for good shows slowly, and whoever mends it has to show it, too
+LATER = 400
+HEALTHY = Case("healthy", "nothing is done")
+SOUND = {case.name: case for case in (HEALTHY, Case("healthy, long", "the same for longer", keys=LONG))}
+
+
+def _slow(name: str, text: str, plant: Plant, cause: str, *kinds: str) -> Case:
+    """Wrong from then on, and heard by what it does: a longer run, for the way back is tried before it is gone."""
+    of = kinds or KINDS
+    return Case(name, text, plant, frozenset({cause}), of, LONG, first=LATER, against="healthy, long")
+
 
 BOTH = {"data.train": ["sample", "sample_chat"]}
 FAULTS = (
@@ -247,6 +329,18 @@ FAULTS = (
     Case("junk", "F3: 150 batches of random bytes", _junk(150), frozenset({"data"})),
     Case("lr burst", "F2: one step at 100 times the learning rate", _burst(100.0), frozenset({"learning rate"})),
     Case("stuck loader", "F6: the same four batches again and again", stuck_loader, frozenset({"data"})),
+    _slow("lr high", "F1: ten times the learning rate is planned", _rate(10.0), "learning rate"),
+    _slow("lr low", "F8: a fiftieth of the learning rate is planned", _rate(0.02), "learning rate"),
+    _slow(
+        "unbalanced",
+        "F10: nothing balances, and one expert's router row is 20 times as large",
+        unbalanced,
+        "router",
+        "moe",
+    ),
+    _slow("dead experts", "F11: two experts' router rows are zero, their biases -5", dead_experts, "router", "moe"),
+    _slow("over-balance", "F12: the balance loss weighs 10, a thousand times the usual", over_balance, "router", "moe"),
+    _slow("frozen predictor", "F15: the depth predictors learn no more", frozen_predictor, "depth", "mod"),
 )
 TRAPS = (
     Case("cosine", "H1: a plain cosine", keys={"train.schedule": "cosine"}),
@@ -265,5 +359,4 @@ TRAPS = (
     Case("domains", "H9: batches of one domain at a time", domains, kinds=("moe",), keys={
         "data.mode": "hybrid_interleaved"} | BOTH),
 )  # fmt: skip
-HEALTHY = Case("healthy", "nothing is done")
-CASES = {case.name: case for case in (HEALTHY, *FAULTS, *TRAPS)}
+CASES = {case.name: case for case in (*SOUND.values(), *FAULTS, *TRAPS)}

@@ -3,9 +3,9 @@
     cases x kinds x seeds x modes -> arms, one process each -> scores against healthy runs -> a dated report
 
 Each case is run alone (`off`), too. A fault hurts if the run alone ends more than `HURTS` standard deviations of
-healthy runs above the healthy run of the same seed, and is rescued if the watched one ends at most `SIGMAS` above it. A
-trap is passed if nothing was done and the run is, to the bit, the one alone. A run that was stopped, or whose
-orchestrator failed, is neither.
+healthy runs of its settings above the healthy run of the same seed, and is rescued if the watched one ends at most
+`SIGMAS` above it. A trap is passed if nothing was done and the run is, to the bit, the one alone. A run that was
+stopped, or whose orchestrator failed, is neither.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lumina.events import merged, read_events
-from lumina.verify.faults import CASES, HEALTHY, Case
+from lumina.verify.faults import CASES, SOUND, Case
 
 PRESET, STEPS, TOKENS = "tiny", 600, 512
-FIRST, WITHIN = 200, 80  # a fault begins at one of so many steps from here on, drawn by the seed
+FIRST, WITHIN = 200, 80  # unless a case says otherwise, a fault begins at one of so many steps, drawn by the seed
 SIGMAS, HURTS = 2.0, 4.0
 HEALTHY_RUNS = 8  # of a kind, at least: their losses' standard deviation is sigma
-KINDS = ("dense", "moe", "mod")
 KEYS: dict[str, Any] = {
     "train.steps": STEPS, "train.batch_tokens": TOKENS, "train.warmup": 0.05, "train.decay": 0.2,
     "train.eval_every": 0, "checkpoint.every": 250, "telemetry.log_every": 50, "data.train": ["sample"],
@@ -47,7 +46,7 @@ class Arm:
     @property
     def step(self) -> int:
         """At which the fault begins."""
-        return FIRST + self.seed * 37 % WITHIN
+        return (CASES[self.case].first or FIRST) + self.seed * 37 % WITHIN
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,8 @@ def arms(
 ) -> list[Arm]:
     """All of them, each alone, too, and as many healthy runs of each kind as scoring faults needs."""
     healthy = sorted({*seeds, *range(1000, 1000 + max(0, HEALTHY_RUNS - len(set(seeds))))})
-    wanted = [Arm(HEALTHY.name, kind, seed, "off") for kind in kinds for seed in healthy]
-    wanted = wanted if any(case.fault for case in cases) else []
+    faulty = dict.fromkeys((case.against, kind) for case in cases if case.fault for kind in kinds if kind in case.kinds)
+    wanted = [Arm(against, kind, seed, "off") for against, kind in faulty for seed in healthy]
     for case in cases:
         of = [kind for kind in kinds if kind in case.kinds]
         wanted += [Arm(case.name, kind, seed, mode) for kind in of for seed in seeds for mode in ("off", *modes)]
@@ -200,29 +199,34 @@ def scores(results: Sequence[Result]) -> list[Score]:
     """One for each case, kind and mode that watches."""
     of = {(r.arm.case, r.arm.kind, r.arm.seed, r.arm.mode): r for r in results}
     watched = [key for key in dict.fromkeys((r.arm.case, r.arm.kind, r.arm.mode) for r in results) if key[2] != "off"]
-    spread = sigmas(results)
-    found = []
+    spread, found = sigmas(results), []
     for case, kind, mode in watched:
         mine = [r for r in results if (r.arm.case, r.arm.kind, r.arm.mode) == (case, kind, mode)]
         alone, nats, away = [of[case, kind, r.arm.seed, "off"].loss for r in mine], list[float](), list[float]()
+        sigma = spread.get((CASES[case].against, kind), math.nan)
         if CASES[case].fault:
-            healthy = [of[HEALTHY.name, kind, r.arm.seed, "off"].loss for r in mine]
+            healthy = [of[CASES[case].against, kind, r.arm.seed, "off"].loss for r in mine]
             nats = [r.loss - base for r, base in zip(mine, healthy, strict=True)]
-            away = [(value - base) / spread[kind] for value, base in zip(alone, healthy, strict=True)]
-            good = [value <= SIGMAS * spread[kind] and not r.failed for value, r in zip(nats, mine, strict=True)]
+            away = [(value - base) / sigma for value, base in zip(alone, healthy, strict=True)]
+            good = [value <= SIGMAS * sigma and not r.failed for value, r in zip(nats, mine, strict=True)]
         else:
             good = [not r.acted and not r.failed and r.loss == base for base, r in zip(alone, mine, strict=True)]
-        excess = [value / spread[kind] for value in nats]
+        excess = [value / sigma for value in nats]
         delays = [r.delay for r in mine if r.delay is not None]
         acted = [one["action"] for r in mine for one in r.acted]
         found.append(Score(case, kind, mode, excess, nats, away, good, delays, [r.cause for r in mine], acted))
     return found
 
 
-def sigmas(results: Sequence[Result]) -> dict[str, float]:
-    """Standard deviation of the final losses of the healthy runs of each kind, over seeds, in nats."""
-    losses: dict[str, list[float]] = {}
+def sigmas(results: Sequence[Result]) -> dict[tuple[str, str], float]:
+    """Standard deviation of the final losses of the healthy runs of each case and kind, over seeds, in nats."""
+    return {of: statistics.stdev(losses) for of, losses in sound(results).items()}
+
+
+def sound(results: Sequence[Result]) -> dict[tuple[str, str], list[float]]:
+    """Final losses of the healthy runs of each case and kind."""
+    losses: dict[tuple[str, str], list[float]] = {}
     for result in results:
-        if result.arm.case == HEALTHY.name and result.arm.mode == "off":
-            losses.setdefault(result.arm.kind, []).append(result.loss)
-    return {kind: statistics.stdev(values) for kind, values in losses.items()}
+        if result.arm.case in SOUND and result.arm.mode == "off":
+            losses.setdefault((result.arm.case, result.arm.kind), []).append(result.loss)
+    return losses

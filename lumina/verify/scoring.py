@@ -10,7 +10,7 @@ from typing import Any
 
 from lumina.bench.report import table
 from lumina.training.machine import SNAPSHOT_STEPS
-from lumina.verify.faults import CASES, HEALTHY
+from lumina.verify.faults import CASES, Case
 from lumina.verify.gauntlet import (
     FIRST,
     HURTS,
@@ -23,6 +23,7 @@ from lumina.verify.gauntlet import (
     Score,
     scores,
     sigmas,
+    sound,
 )  # fmt: skip
 from lumina.verify.report import about, circumstances
 
@@ -30,11 +31,11 @@ Table = tuple[list[str], list[list[str]]]
 CONFIDENCE = 1.96  # standard normal quantile of 95 %
 
 MEANING = (
-    f"A run is `{PRESET}`, {STEPS} steps of {TOKENS} tokens, WSD with a decay of 20 %, unless a trap says otherwise. "
-    f"What is planted comes from outside, in memory, at one of steps {FIRST} to {FIRST + WITHIN - 1}, which the seed "
-    f"draws; restore points are made at {SNAPSHOT_STEPS}, {2 * SNAPSHOT_STEPS} and so on. The orchestrator cannot see "
-    "what. Losses are final, causal and held-out. *above healthy*: above the healthy run of the same seed, for each "
-    "seed, in sigma, the standard deviation of the final losses of healthy runs of that kind over seeds, and the most "
+    f"A run is `{PRESET}`, {STEPS} steps of {TOKENS} tokens, WSD with a decay of 20 %, unless a case says otherwise. "
+    f"What is planted comes from outside, in memory, at one of {WITHIN} steps, which the seed draws; restore points "
+    f"are made at {SNAPSHOT_STEPS}, {2 * SNAPSHOT_STEPS} and so on. The orchestrator cannot see what. Losses are final, "
+    "causal and held-out. *above healthy*: above the healthy run of the same seed, for each seed, in sigma, the "
+    "standard deviation of the final losses of healthy runs of that kind and these settings over seeds, and the most "
     "in nats; inf: it was stopped, or is not finite. *alone*: the same of the run that nobody watched: a fault hurts "
     f"if that is more than {HURTS:g}. *rescued*: of those that hurt, how many ended at most {SIGMAS:g} above. "
     "*avoided*: 1 - above / alone, median of those. *heard*: steps from the fault to the first decision about it. "
@@ -73,17 +74,24 @@ def traps(found: Sequence[Score]) -> Table:
 def page(results: Sequence[Result], command: str) -> str:
     """The dated report."""
     found = scores(results)
-    healthy = Counter(r.arm.kind for r in results if r.arm.case == HEALTHY.name and r.arm.mode == "off")
-    spread = ", ".join(f"{kind} {value:.4f} ({healthy[kind]} runs)" for kind, value in sigmas(results).items())
+    runs = sound(results)
+    spread = ", ".join(f"{' '.join(of)} {value:.4f} ({len(runs[of])} runs)" for of, value in sigmas(results).items())
     lines = ["# The gauntlet", "", f"**{summary(found)}** {circumstances()}.", "", MEANING, ""]
     lines += [f"Sigma, nats: {spread}.", ""] if spread else []
     lines += [f"    {command}", "", "Raw: every run is a line of the file beside this."]
     said = ["", "## What was planted", ""]
     for case in (CASES[name] for name in dict.fromkeys(one.case for one in found)):
         causes = f" A right diagnosis: {' or '.join(sorted(case.causes))}." if case.fault else ""
-        said.append(f"- **{case.name}**: {case.text}.{causes}")
+        said.append(f"- **{case.name}**: {case.text}{_setting(case)}.{causes}")
     tables = [table(title, *made) for title, made in (("Faults", faults(found)), ("Traps", traps(found))) if made[1]]
     return "\n".join([*lines, *said]) + "\n" + "".join(tables) + _ended(results)
+
+
+def _setting(case: Case) -> str:
+    """When it begins, and what else is otherwise."""
+    first = case.first or FIRST
+    begins = [f"from one of steps {first} to {first + WITHIN - 1} on"] if case.plant else []
+    return "".join(f", {part}" for part in [*begins, *(f"`{key}={value}`" for key, value in case.keys.items())])
 
 
 def _ended(results: Sequence[Result]) -> str:
@@ -122,7 +130,8 @@ def wilson(good: int, of: int) -> tuple[float, float]:
 def as_json(results: Sequence[Result]) -> dict[str, Any]:
     """Everything, each run's decisions included."""
     found = [one._asdict() | {"hurt": one.hurt, "avoided": one.avoided, "right": one.right} for one in scores(results)]
-    return {"about": about(), "sigma": sigmas(results), "scores": found, "runs": [r.plain() for r in results]}
+    spread = {" ".join(of): value for of, value in sigmas(results).items()}
+    return {"about": about(), "sigma": spread, "scores": found, "runs": [r.plain() for r in results]}
 
 
 def _sigmas(values: Sequence[float]) -> str:

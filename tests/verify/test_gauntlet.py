@@ -14,7 +14,7 @@ import pytest
 from lumina.cli import main
 from lumina.orchestrator.signals import Signals
 from lumina.verify import gauntlet, report, scoring
-from lumina.verify.faults import CASES, FAULTS, HEALTHY, TRAPS, Case, _junk
+from lumina.verify.faults import CASES, FAULTS, HEALTHY, KINDS, TRAPS, Case, _junk
 from lumina.verify.gauntlet import Arm, Result
 
 SHORT = gauntlet.KEYS | {
@@ -102,7 +102,7 @@ def test_faults_are_scored_above_the_healthy_run_of_the_same_seed_if_they_hurt()
     results += [made("junk", seed, loss, "off") for seed, loss in ((1, 2.7), (2, 2.3), (3, math.nan))]
     results += [made("junk", 1, 2.29, "act", "rewind_skip"), made("junk", 2, 2.41), made("junk", 3, math.inf)]
     (junk,) = gauntlet.scores(results)
-    assert gauntlet.sigmas(results) == {"dense": pytest.approx(0.1)}
+    assert gauntlet.sigmas(results) == {(HEALTHY.name, "dense"): pytest.approx(0.1)}
     assert junk.excess == [pytest.approx(1.9), pytest.approx(2.1), math.inf]
     assert (junk.good, junk.right, junk.delays) == ([True, False, False], 1, [3])
     assert (junk.hurt, junk.avoided) == ([True, False, False], [pytest.approx(1 - 1.9 / 6)])
@@ -150,7 +150,7 @@ def test_wilsons_interval() -> None:
 
 
 def test_arms_have_healthy_runs_of_the_same_seeds_and_each_case_alone() -> None:
-    arms = gauntlet.arms([*FAULTS, *TRAPS], gauntlet.KINDS, [7], ["act"])
+    arms = gauntlet.arms([*FAULTS, *TRAPS], KINDS, [7], ["act"])
     sound = [arm for arm in arms if (arm.case, arm.mode, arm.kind) == (HEALTHY.name, "off", "moe")]
     assert len(sound) == gauntlet.HEALTHY_RUNS
     assert 7 in {arm.seed for arm in sound}

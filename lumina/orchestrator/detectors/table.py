@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lumina.orchestrator.detectors import data, depth, divergence, experts, forecast, invariants, numerics, spike
+from lumina.orchestrator.detectors import data, depth, divergence, experts, forecast, invariants, numerics, pace, spike
 from lumina.orchestrator.finding import Detector
 
 DETECTORS = (
@@ -15,6 +15,7 @@ DETECTORS = (
     Detector("golden", data.golden, on="look"),
     Detector("explosion", spike.explosion),
     Detector("spike", spike.spike),
+    Detector("pace", pace.pace, in_decay=False),
     Detector("drift", forecast.drift, in_decay=False, on="forecast"),
     Detector("plateau", forecast.plateau, in_decay=False, on="forecast"),
     Detector("starvation", experts.starvation),
