@@ -267,8 +267,8 @@ CASES: list[tuple[str, Prepare, list[str], list[str]]] = [
      ["beside --skip", "without --skip"]),
     ("batches before the step to go back to", nothing, ["resume", "RUN", "--from", "2", "--skip-steps", "1:3"],
      ["steps 1 to 3: not after step 2"]),
-    ("an overlay out of bounds", began_with('[{"id":"a","key":"lr.scale","value":9,"begin":3,"end":null}]'),
-     ["resume", "STOPPED"], ["events.jsonl: damaged overlays: lr.scale=9: out of bounds", "restore"]),
+    ("an overlay out of bounds", began_with('[{"id":"a","key":"lr.scale","value":900,"begin":3,"end":null}]'),
+     ["resume", "STOPPED"], ["events.jsonl: damaged overlays: lr.scale=900: out of bounds", "restore"]),
     ("overlays that are none", began_with("7"), ["resume", "STOPPED"], ["events.jsonl: damaged overlays", "restore"]),
     ("a parent step that is none", damage(lambda r: r.event_log.write_text(
         r.event_log.read_text() + '{"t":"run","v":1,"attempt":1,"parent_step":"2"}\n')), ["resume", "STOPPED"],

@@ -49,7 +49,7 @@ class Candidate:
 
 def fault(finding: Finding, why: Diagnosis) -> str:
     """The class of faults that a finding is of: what helped one of them may help another."""
-    return finding.rule if finding.rule in _LADDERS else why.cause
+    return finding.rule if why.cause == "none" or finding.rule == "over_balance" else why.cause
 
 
 def candidates(fault: str, finding: Finding, signals: Signals, tried: int = 0) -> list[Candidate]:
@@ -74,8 +74,7 @@ def _rates(finding: Finding, signals: Signals) -> list[Candidate]:
     """Back to the pace that the run had, where it is known; else down, or up where the loss stands still."""
     times = finding.values.get("times")
     if isinstance(times, float) and times > 0:
-        back = 1 / times
-        return [_scale(back), _scale(back**0.5)]
+        return [_scale(1 / times)]
     return [_scale(0.5), _scale(2.0) if finding.rule == "plateau" else _scale(0.1)]
 
 
@@ -161,7 +160,7 @@ def _depth(finding: Finding, signals: Signals) -> list[Candidate]:
 
 
 _Rung = Callable[[Finding, Signals], list[Candidate]]
-_LADDERS: dict[str, Sequence[_Rung]] = {  # by cause, or by rule where that says more
+_LADDERS: dict[str, Sequence[_Rung]] = {
     "learning rate": (_rates, _rates_again),
     "optimizer state": (_state, _rates_again),
     "drift": (_state, _rates_again),

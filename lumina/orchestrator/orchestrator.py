@@ -95,10 +95,11 @@ class Orchestrator:
         held = self._safely(lambda: self.policy.passed(self.signals.step))
         if held:
             self.emit("decision", step=self.signals.step, **ledger.outcome(held, self.signals.step))
-        waiting, news = self.waiting, self._safely(self._news) or []
-        for finding in [*news, *([waiting] if waiting else [])]:  # hard ones come first
+        for finding in self._safely(self._news) or []:
             if self._handle(finding, controls):
                 break
+        if self.waiting and not self.ended:  # behind a way back, or since the attempt before
+            self._handle(self.waiting, controls)
 
     def _news(self) -> list[Finding]:
         """Findings that are new since the last call."""

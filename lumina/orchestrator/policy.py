@@ -31,6 +31,10 @@ MOST_TRIED = 3  # candidates of a trial: each more costs as much as the control,
 REMEMBERED = 16  # noises of a run's trials
 LOST = 0.25  # of what was learned: one step at 10 times the rate cost 2 to 13 % and healed, at 100 times 34 to 110 %
 HARD = frozenset({"non_finite", "divergence", "loader", "invariant", "looked", "off_plan"})  # these alone are acted on
+# What may be tried for: it lasts, and is neither data's nor one step's.
+TRIED = frozenset(
+    {"pace", "drift", "plateau", "explosion", "starvation", "collapse", "over_balance", "mod_capacity", "mod_agreement"}
+)
 FOLLOWED: frozenset[Cause] = frozenset({"learning rate", "optimizer state"})  # which the same steps bring back
 ADVICE: dict[Cause, str] = {
     "data": "look at the batches of these steps; `data.skip` leaves some out",
@@ -87,7 +91,7 @@ class Policy:
     trials: int = 0  # in all
     spent: float = 0.0  # on them, steps' worth of compute
     noises: list[float] = field(default_factory=list)  # standard deviations of pairs, of the last candidates, nats
-    confidence: Confidence = field(default_factory=Confidence)  # what helped before
+    confidence: Confidence = field(default_factory=Confidence, compare=False)  # what helped before
     over: bool = False  # handed over
 
     @property
@@ -214,11 +218,12 @@ class Policy:
         held_back = ("the run was handed over" if self.over else "") if follows else self.may(signals)
         if held_back:
             return Choice("watch", False, f"{advice} ({held_back})")
-        tries = {one.action: one for one in candidates(kind, finding, signals, tried)}
+        tries = candidates(kind, finding, signals, tried) if finding.rule in TRIED or follows else []
         if not tries:
             nothing = f"; {tried} trial{'s' if tried > 1 else ''} found nothing that helps: a person has to look"
             return Choice("watch", False, advice + (nothing if tried else ""))
-        ordered = tuple(tries[action] for action in self.confidence.order(kind, list(tries)))[:MOST_TRIED]
+        first = self.confidence.order(kind, [one.action for one in tries])
+        ordered = tuple(sorted(tries, key=lambda one: first.index(one.action))[:MOST_TRIED])
         text = ", ".join(one.text for one in ordered)
         return Choice("trial", self.mode == "act", f"to be tried: {text}", fault=kind, tries=ordered)
 

@@ -80,6 +80,7 @@ class Judged:
     """A candidate after its pairs. Gains are nats by which the control ended above it."""
 
     name: str
+    ends: tuple[float, ...]  # losses
     gains: tuple[float, ...]  # of each pair, the run's own order first; NaN where there is nothing to compare
     mean: float
     noise: float  # standard deviation of a pair
@@ -101,13 +102,13 @@ def judge(name: str, control: Sequence[float], ends: Sequence[float], candidates
     """
     gains = tuple(_gain(before, after) for before, after in zip(control, ends, strict=True))
     if any(math.isnan(gain) or gain == -math.inf for gain in gains):
-        return Judged(name, gains, math.nan, math.nan, math.nan, False)
+        return Judged(name, tuple(ends), gains, math.nan, math.nan, math.nan, False)
     if math.inf in gains:
         won = all(gain > 0 for gain in gains)
-        return Judged(name, gains, math.inf, math.nan, math.inf if won else math.nan, won)
+        return Judged(name, tuple(ends), gains, math.inf, math.nan, math.inf if won else math.nan, won)
     mean, noise = statistics.fmean(gains), statistics.stdev(gains)
     low = mean - quantile(1 - ALPHA / candidates, len(gains) - 1) * noise / math.sqrt(len(gains))
-    return Judged(name, gains, mean, noise, low, low > 0 and mean > max(LEAST, SIGMAS * noise))
+    return Judged(name, tuple(ends), gains, mean, noise, low, low > 0 and mean > max(LEAST, SIGMAS * noise))
 
 
 def _gain(control: float, end: float) -> float:
@@ -117,8 +118,15 @@ def _gain(control: float, end: float) -> float:
 
 
 def winner(judged: Sequence[Judged]) -> Judged | None:
-    """The candidate that won by most."""
-    return max((one for one in judged if one.won), key=lambda one: one.mean, default=None)
+    """The first candidate that won and that no later winner beats as it would have to beat the control.
+
+    They are in the order of trust, and what a short trial sees is biased towards small steps: a tie goes to the first.
+    """
+    best: Judged | None = None
+    for one in judged:
+        if one.won and (best is None or judge(one.name, best.ends, one.ends, len(judged)).won):
+            best = one
+    return best
 
 
 def quantile(p: float, degrees: int) -> float:

@@ -46,6 +46,8 @@ class Oversight:
             self._guarded(self._recall)
             self.session.state.orchestrator = self._pack
         self.watching = self.session.world.decide(lambda: self.orchestrator is not None)
+        if self.session.world.decide(lambda: self.orchestrator is not None and self.orchestrator.waiting is not None):
+            self.after_step()  # the attempt before ended in the middle of a trial, behind this step
 
     def _recall(self) -> None:
         assert self.orchestrator

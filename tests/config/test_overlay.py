@@ -59,7 +59,7 @@ def test_what_an_overlay_makes_of_the_plan() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("lr.scale", 2.1, "0.05 to 2"), ("lr.scale", 0.04, "0.05 to 2"), ("lr.scale", math.nan, "0.05 to 2"),
+        ("lr.scale", 101, "0.01 to 100"), ("lr.scale", 0.009, "0.01 to 100"), ("lr.scale", math.nan, "0.01 to 100"),
         ("lr.scale", True, "a number"), ("lr.scale", "0.5", "a number"), ("lr.scale", [1, 2], "a number"),
         ("lr.decay", 2.5, "a whole number"), ("lr.decay", math.inf, "a whole number"), ("clip", 0, "0.1 to 10"),
         ("bias_rate", 0.1, "0 to 0.01"), ("lr", 1.0, "known: lr.scale"), ("data.order", 1, "known: lr.scale"),
@@ -107,9 +107,9 @@ def test_steps_that_are_none_are_refused(begin: int, end: int | None) -> None:
 
 def test_factors_together_stay_within_the_bounds_of_one() -> None:
     first = added((), Overlay("a", "lr.scale", 0.1, begin=3, end=8))
-    with pytest.raises(UserError, match=r"make it 0\.01 of the plan"):
-        added(first, Overlay("b", "lr.scale", 0.1, begin=8))
-    assert len(added(first, Overlay("b", "lr.scale", 0.1, begin=9))) == 2
+    with pytest.raises(UserError, match=r"make it 0\.005 of the plan"):
+        added(first, Overlay("b", "lr.scale", 0.05, begin=8))
+    assert len(added(first, Overlay("b", "lr.scale", 0.05, begin=9))) == 2
 
 
 def test_a_name_means_one_overlay() -> None:
@@ -134,6 +134,6 @@ def test_as_plain_values_and_back() -> None:
     overlays = Overlay("a", "lr.scale", 0.5, begin=3, end=4), Overlay("c", SKIP, [4, 2], begin=5)
     assert unpack(json.loads(json.dumps(pack(overlays))), "here") == overlays
     assert skipped(overlays) == (Block(4, 2, 4),)
-    for damage in ({"value": 9.0}, {"begin": "x"}, {"key": "nothing"}, {"more": 1}):
+    for damage in ({"value": 900.0}, {"begin": "x"}, {"key": "nothing"}, {"more": 1}):
         with pytest.raises(UserError, match=r"state\.json: damaged overlays"):
             unpack([pack(overlays)[0] | damage], "state.json")

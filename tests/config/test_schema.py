@@ -56,7 +56,7 @@ def test_every_key_is_read_by_the_program() -> None:
 def test_keys_and_sections() -> None:
     keys = [key for kind in KINDS for key in flatten(resolve("debug", [f"model.kind={kind}"]).config)]
     assert set(keys) == set(known_keys())
-    nested = {"model.moe", "model.mod", "data.quality", "data.curriculum", "train.lora"}
+    nested = {"model.moe", "model.mod", "data.quality", "data.curriculum", "train.lora", "orchestrator.trial"}
     assert known_sections() == {*sections(), *nested}
 
 

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from watched import FACTS, MOE, seen, watched
 
-from lumina.orchestrator.diagnosis import Cause, Diagnosis, Verdict
+from lumina.orchestrator.confidence import Confidence
+from lumina.orchestrator.confidence import Verdict as Taught
+from lumina.orchestrator.detectors.table import DETECTORS
+from lumina.orchestrator.diagnosis import Cause, Diagnosis, Verdict, diagnose
 from lumina.orchestrator.finding import Finding
-from lumina.orchestrator.policy import HARD, MOST, REWINDS, WITHIN, Choice, Mode, Policy
+from lumina.orchestrator.policy import HARD, MOST, REWINDS, TRIED, WITHIN, Choice, Mode, Policy, follow
 from lumina.orchestrator.signals import Signals
 
 CALM = watched(300)
@@ -91,16 +94,82 @@ def test_hard_faults_are_acted_on_in_warm_up_planned_changes_and_decay() -> None
     assert policy().decide(finding(), because(), signals, (100,)).act
 
 
-SOFT = ("spike", "explosion", "drift", "plateau", "starvation", "collapse", "over_balance", "golden", "mod_capacity")
+REST = sorted({one.name for one in DETECTORS} - HARD - TRIED)
 
 
-@pytest.mark.parametrize("rule", SOFT)
-def test_everything_else_is_advised(rule: str) -> None:
-    assert rule not in HARD
+@pytest.mark.parametrize("rule", REST)
+def test_what_may_be_chance_or_is_the_data_s_is_advised(rule: str) -> None:
+    assert set(REST) == {"golden", "spike"}
     for hard in (False, True):  # even a detector that calls itself hard
         choice = policy().decide(finding(rule, hard=hard), because("router"), CALM, (100,))
         assert choice[:2] == ("watch", False)
         assert "bias_rate" in choice.reason
+
+
+@pytest.mark.parametrize("rule", sorted(TRIED))
+def test_what_lasts_is_tried_in_act_and_told_in_advise(rule: str) -> None:
+    assert rule not in HARD
+    for hard in (False, True):
+        for mode in ("advise", "act"):
+            choice = policy(mode).decide(finding(rule, hard=hard), because("router"), CALM, (100,))
+            assert choice[:2] == ("trial", mode == "act")
+            assert choice.reason.startswith("to be tried: b")
+
+
+def test_a_cause_for_which_nothing_is_known_is_advised() -> None:
+    for cause in ("data", "hardware", "config", "numerics"):
+        assert policy().decide(finding("plateau", hard=False), because(cause), CALM, ()).action == "watch"
+
+
+def test_what_trials_did_not_mend_is_tried_otherwise_then_handed_over() -> None:
+    one, rates = policy(), finding("plateau", hard=False)
+    asked = []
+    for _ in range(3):
+        one.quiet = 0
+        choice = one.decide(rates, because("learning rate"), CALM, ())
+        asked.append([candidate.text for candidate in choice.tries])
+        one.held_trial("learning rate", 100, [0.01], None, 300)
+    assert asked == [
+        ["lr.scale=0.5", "lr.scale=2"],
+        ["lr.scale=0.1", "lr.scale=0.25", "optimizer.reset=1 + lr.warmup=20"],
+        [],
+    ]
+    assert "2 trials found nothing that helps: a person has to look" in choice.reason
+    assert one.spent == 300
+
+
+def test_what_won_before_comes_first_and_nothing_is_left_out() -> None:
+    rates = finding("plateau", hard=False)
+    taught = [Taught("learning rate", "lr.scale up", True, 0.1, 0.05, 0.01, "dense", f"run {n}", n) for n in range(3)]
+    one = Policy("act", FACTS, confidence=Confidence(taught))
+    choice = one.decide(rates, because("learning rate"), CALM, ())
+    assert [candidate.text for candidate in choice.tries] == ["lr.scale=2", "lr.scale=0.5"]
+
+
+def test_trials_stay_within_the_budget_with_fewer_candidates_where_needed() -> None:
+    one = Policy("act", FACTS._replace(steps=20_000, budget=0.1))
+    tries = one.decide(finding("plateau", hard=False), because("learning rate"), CALM, ()).tries
+    fits = one.fit(tries, 15_000)
+    assert not isinstance(fits, str)
+    assert len(fits[0]) == 2
+    one.held_trial("x", 900, [], None, 300)
+    fits = one.fit(tries, 15_000)
+    assert not isinstance(fits, str)
+    assert (fits[0], fits[1].steps) == (tries[:1], 100)
+    one.held_trial("x", 200, [], None, 300)
+    assert "900 are left of orchestrator.trial.budget" in str(one.fit(tries, 15_000))
+
+
+def test_a_divergence_that_the_same_steps_bring_back_is_tried_behind_the_way_back() -> None:
+    one = policy()
+    why = because("learning rate")
+    one.done(finding(), one.decide(finding(), why, CALM, (100,)), 300)
+    after = follow("divergence", "learning rate", 100)
+    assert after is not None
+    choice = one.decide(after, diagnose(after, None, CALM), CALM, ())
+    assert (choice.action, choice.fault) == ("trial", "learning rate")
+    assert follow("divergence", "data", 100) is None
+    assert follow("invariant", "learning rate", 100) is None
 
 
 def test_a_broken_invariant_that_is_not_hard_is_advised() -> None:

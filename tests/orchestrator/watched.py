@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
+from lumina.config.overlay import Overlay
 from lumina.errors import UserError
 from lumina.orchestrator.orchestrator import Orchestrator
 from lumina.orchestrator.policy import Mode
-from lumina.orchestrator.protocol import Decision, Look, Observation, Replay
+from lumina.orchestrator.protocol import Decision, Look, Observation, Outcome, Replay
 from lumina.orchestrator.signals import Facts, Signals
+
+End = Callable[[str, list[str], int], float]  # of an arm: name, names of what it lays over the plan, pair
 
 FACTS = Facts(vocab=260, batch_tokens=512, beta2=0.95)
 MOE = Facts(vocab=260, batch_tokens=512, beta2=0.95, top_k=2, bias_rate=1e-3)
@@ -58,6 +62,47 @@ class Door:
         self.why: list[Decision] = []
         self.replays = 0
         self.returned: Callable[[int], None] = lambda step: None  # hears of a way back, as training does
+        self.step, self.last, self.step_seconds = 0, 100_000, 0.5
+        self.overlays: tuple[Overlay, ...] = ()
+        self.end: End = lambda name, laid, pair: 2.0  # held-out loss of an arm
+        self.arms: list[Outcome] = []
+
+    @property
+    def rest(self) -> int:
+        return self.last - self.step
+
+    def work(self, overlays: Sequence[Overlay]) -> float:
+        return 1.0
+
+    @contextmanager
+    def fork(self, step_seconds: float) -> Iterator[Door]:
+        yield self
+
+    def run(self, name: str, overlays: Sequence[Overlay], steps: int, probe: int, hold: bool = False) -> Outcome:
+        order = [one for one in overlays if one.key == "data.order"]
+        laid = [one.id for one in overlays if one.key != "data.order"]
+        pair = order[0].value if order else 0
+        assert isinstance(pair, int)
+        loss = self.end(name, laid, pair)
+        self.arms.append(Outcome(name, steps, probe, [], loss, True, self.step_seconds * (steps + probe)))
+        self.held = [*overlays] if hold else self.held
+        return self.arms[-1]
+
+    held: ClassVar[list[Overlay]] = []
+
+    def commit(self, why: Decision, fork: Any, outcome: Outcome) -> list[Any]:
+        if self.refuse:
+            raise UserError(self.refuse, "mend it")
+        self._do(why, "commit", *(one.id for one in self.held))
+        self.overlays = (*self.overlays, *self.held)
+        self.step += outcome.steps
+        return [(seen(step), None) for step in range(self.step - outcome.steps, self.step)]
+
+    def undo(self, why: Decision, *ids: str) -> None:
+        self._do(why, "undo", *ids)
+        back = min(one.begin for one in self.overlays if one.id in ids) - 1
+        self.overlays = tuple(one for one in self.overlays if one.id not in ids)
+        self.returned(back)
 
     def points(self) -> tuple[int, ...]:
         return self.known
@@ -98,11 +143,12 @@ class Watch:
 
     def step(self, observation: Observation, looked: Look | None = None) -> None:
         """One turn, as `training` takes it."""
+        self.door.step = observation.step + 1  # what a step did is known one step later
         self.orchestrator.observe(observation)
         if looked:
             self.orchestrator.looked(looked)
         self.orchestrator.between(self.door)  # type: ignore[arg-type]
-        if observation.step in self.door.known:
+        if self.door.known and observation.step in self.door.known:
             self.packed[observation.step] = self.orchestrator.pack()
 
     def run(self, first: int, last: int, **changes: Any) -> None:

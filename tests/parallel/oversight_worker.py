@@ -24,7 +24,7 @@ class Thinker:
     found: list[Replay | None]
     heard: list[int]
 
-    calm = True
+    calm, waiting = True, None
 
     def __init__(self, mode: str, *_: object) -> None:
         self.back = False

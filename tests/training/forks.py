@@ -75,27 +75,28 @@ def tensors(run: Run, steps: int = STEPS) -> dict[str, torch.Tensor]:
     }
 
 
-def values(run: Run) -> dict[str, Any]:
+def values(run: Run, steps: int = STEPS) -> dict[str, Any]:
     """The plain state that was saved last, but for times."""
-    state = last(run).state
+    state = last(run, steps).state
     timeless = {name: value for name, value in state["progress"].items() if name not in ("wall", "step_seconds")}
     return timeless | {"optimizer_steps": state["optimizer_steps"]}
 
 
-def history(run: Run) -> list[tuple[Any, ...]]:
+def history(run: Run, watched: bool = True) -> list[tuple[Any, ...]]:
     """Every number that training determines, in order; text, so that NaN equals NaN."""
-    told = ("step", "eval", "probe", "moe", "mod", "phase", "decision")
+    told = ("step", "eval", "probe", "moe", "mod", "phase", *(["decision"] if watched else []))
     events = [e for e in run.events() if e["t"] in told and e.get("rule") not in ("test", "hand")]
     return [tuple(str(event.get(key)) for key in KEYS) for event in events]
 
 
-def require_equal(one: Run, other: Run, watched: bool = True) -> None:
-    """To the bit: every tensor, and every number that was told. `watched`: also what invariants remember."""
-    first, second = tensors(one), tensors(other)
+def require_equal(one: Run, other: Run, watched: bool = True, steps: int = STEPS) -> None:
+    """To the bit: every tensor, and every number that was told. `watched`: also decisions, and what invariants
+    remember."""
+    first, second = tensors(one, steps), tensors(other, steps)
     assert sorted(first) == sorted(second)
     assert [name for name, tensor in first.items() if not torch.equal(tensor, second[name])] == []
-    assert history(one) == history(other)
-    a, b = values(one), values(other)
+    assert history(one, watched) == history(other, watched)
+    a, b = values(one, steps), values(other, steps)
     assert a.keys() == b.keys()
     assert [name for name in a if a[name] != b[name] and (watched or name not in REMEMBERED)] == []
 

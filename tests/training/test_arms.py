@@ -171,11 +171,11 @@ def test_a_disk_that_refuses_a_trial_s_file_ends_the_trial_or_is_said(
 def test_what_cannot_be_an_arm_or_a_winner_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(controls: SessionControls) -> None:
         with controls.fork(1.0) as fork:
-            for steps, probe in ((5, 2), (0, 2), (7, 0), (2, -1)):
+            for steps, probe in ((5, 2), (0, 0), (7, 0), (0, 7), (2, -1)):
                 with pytest.raises(UserError, match="the run has 6 left"):
                     fork.run("long", [], steps, probe)
             with pytest.raises(UserError, match="out of bounds"):
-                fork.run("wild", scaled(10.0), 2, 2)
+                fork.run("wild", scaled(1000.0), 2, 2)
             lost = fork.run("half", scaled(0.5), 2, 2)
             with pytest.raises(UserError, match="was not held"):
                 controls.commit(WHY, fork, lost)

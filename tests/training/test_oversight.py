@@ -26,7 +26,7 @@ class Spy:
     heard: list[Any]
     fails: dict[str, int]
 
-    calm = True
+    calm, waiting = True, None
 
     def __init__(self, mode: str, facts: Facts, emit: Emit) -> None:
         self.mode, self.count = mode, 0
