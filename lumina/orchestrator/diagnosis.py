@@ -23,7 +23,8 @@ Verdict = Literal["differs", "data", "any batch", ""]
 # What a broken invariant says of the cause, by its name.
 INVARIANTS: dict[str, Cause] = {
     "schedule": "learning rate", "optimizer step": "optimizer state", "weights": "optimizer state", "batch": "data",
-    "data": "data", "config": "config", "router bias": "router", "replicas": "hardware", "finite": "numerics",
+    "data": "data", "config": "config", "router bias": "router", "predictor": "depth",
+    "replicas": "hardware", "finite": "numerics",
 }  # fmt: skip
 RULES: dict[str, Cause] = {
     "loader": "data", "golden": "data", "starvation": "router", "collapse": "router", "over_balance": "router",

@@ -141,6 +141,8 @@ class Loads:
     length: int = 0  # its steps
     low: list[list[int]] = field(default_factory=list)  # steps that each expert was starved up to its end
     narrow: list[int] = field(default_factory=list)  # steps that the load of each layer had little entropy
+    silent: list[list[int]] = field(default_factory=list)  # steps in a row in which each expert got nothing at all
+    had: list[list[float]] = field(default_factory=list)  # load over the last window that each did not end in silence
     whole: bool = False  # whether a window ended with this step
 
     def take(self, load: Sequence[Sequence[float]], assignments: float) -> None:
@@ -149,11 +151,16 @@ class Loads:
         if not load:
             return
         if [len(layer) for layer in load] != [len(layer) for layer in self.layers]:
-            low = [[0] * len(layer) for layer in load]
-            self.__init__(layers=_zeros(load), block=_zeros(load), low=low, narrow=[0] * len(load))  # type: ignore[misc]
+            low, silent = ([[0] * len(layer) for layer in load] for _ in range(2))
+            sums = {"layers": _zeros(load), "block": _zeros(load), "had": _zeros(load)}
+            self.__init__(low=low, silent=silent, narrow=[0] * len(load), **sums)  # type: ignore[misc]
         if all(math.isfinite(value) for layer in load for value in layer):
             self.layers, self.block = _sums(self.layers, load), _sums(self.block, load)
             self.steps, self.blocked = self.steps + 1, self.blocked + 1
+            self.silent = [
+                [0 if value else steps + 1 for value, steps in zip(layer, silent, strict=True)]
+                for layer, silent in zip(load, self.silent, strict=True)
+            ]
         if self.blocked == BLOCK:
             self.uneven = [*self.uneven[1 - BLOCKS :], max(max(layer) for layer in self.block) / BLOCK - 1]
             self.block, self.blocked = _zeros(load), 0
@@ -170,6 +177,10 @@ class Loads:
         self.narrow = [
             steps + self.steps if entropy(layer) < EVEN else 0
             for steps, layer in zip(self.narrow, self.last, strict=True)
+        ]
+        self.had = [
+            [had if 2 * silent > self.steps else load for load, had, silent in zip(*layers, strict=True)]
+            for layers in zip(self.last, self.had, self.silent, strict=True)
         ]
         self.length, self.steps, self.whole = self.steps, 0, True
         self.layers = _zeros(self.layers)

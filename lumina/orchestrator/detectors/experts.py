@@ -7,15 +7,18 @@ threshold needs 0.5 / bias_rate steps to come back, before which nothing is alar
 
 from __future__ import annotations
 
+import math
+
 from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.robust import median
 from lumina.orchestrator.signals import Signals
-from lumina.orchestrator.windows import BLOCK, BLOCKS, EVEN, STARVED, entropy, floor
+from lumina.orchestrator.windows import BLOCK, BLOCKS, EVEN, EXPECTED, STARVED, entropy, floor
 
 REVIVES = 0.5  # of a score, which a bias makes up for
 USUAL = 1e-3  # bias rate that is reckoned with where there is none
 STARVES = 1000  # steps below a tenth of the mean
 DEAD = 0.01  # of the mean
+DIES = 150  # steps with no token at all of an expert that had its share: three times the longest of recorded runs
 LASTS = 300  # steps: for a hundred, domains of the data make such loads in a healthy run of small batches
 FLOORS = 3.0
 FLAT = 0.5  # of the floor: healthy routers, which choose by what tokens say, are at 3 times and more
@@ -28,8 +31,17 @@ def settled(signals: Signals) -> bool:
 
 
 def starvation(signals: Signals) -> Finding | None:
-    """An expert below a tenth of the mean load for 1,000 steps, or for 300 and then below a hundredth."""
+    """An expert that had its share and gets nothing for 150 steps; or is below a tenth of the mean load for 1,000, or
+    for 300 and then below a hundredth."""
     loads = signals.loads
+    if dead := _dead(signals):
+        layer, expert = dead[0]
+        steps = max(loads.silent[at][e] for at, e in dead)
+        had = f"{loads.had[layer][expert]:.2f} of the mean load"
+        text = f"expert {expert} of layer {layer} had {had} and gets nothing, for {loads.silent[layer][expert]} steps"
+        values = {"layer": layer, "experts": [e for at, e in dead if at == layer], "dead": dead, "steps": steps}
+        values |= {"had": loads.had[layer], "threshold": DIES}
+        return Finding("starvation", signals.step, signals.step - steps + 1, text, False, values)
     if not loads.whole or not settled(signals):
         return None
     for layer, (load, low) in enumerate(zip(loads.last, loads.low, strict=True)):
@@ -40,6 +52,15 @@ def starvation(signals: Signals) -> Finding | None:
             values = {"layer": layer, "experts": hungry, "load": load, "threshold": STARVED, "steps": steps}
             return Finding("starvation", signals.step, signals.step - steps + 1, text, False, values)
     return None
+
+
+def _dead(signals: Signals) -> list[list[int]]:
+    """Layer and number of each expert that died; biases need not have settled, for it had been met."""
+    loads, found = signals.loads, list[list[int]]()
+    for layer, (silent, had) in enumerate(zip(loads.silent, loads.had, strict=True)):
+        least = max(DIES, math.ceil(EXPECTED * len(silent) / signals.facts.assignments))
+        found += [[layer, e] for e, steps in enumerate(silent) if steps >= least and had[e] >= STARVED]
+    return found
 
 
 def collapse(signals: Signals) -> Finding | None:
