@@ -30,7 +30,14 @@ from lumina.orchestrator.signals import Facts, Signals
 FIXTURE = Path(__file__).parents[2] / "tests" / "orchestrator" / "healthy.json.xz"
 AT = 0.45  # of a run, where faults are put in: behind the warm-up, before any decay
 QUIET = 200  # steps after a finding in which the same one is not new
-CONSTANT = ("invariant", "looked", "off_plan", "loader", "golden")  # what these judge was not recorded
+CONSTANT = (
+    "invariant",
+    "looked",
+    "off_plan",
+    "loader",
+    "golden",
+    "router_gradient",
+)  # what these judge was not recorded
 EXPERTS, DEPTH = ("moe", "hybrid"), ("mod", "hybrid")
 KINDS = {
     "starvation": EXPERTS,
@@ -234,6 +241,18 @@ def explode(seen: Observation, n: int, past: list[Observation]) -> Observation:
     return replace(seen, grad_norm=100 * seen.grad_norm)
 
 
+def rate(factor: float) -> Put:
+    return lambda seen, n, past: replace(seen, lr=factor * seen.lr)
+
+
+def die(seen: Observation, n: int, past: list[Observation]) -> Observation:
+    def layer(load: tuple[float, ...]) -> tuple[float, ...]:
+        first, *rest = load
+        return (0.0, *(value * len(load) / (len(load) - first) for value in rest))
+
+    return replace(seen, load=tuple(map(layer, seen.load)))
+
+
 def starve(seen: Observation, n: int, past: list[Observation]) -> Observation:
     def layer(load: tuple[float, ...]) -> tuple[float, ...]:
         first, *rest = load
@@ -244,6 +263,14 @@ def starve(seen: Observation, n: int, past: list[Observation]) -> Observation:
 
 def collapse(seen: Observation, n: int, past: list[Observation]) -> Observation:
     return replace(seen, load=tuple((len(one) / 2, len(one) / 2, *(0.0,) * (len(one) - 2)) for one in seen.load))
+
+
+def nearly(seen: Observation, n: int, past: list[Observation]) -> Observation:
+    return replace(seen, load=tuple((0.49 * len(one), 0.49 * len(one), *_rest(len(one))) for one in seen.load))
+
+
+def _rest(experts: int) -> tuple[float, ...]:
+    return (0.02 * experts / (experts - 2),) * (experts - 2)
 
 
 def even(seen: Observation, n: int, past: list[Observation]) -> Observation:
@@ -268,8 +295,12 @@ FAULTS: list[tuple[str, str, str, Put]] = [  # fault, who should hear it, the ki
     ("the gradient norm 100 times, for good", "explosion", "", explode),
     ("one batch again and again", "loader", "", again(1)),
     ("four batches again and again", "loader", "", again(4)),
+    ("ten times the learning rate", "pace", "", rate(10.0)),
+    ("a fiftieth of the learning rate", "pace", "", rate(0.02)),
+    ("an expert gets nothing", "starvation", "moe hybrid", die),
     ("an expert gets 0.001 of the mean", "starvation", "moe hybrid", starve),
     ("two experts get all", "collapse", "moe hybrid", collapse),
+    ("two experts get nearly all", "collapse", "moe hybrid", nearly),
     ("every load the mean", "over_balance", "moe hybrid", even),
     ("depth capacity three times", "mod_capacity", "mod hybrid", wide),
     ("depth agreement 0.2 lower", "mod_agreement", "mod hybrid", disagree),

@@ -15,7 +15,7 @@ from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.protocol import Replay
 from lumina.orchestrator.robust import median
 from lumina.orchestrator.signals import Signals
-from lumina.orchestrator.windows import SEVERE
+from lumina.orchestrator.windows import LEAVES, SEVERE
 
 Cause = Literal["data", "learning rate", "optimizer state", "numerics", "router", "depth", "config", "hardware", "none"]
 Verdict = Literal["differs", "data", "any batch", ""]
@@ -23,16 +23,18 @@ Verdict = Literal["differs", "data", "any batch", ""]
 # What a broken invariant says of the cause, by its name.
 INVARIANTS: dict[str, Cause] = {
     "schedule": "learning rate", "optimizer step": "optimizer state", "weights": "optimizer state", "batch": "data",
-    "data": "data", "config": "config", "router bias": "router", "replicas": "hardware", "finite": "numerics",
+    "data": "data", "config": "config", "router bias": "router", "predictor": "depth",
+    "replicas": "hardware", "finite": "numerics",
 }  # fmt: skip
 RULES: dict[str, Cause] = {
     "loader": "data", "golden": "data", "starvation": "router", "collapse": "router", "over_balance": "router",
-    "mod_capacity": "depth", "mod_agreement": "depth", "plateau": "learning rate", "pace": "learning rate",
-    "spike": "none",
+    "router_gradient": "router", "mod_capacity": "depth", "mod_agreement": "depth",
+    "plateau": "learning rate", "pace": "learning rate", "spike": "none",
 }  # fmt: skip
 JUMP = 3.0  # times what was usual: of a learning rate in the stable part, of what a step moved
 SPAN = 20  # steps around the beginning in which causes are looked for
 RANGES = 2.0  # of the losses of other batches: as far above the worst of them a batch is another kind of data
+PUSHED = 3  # steps whose median gradient of the routers is looked at: an explosion is heard after so many
 GROWS = 2.3  # root mean square of g / sqrt(v), above which losses spike 1 to 8 steps later (Wortsman et al. 2023)
 
 
@@ -107,6 +109,8 @@ def shows(finding: Finding, signals: Signals) -> dict[Cause, tuple[int, str]]:
         hint("data", 3, f"the last {signals.contents.again} batches had come before")
     if len(signals.apart) > 1 and signals.apart[-1][1] - median([one for _, one in signals.apart[:-1]]) > SEVERE:
         hint("data", 2, "the golden batch, read as training reads, has left the held-out text")
+    if signals.facts.top_k and (pushed := signals.push.times(PUSHED) or 0.0) > LEAVES:
+        hint("router", 2, f"the routers get {pushed:.3g} times the gradient that they got")
     if signals.loads.narrow and max(signals.loads.narrow) > 0:
         hint("router", 1, "few experts get most of the tokens")
     if finding.rule in RULES:

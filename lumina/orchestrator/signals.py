@@ -16,7 +16,7 @@ from lumina.config.units import span
 from lumina.orchestrator import windows
 from lumina.orchestrator.protocol import Look, Observation
 from lumina.orchestrator.robust import Baseline, median
-from lumina.orchestrator.windows import Contents, Level, Loads, Pace
+from lumina.orchestrator.windows import Contents, Level, Loads, Pace, Usual
 
 KEPT = 256  # steps of plain windows: divergence is heard 112 after it began, and is held against what was before
 LOOKS = 32
@@ -102,6 +102,7 @@ class Signals:
     refused: list[int] = field(default_factory=list)  # steps that the guard did not take, or whose loss is not finite
     level: Level = field(default_factory=Level)
     pace: Pace = field(default_factory=Pace)
+    push: Usual = field(default_factory=Usual)  # gradient norm of the routers
     contents: Contents = field(default_factory=Contents)
     loads: Loads = field(default_factory=Loads)
     taken: list[list[float]] = field(default_factory=list)  # realised depth capacity, each step's layers
@@ -131,6 +132,7 @@ class Signals:
             self.refused = [*self.refused[1 - KEPT :], seen.step]
         self.level.take(seen.loss, self.loss.spread, self.facts.uniform, self.changed > 0 and seen.stage == "warmup")
         self.pace.take(seen.lr, seen.stage == "stable")
+        self.push.take(seen.grad_router)
         self.contents.take(seen.content)
         self.loads.take(seen.load, self.facts.assignments)
         if seen.capacity and all(map(math.isfinite, seen.capacity)):
@@ -168,6 +170,7 @@ class Signals:
             baseline.forget()
         self.level.forget()
         self.pace.forget()
+        self.push.forget()
         self.taken, self.agreed, self.deviations, self.apart = [], None, [], []
         self.series["agreement"] = []
 
@@ -223,7 +226,8 @@ class Signals:
 TUPLES = [one.name for one in fields(Observation) if str(one.type).startswith("tuple")]
 STILL = [one.name for one in fields(Look) if str(one.type).startswith("tuple")]
 _PARTS: dict[str, Any] = {
-    "loss": Baseline, "grad": Baseline, "level": Level, "pace": Pace, "contents": Contents, "loads": Loads,
+    "loss": Baseline, "grad": Baseline, "level": Level, "pace": Pace, "push": Usual, "contents": Contents,
+    "loads": Loads,
 }  # fmt: skip
 
 

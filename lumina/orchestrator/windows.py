@@ -30,6 +30,11 @@ BLOCK = 10  # steps whose load together is held against noise
 BLOCKS = 10
 STARVED = 0.1  # of the mean load
 EVEN = 0.85  # entropy of the load over ln E: healthy ones are above 0.95
+FEW = 0.7  # the same of a block, in which few get nearly all: two of four experts alone make 0.5
+
+KNOWN = 100  # values of which a level is known that does not follow what leaves it
+LATEST = 20  # values that are held against it
+LEAVES = 10.0  # times the level: what is further away is no part of it
 
 
 @dataclass
@@ -106,6 +111,38 @@ class Pace:
 
 
 @dataclass
+class Usual:
+    """A level that does not follow what leaves it, however long that stays away: it can be told again."""
+
+    kept: list[float] = field(default_factory=list)
+    latest: list[float] = field(default_factory=list)
+
+    def take(self, value: float | None) -> None:
+        if value is None or not math.isfinite(value) or value <= 0:
+            return
+        self.latest.append(value)
+        if len(self.latest) > LATEST:
+            old = self.latest.pop(0)
+            level = self.level
+            if level is None or max(old / level, level / old) <= LEAVES:
+                self.kept = [*self.kept[1 - KNOWN :], old]
+
+    @property
+    def level(self) -> float | None:
+        """The median of what is known; None while that is little."""
+        return median(self.kept) if len(self.kept) >= KNOWN // 2 else None
+
+    def times(self, steps: int = LATEST) -> float | None:
+        """The median of the last values over the level; None while one of them is not known."""
+        level = self.level
+        return median(self.latest[-steps:]) / level if level and len(self.latest) == LATEST else None
+
+    def forget(self) -> None:
+        """What comes is planned to be otherwise."""
+        self.kept, self.latest = [], []
+
+
+@dataclass
 class Contents:
     """Whether batches come again: the period at which the last ones did, and how many in a row."""
 
@@ -141,6 +178,12 @@ class Loads:
     length: int = 0  # its steps
     low: list[list[int]] = field(default_factory=list)  # steps that each expert was starved up to its end
     narrow: list[int] = field(default_factory=list)  # steps that the load of each layer had little entropy
+    even: list[bool] = field(default_factory=list)  # whether the load of each layer was even once, over a window
+    few: list[int] = field(
+        default_factory=list
+    )  # steps in a row, by blocks, in which few got nearly all, of each layer
+    silent: list[list[int]] = field(default_factory=list)  # steps in a row in which each expert got nothing at all
+    had: list[list[float]] = field(default_factory=list)  # load over the last window that each did not end in silence
     whole: bool = False  # whether a window ended with this step
 
     def take(self, load: Sequence[Sequence[float]], assignments: float) -> None:
@@ -149,13 +192,22 @@ class Loads:
         if not load:
             return
         if [len(layer) for layer in load] != [len(layer) for layer in self.layers]:
-            low = [[0] * len(layer) for layer in load]
-            self.__init__(layers=_zeros(load), block=_zeros(load), low=low, narrow=[0] * len(load))  # type: ignore[misc]
+            low, silent = ([[0] * len(layer) for layer in load] for _ in range(2))
+            sums = {"layers": _zeros(load), "block": _zeros(load), "had": _zeros(load)}
+            each = {"narrow": [0] * len(load), "few": [0] * len(load), "even": [False] * len(load)}
+            self.__init__(low=low, silent=silent, **sums, **each)  # type: ignore[misc]
         if all(math.isfinite(value) for layer in load for value in layer):
             self.layers, self.block = _sums(self.layers, load), _sums(self.block, load)
             self.steps, self.blocked = self.steps + 1, self.blocked + 1
+            self.silent = [
+                [0 if value else steps + 1 for value, steps in zip(layer, silent, strict=True)]
+                for layer, silent in zip(load, self.silent, strict=True)
+            ]
         if self.blocked == BLOCK:
             self.uneven = [*self.uneven[1 - BLOCKS :], max(max(layer) for layer in self.block) / BLOCK - 1]
+            self.few = [
+                steps + BLOCK if entropy(layer) < FEW else 0 for steps, layer in zip(self.few, self.block, strict=True)
+            ]
             self.block, self.blocked = _zeros(load), 0
         most = max(len(layer) for layer in load)
         if self.steps >= max(LOAD_STEPS, math.ceil(EXPECTED * most / assignments)):
@@ -170,6 +222,11 @@ class Loads:
         self.narrow = [
             steps + self.steps if entropy(layer) < EVEN else 0
             for steps, layer in zip(self.narrow, self.last, strict=True)
+        ]
+        self.even = [once or entropy(layer) >= EVEN for once, layer in zip(self.even, self.last, strict=True)]
+        self.had = [
+            [had if 2 * silent > self.steps else load for load, had, silent in zip(*layers, strict=True)]
+            for layers in zip(self.last, self.had, self.silent, strict=True)
         ]
         self.length, self.steps, self.whole = self.steps, 0, True
         self.layers = _zeros(self.layers)

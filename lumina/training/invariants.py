@@ -181,8 +181,10 @@ class Invariants:
         moved = {name for name, sums in found.items() if sums != before[name]}
         frozen = self.parts.optimizer.groups.predictors if "predictor" in asked else {}
         may = [name for name, rests in self.rests.items() if not rests and name not in frozen]
-        if still := [name for name in may if name not in moved] if stepped else []:
-            yield f"weights: no step since the last look moved {_names(still)}"
+        still = [name for name in may if name not in moved] if stepped else []
+        for rule, predicts in (("weights", False), ("predictor", True)):
+            if of := [name for name in still if (name in self.parts.optimizer.groups.predictors) == predicts]:
+                yield f"{rule}: no step since the last look moved {_names(of)}"
         if wrong := [name for name, rests in self.rests.items() if rests and name in moved]:
             yield f"weights: {_names(wrong)} moved, though frozen"
         for name, tensor in self.tensors.items():

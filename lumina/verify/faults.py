@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from lumina.config.overlay import Block
 from lumina.data.loader import Batch, Loader
 from lumina.data.mixture import Blend, Draw, Ids
 from lumina.data.windows import NOT_COUNTED
+from lumina.model.router import Router
 from lumina.training.session import Session
 
 Plant = Callable[[Session, int, int], None]  # session, step at which it begins, seed
@@ -279,16 +281,25 @@ def frozen_predictor(session: Session, step: int, seed: int) -> None:
 
 
 def unbalanced(session: Session, step: int, seed: int) -> None:
-    """F10: nothing balances any more, and expert 0 of every layer wants all or nothing of each token.
+    """F10: nothing balances any more, and all tokens want the same experts: so many rows of each router as a token
+    takes experts point to what its tokens have in common, and are 20 times as large.
 
-    The loss that balances within a sequence is no number of a step; its weight in `tiny`, 1e-4, balances little.
+    One row as it is, 20 times as large, does no harm here: half of the tokens like it less for it. The loss that
+    balances within a sequence is no number of a step; its weight in `tiny`, 1e-4, balances little.
     """
     _planned(session, step, lambda values: {"bias_rate": 0.0, "balance": 0.0})
+    routers = [moe.router for moe in session.parts.model.moes]
+    handles: dict[Router, RemovableHandle] = {}
+
+    @torch.no_grad()
+    def bias(router: Router, inputs: tuple[Tensor, ...]) -> None:
+        handles.pop(router).remove()
+        common = inputs[0].mean((0, 1))
+        wanted = router.weight[: router.config.top_k]
+        wanted.copy_(BIASED * wanted.norm(dim=1, keepdim=True) * common / common.norm())
 
     def around(take: Callable[[], Tensor]) -> Tensor:
-        with torch.no_grad():
-            for moe in session.parts.model.moes:
-                moe.router.weight[0] *= BIASED
+        handles.update((router, router.register_forward_pre_hook(bias)) for router in routers)
         return take()
 
     _once(session, step, around)

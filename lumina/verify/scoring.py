@@ -33,8 +33,8 @@ CONFIDENCE = 1.96  # standard normal quantile of 95 %
 MEANING = (
     f"A run is `{PRESET}`, {STEPS} steps of {TOKENS} tokens, WSD with a decay of 20 %, unless a case says otherwise. "
     f"What is planted comes from outside, in memory, at one of {WITHIN} steps, which the seed draws; restore points "
-    f"are made at {SNAPSHOT_STEPS}, {2 * SNAPSHOT_STEPS} and so on. The orchestrator cannot see what. Losses are final, "
-    "causal and held-out. *above healthy*: above the healthy run of the same seed, for each seed, in sigma, the "
+    f"are made at {SNAPSHOT_STEPS}, {2 * SNAPSHOT_STEPS} and so on. The orchestrator cannot see what. Losses are "
+    "final, causal and held-out. *above healthy*: above the healthy run of the same seed, for each seed, in sigma, the "
     "standard deviation of the final losses of healthy runs of that kind and these settings over seeds, and the most "
     "in nats; inf: it was stopped, or is not finite. *alone*: the same of the run that nobody watched: a fault hurts "
     f"if that is more than {HURTS:g}. *rescued*: of those that hurt, how many ended at most {SIGMAS:g} above. "

@@ -156,6 +156,38 @@ def test_the_decay_has_no_plateau() -> None:
     assert not TABLE["plateau"](signals)
 
 
+# -- the learning rate -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", [10.0, 0.02])
+def test_a_rate_that_jumped_is_heard_as_often_as_it_is_asked_for(times: float) -> None:
+    signals = watched(300)
+    said = feed(signals, 260, lr=3e-3 * times, update_ratio=1e-3 * times)
+    assert (said[0][0], list(said[0][1])) == (320, ["pace"])
+    found = said[0][1]["pace"]
+    assert (found.since, found.hard) == (301, False)
+    assert found.values["times"] == pytest.approx(times)
+    assert found.values["update_ratio"] == pytest.approx(times * found.values["update_ratio_before"])
+    assert [at for at, found in said if "pace" in found] == list(range(320, 561))  # what it was is not forgotten
+    assert feed(signals, 50) == []  # it came back
+
+
+def test_no_rate_that_was_planned_to_change_is_a_jump() -> None:
+    assert feed(watched(300), 1, changed="lr.scale=0.1@301", lr=3e-4) == []
+    signals = watched(300)
+    signals.observe(seen(301, changed="lr.scale=0.1@301", lr=3e-4))
+    assert feed(signals, 300, lr=3e-4) == []
+    cosine = watched(300)
+    assert feed(cosine, 300, lr=lambda step: 1.5e-3 * (1 + math.cos(math.pi * (step - 300) / 301))) == []
+    assert feed(watched(300), 300, lr=lambda step: 3e-3 * (601 - step) / 301, stage="decay") == []
+    assert feed(watched(300), 300, lr=lambda step: 3e-2 if step % 30 == 0 else 3e-3) == []  # one step at a time
+
+
+def test_a_jump_within_a_falling_rate_is_known_by_its_size() -> None:
+    said = feed(watched(300), 60, lr=lambda step: 3e-2 * 0.99 ** (step - 300))
+    assert said[0][1]["pace"].values["times"] == pytest.approx(10, rel=0.02)
+
+
 # -- routers ---------------------------------------------------------------------------------------------------------
 
 FAIR = ((1.1, 0.9, 1.05, 0.95), (1.2, 0.9, 0.9, 1.0))
@@ -174,16 +206,45 @@ def test_a_starved_expert_is_heard_after_a_thousand_steps_a_dead_one_after_300()
         assert least <= at <= most
 
 
+def test_an_expert_that_had_its_share_and_gets_nothing_is_heard_sooner() -> None:
+    dead = (FAIR[0], (1.4, 1.4, 0.0, 1.2))
+    at, found = next((at, found) for at, found in feed(watched(230, MOE, load=FAIR), 200, load=dead))
+    assert (at, list(found)) == (330, ["starvation"])
+    assert (found["starvation"].since, found["starvation"].values["dead"]) == (231, [[1, 2]])
+    seldom = {"load": lambda step: dead if step % 100 else FAIR}  # a domain of the data that comes now and then
+    assert feed(watched(230, MOE, load=FAIR), 240, **seldom) == []
+    assert feed(Signals(MOE), 490, load=dead) == []  # it never had any
+
+
 def test_biases_have_time_to_balance_before_anything_is_heard() -> None:
     """0.5 / bias_rate = 500 steps: a run begins unbalanced."""
     assert feed(Signals(MOE), 490, load=((3.9, 0.1, 0.0, 0.0),)) == []
 
 
-def test_collapse_is_heard_when_few_experts_get_all() -> None:
-    said = feed(watched(600, MOE, load=FAIR), 500, load=(FAIR[0], (2.0, 2.0, 0.0, 0.0)))
+def test_collapse_is_heard_when_few_experts_get_most() -> None:
+    said = feed(watched(600, MOE, load=FAIR), 500, load=(FAIR[0], (1.9, 1.7, 0.2, 0.2)))
     at = first(said, "collapse")
     assert at is not None
     assert 900 <= at <= 1000
+
+
+def test_a_collapse_of_what_was_even_is_heard_sooner_and_again() -> None:
+    said = feed(watched(230, MOE, load=FAIR), 400, load=((2.0, 1.9, 0.1, 0.0), FAIR[1]))
+    found = [(at, one["collapse"]) for at, one in said if "collapse" in one]
+    assert (found[0][0], found[0][1].since, found[0][1].values["layers"]) == (330, 231, [0])
+    assert found[-1][0] > 600
+    assert feed(Signals(MOE), 490, load=((2.0, 1.9, 0.1, 0.0),)) == []  # it never was even
+
+
+def test_routers_that_get_another_gradient_are_heard_as_long_as_they_do() -> None:
+    signals = watched(230, MOE, load=FAIR, grad_router=0.05)
+    said = feed(signals, 400, load=FAIR, grad_router=5.0)
+    assert (said[0][0], list(said[0][1])) == (241, ["router_gradient"])
+    assert said[-1][0] == 630
+    assert said[-1][1]["router_gradient"].values["times"] == pytest.approx(100)
+    assert feed(watched(230, MOE, load=FAIR, grad_router=0.05), 400, load=FAIR, grad_router=0.4) == []
+    depth = watched(230, MOD, grad_router=0.05)
+    assert feed(depth, 100, grad_router=5.0) == []  # those of depth are led by the loss alone
 
 
 def test_routers_more_even_than_chance_are_heard() -> None:

@@ -16,7 +16,7 @@ import lumina
 from lumina.cli import main
 from lumina.orchestrator import diagnosis, ledger, orchestrator, policy, signals, windows
 from lumina.orchestrator.actions import ACTIONS
-from lumina.orchestrator.detectors import data, depth, divergence, experts, forecast, invariants, numerics, spike
+from lumina.orchestrator.detectors import data, depth, divergence, experts, forecast, invariants, numerics, pace, spike
 from lumina.orchestrator.detectors.table import DETECTORS
 from lumina.orchestrator.diagnosis import INVARIANTS
 from lumina.orchestrator.robust import DELAY, WINDOW
@@ -44,14 +44,16 @@ NUMBERS: dict[str, tuple[float, ...]] = {
     "golden": (data.APART, data.SIGMAS, data.LEAST),
     "explosion": (spike.EXPLODES, spike.ALONE, spike.LASTS),
     "spike": (WINDOW, spike.ALONE, spike.TOGETHER),
+    "pace": (windows.JUMPS, pace.LASTS),
     "drift": (forecast.Z, forecast.NATS, forecast.LOOKS),
     "plateau": (forecast.FLAT,),
     "starvation": (
-        windows.LOAD_STEPS, windows.EXPECTED, windows.STARVED, experts.STARVES, experts.DEAD, experts.LASTS,
-        experts.FLOORS,
+        windows.LOAD_STEPS, windows.EXPECTED, windows.STARVED, experts.STARVES, experts.DEAD, experts.DIES,
+        experts.LASTS, experts.FLOORS,
     ),
-    "collapse": (windows.EVEN, experts.LASTS, experts.FLOORS),
+    "collapse": (windows.EVEN, windows.FEW, experts.LASTS, experts.FALLS, experts.FLOORS),
     "over_balance": (windows.BLOCK, windows.BLOCKS, experts.FLAT),
+    "router_gradient": (windows.LATEST, windows.LEAVES),
     "mod_capacity": (depth.MEAN, *depth.BAND),
     "mod_agreement": (depth.MEAN, depth.FALLS),
 }  # fmt: skip

@@ -7,16 +7,20 @@ threshold needs 0.5 / bias_rate steps to come back, before which nothing is alar
 
 from __future__ import annotations
 
+import math
+
 from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.robust import median
 from lumina.orchestrator.signals import Signals
-from lumina.orchestrator.windows import BLOCK, BLOCKS, EVEN, STARVED, entropy, floor
+from lumina.orchestrator.windows import BLOCK, BLOCKS, EVEN, EXPECTED, FEW, LATEST, LEAVES, STARVED, entropy, floor
 
 REVIVES = 0.5  # of a score, which a bias makes up for
 USUAL = 1e-3  # bias rate that is reckoned with where there is none
 STARVES = 1000  # steps below a tenth of the mean
 DEAD = 0.01  # of the mean
+DIES = 100  # steps with no token at all of an expert that had its share: twice the longest of recorded runs
 LASTS = 300  # steps: for a hundred, domains of the data make such loads in a healthy run of small batches
+FALLS = 100  # steps of few: 60 in the beginning of recorded runs, 30 later
 FLOORS = 3.0
 FLAT = 0.5  # of the floor: healthy routers, which choose by what tokens say, are at 3 times and more
 
@@ -28,8 +32,17 @@ def settled(signals: Signals) -> bool:
 
 
 def starvation(signals: Signals) -> Finding | None:
-    """An expert below a tenth of the mean load for 1,000 steps, or for 300 and then below a hundredth."""
+    """An expert that had its share and gets nothing for 100 steps; or is below a tenth of the mean load for 1,000, or
+    for 300 and then below a hundredth."""
     loads = signals.loads
+    if dead := _dead(signals):
+        layer, expert = dead[0]
+        steps = max(loads.silent[at][e] for at, e in dead)
+        had = f"{loads.had[layer][expert]:.2f} of the mean load"
+        text = f"expert {expert} of layer {layer} had {had} and gets nothing, for {loads.silent[layer][expert]} steps"
+        values = {"layer": layer, "experts": [e for at, e in dead if at == layer], "dead": dead, "steps": steps}
+        values |= {"had": loads.had[layer], "threshold": DIES}
+        return Finding("starvation", signals.step, signals.step - steps + 1, text, False, values)
     if not loads.whole or not settled(signals):
         return None
     for layer, (load, low) in enumerate(zip(loads.last, loads.low, strict=True)):
@@ -42,9 +55,24 @@ def starvation(signals: Signals) -> Finding | None:
     return None
 
 
+def _dead(signals: Signals) -> list[list[int]]:
+    """Layer and number of each expert that died; biases need not have settled, for it had been met."""
+    loads, found = signals.loads, list[list[int]]()
+    for layer, (silent, had) in enumerate(zip(loads.silent, loads.had, strict=True)):
+        least = max(DIES, math.ceil(EXPECTED * len(silent) / signals.facts.assignments))
+        found += [[layer, e] for e, steps in enumerate(silent) if steps >= least and had[e] >= STARVED]
+    return found
+
+
 def collapse(signals: Signals) -> Finding | None:
-    """A layer's load has little entropy for 300 steps: few experts get most."""
+    """A layer that was even once gives nearly all to few for 100 steps; or its load has little entropy for 300."""
     loads = signals.loads
+    for layer, (steps, once) in enumerate(zip(loads.few, loads.even, strict=True)):
+        if once and steps >= FALLS and not loads.blocked:
+            text = f"few experts of layer {layer}, which was even, get nearly all, for {steps} steps"
+            layers = [at for at, lasts in enumerate(loads.few) if loads.even[at] and lasts >= FALLS]
+            values = {"layer": layer, "layers": layers, "load": loads.last[layer], "threshold": FEW, "steps": steps}
+            return Finding("collapse", signals.step, signals.step - steps + 1, text, False, values)
     if not loads.whole or not settled(signals):
         return None
     for layer, (load, steps) in enumerate(zip(loads.last, loads.narrow, strict=True)):
@@ -68,6 +96,16 @@ def over_balance(signals: Signals) -> Finding | None:
     text = f"the largest load is {uneven:.4f} above the mean where chance alone makes {noise:.4f}"
     values = {"maxvio": uneven, "floor": noise, "threshold": FLAT * noise}
     return Finding("over_balance", signals.step, signals.step - BLOCK * BLOCKS + 1, text, False, values)
+
+
+def router_gradient(signals: Signals) -> Finding | None:
+    """The routers get ten times the gradient that was usual, in the median of 20 steps: a loss of their own rules."""
+    times, seen = signals.push.times(), signals.seen
+    if seen is None or not signals.facts.top_k or times is None or times <= LEAVES:
+        return None
+    text = f"the routers get {times:.3g} times the gradient that they got"
+    values = {"times": times, "grad_router": seen.grad_router, "grad_norm": seen.grad_norm, "threshold": LEAVES}
+    return Finding("router_gradient", signals.step, signals.step - LATEST + 1, text, False, values)
 
 
 def _counted(signals: Signals) -> float:

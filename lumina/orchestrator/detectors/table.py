@@ -21,6 +21,7 @@ DETECTORS = (
     Detector("starvation", experts.starvation),
     Detector("collapse", experts.collapse),
     Detector("over_balance", experts.over_balance),
+    Detector("router_gradient", experts.router_gradient),
     Detector("mod_capacity", depth.capacity),
     Detector("mod_agreement", depth.agreement),
 )
