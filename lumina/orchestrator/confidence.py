@@ -23,9 +23,10 @@ NAME, ACTION, GAIN, LOW, NOISE = "name", "action", "gain", "low", "noise"
 # Of the event that says whether an intervention held, and of its evidence: `of` is the trial's step or its id.
 KIND, OUTCOME, EVIDENCE, OF, HELD = "kind", "outcome", "evidence", "of", "held"
 
-# What an action did against other faults counts as much as so many verdicts of its own. Two is little: the second
-# verdict of its own outweighs all others, but what lost everywhere is not tried first where it is new.
-WEIGHT = 2.0
+PRIOR = 0.5  # of either end: Jeffreys'
+# All that an action did against other faults counts as so many of its verdicts on this one, at most. Two is little: with
+# the third of its own these outweigh it. But what lost everywhere is not tried first where it is new.
+ELSEWHERE = 2.0
 LEVEL = 0.9  # of the credible interval
 HALVINGS = 60  # of an interval of 1: beyond the digits of a float
 TINY, EXACT, TERMS = 1e-300, 1e-14, 10_000  # of the continued fraction
@@ -110,14 +111,16 @@ class Confidence:
     def posterior(self, fault: str, action: str) -> tuple[float, float]:
         """Alpha and beta of the probability that the action wins its trial against the fault, and is kept.
 
-        The prior is worth `WEIGHT` verdicts and has the action's mean over all other faults, itself from a Jeffreys
-        prior; where the action is known of no other fault it is uniform. So an arm that is new everywhere stands at
-        1/2, before those that lost more often than they won: it is worth finding out.
+        A Jeffreys prior, its own verdicts, and those on other faults, discounted to `ELSEWHERE` in all. An arm that is
+        new everywhere stands at 1/2, before those that lost more often than they won: it is worth finding out. (A prior
+        with the action's mean over other faults and no floor was tried first: of one that always won elsewhere it was
+        certain without a trial.)
         """
-        own = [verdict.won for verdict in self.verdicts if (verdict.action, verdict.fault) == (action, fault)]
-        others = [v.won for v in self.verdicts if v.action == action and v.fault != fault]
-        mean = (0.5 + sum(others)) / (1 + len(others))
-        return WEIGHT * mean + sum(own), WEIGHT * (1 - mean) + len(own) - sum(own)
+        of = [verdict for verdict in self.verdicts if verdict.action == action]
+        own, others = ([one.won for one in of if (one.fault == fault) is here] for here in (True, False))
+        share = min(1.0, ELSEWHERE / len(others)) if others else 0.0
+        won, lost = (own.count(which) + share * others.count(which) for which in (True, False))
+        return PRIOR + won, PRIOR + lost
 
     def mean(self, fault: str, action: str) -> float:
         alpha, beta = self.posterior(fault, action)

@@ -35,8 +35,8 @@ def test_a_table_of_what_won_and_what_lost(root: Path, capsys: pytest.CaptureFix
     assert header.split() == ["model", "fault", "action", "tried", "won", "chance", "90", "%", "gain", "runs"]
     assert [row.split("  ")[0] for row in rows] == ["dense-muon-wsd", "dense-muon-wsd", "moe-sigmoid-muon-wsd"]
     down, up, moe = (row.split() for row in rows)
-    assert down[1:] == "learning rate (drift) lr.scale down 1 1 0.67 0.22 - 0.97 +0.0200 1".split()
-    assert up[1:] == "learning rate (drift) lr.scale up 2 0 0.25 0.02 - 0.63 -0.2000 2".split()
+    assert " ".join(down[1:]) == "learning rate (drift) lr.scale down 1 1 0.75 0.23 - 1.00 +0.0200 1"
+    assert " ".join(up[1:]) == "learning rate (drift) lr.scale up 2 0 0.17 0.00 - 0.57 -0.2000 2"
     assert moe[-1] == "1"
     assert others == "1 more of other versions of lumina, which no run goes by any more: --json"
 

@@ -53,20 +53,26 @@ def test_the_quantile_inverts_it_and_it_rises(alpha: float, beta: float, p: floa
 # -- the posterior and the order ---------------------------------------------------------------------------------------
 
 
-def test_what_nobody_tried_is_uniform() -> None:
+def test_of_what_nobody_tried_nothing_is_known() -> None:
     known = Confidence()
-    assert known.posterior("drift", SLOW) == (1.0, 1.0)
-    assert known.interval("drift", SLOW) == pytest.approx((0.05, 0.95))
+    assert known.posterior("drift", SLOW) == (0.5, 0.5)
+    assert known.interval("drift", SLOW) == pytest.approx((0.00616, 0.99384), abs=1e-5)
 
 
-def test_its_own_verdicts_count_whole_and_those_of_other_faults_as_two_in_all() -> None:
+def test_its_own_verdicts_count_whole_and_those_on_other_faults_as_two_at_most() -> None:
     known = Confidence([*several("drift", SLOW, 3, 1), *several("spike", SLOW, 0, 9)])
-    elsewhere = 0.5 / 10
-    assert known.posterior("drift", SLOW) == pytest.approx((2 * elsewhere + 3, 2 * (1 - elsewhere) + 1))
-    assert known.posterior("plateau", SLOW)[0] == pytest.approx(2 * 3.5 / 14)
-    assert known.posterior("drift", FAST) == (1.0, 1.0)  # another action
+    assert known.posterior("drift", SLOW) == pytest.approx((0.5 + 3, 0.5 + 1 + 2))
+    assert known.posterior("plateau", SLOW) == pytest.approx((0.5 + 2 * 3 / 13, 0.5 + 2 * 10 / 13))
+    assert known.posterior("drift", FAST) == (0.5, 0.5)  # another action
     low, high = known.interval("drift", SLOW)
     assert low < known.mean("drift", SLOW) < high
+
+
+def test_what_always_won_elsewhere_is_not_certain_here() -> None:
+    known = Confidence(several("spike", SLOW, 100, 0))
+    assert known.mean("drift", SLOW) == pytest.approx(2.5 / 3)
+    assert known.interval("drift", SLOW)[0] < 0.5
+    assert Confidence(several("spike", SLOW, 0, 1)).posterior("drift", SLOW) == (0.5, 1.5)  # one is one
 
 
 def test_the_best_come_first_equal_ones_as_given_and_none_is_left_out() -> None:
@@ -102,7 +108,7 @@ def test_the_table_keeps_what_lost() -> None:
     best, worst = known.table()
     assert (best["action"], best["tried"], best["won"], best["gain"], best["runs"]) == (SLOW, 3, 2, 0.02, ["a", "b"])
     assert (worst["action"], worst["tried"], worst["won"], worst["gain"]) == (FAST, 1, 0, -0.2)
-    assert worst["mean"] == pytest.approx(1 / 3)
+    assert worst["mean"] == pytest.approx(0.5 / 2)
     json.dumps(known.table(), allow_nan=False)
 
 
