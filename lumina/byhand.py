@@ -22,7 +22,8 @@ from lumina.errors import UserError
 from lumina.events import Event, read_events
 from lumina.orchestrator import actions, ledger
 from lumina.orchestrator.actions import ACTIONS, Request
-from lumina.run import index, lineage
+from lumina.orchestrator.confidence import Confidence
+from lumina.run import index, lineage, verdicts
 from lumina.run.folder import Run
 from lumina.run.inbox import Inbox
 from lumina.run.lock import is_held
@@ -163,3 +164,16 @@ def open_run(run: Run | str | Path, root: str | Path = "runs") -> OpenRun:
 def table() -> list[tuple[str, str, str, str]]:
     """Name, values, what it does, how it is undone: of every action."""
     return [(one.name, actions.asks(one), one.does, one.undone) for one in ACTIONS.values()]
+
+
+def history(root: str | Path = "runs") -> list[dict[str, Any]]:
+    """What trials of all runs below `root` taught: a row for each architecture, fault and action, as plain values.
+
+    `used` says whether this version of the code still goes by it. Raises `UserError` if a store cannot be read.
+    """
+    rows = []
+    for version, packed in verdicts.stores(Path(root)).items():
+        code, _, architecture = version.partition("-")
+        known = {"architecture": architecture, "code": code, "used": code == verdicts.code()}
+        rows += [known | row for row in Confidence.of(packed).table()]
+    return sorted(rows, key=lambda row: (not row["used"], row["architecture"]))

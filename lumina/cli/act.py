@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,12 +55,27 @@ def undo(
     _ask(open_run(run, root), Request("undo", name), json)
 
 
-def decisions(run: RunName, root: Root = Path("runs"), json: Json = False) -> None:
+def decisions(
+    run: Annotated[str, typer.Argument(help="A run folder, or its name below --root.", show_default=False)] = "",
+    history: Annotated[
+        bool, typer.Option("--history", help="What trials of all runs taught of each action, instead of one run.")
+    ] = False,
+    root: Root = Path("runs"),
+    json: Json = False,
+) -> None:
     """What was decided about a run, by rule or by hand: with evidence, and what undoes it."""
     from lumina.byhand import open_run
+    from lumina.errors import UserError
     from lumina.events import as_plain
     from lumina.orchestrator.ledger import told
 
+    if history and run:
+        raise UserError(f"{run}: --history is of all runs below a folder", fix="leave the run out, or --history")
+    if history:
+        _tell_history(root, json)
+        return
+    if not run:
+        raise UserError("decisions: of which run?", fix="name one that lumina runs lists, or ask for --history")
     opened = open_run(run, root)
     if json:
         print_json(as_plain(opened.decisions()))
@@ -83,3 +98,28 @@ def _ask(opened: OpenRun, request: Request, json: bool) -> None:
         typer.echo(f"asked: {said}, before the next step; what came of it: lumina decisions {path}")
     else:
         typer.echo(f"asked: {said}; the run is not running: it is done when it goes on: lumina resume {path}")
+
+
+def _tell_history(root: Path, json: bool) -> None:
+    from lumina.byhand import history
+
+    rows = history(root)
+    used = [row for row in rows if row["used"]]
+    if json:
+        print_json(rows)
+        return
+    if used:
+        header = ["model", "fault", "action", "tried", "won", "chance", "90 %", "gain", "runs"]
+        print_table(header, [_cells(row) for row in used], left=3)
+    else:
+        typer.echo(f"no trials below {root}; a run with orchestrator.mode=act makes them when something is wrong")
+    if others := sum(row["tried"] for row in rows if not row["used"]):
+        typer.echo(f"{others} more of other versions of lumina, which no run goes by any more: --json")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    low, high = row["interval"]
+    counts = [str(row["tried"]), str(row["won"])]
+    gain = "-" if row["gain"] is None else f"{row['gain']:+.4f}"
+    chance = [f"{row['mean']:.2f}", f"{low:.2f} - {high:.2f}"]
+    return [row["architecture"], row["fault"], row["action"], *counts, *chance, gain, str(len(row["runs"]))]

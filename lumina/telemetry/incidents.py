@@ -34,4 +34,8 @@ def sentence(event: Event) -> str:
         return f"{where}{event['asked']} was not done: {event['error']}"
     if kind == "not kept":
         return f"{where}what plans to come could learn of this run is not kept: {event['error']}"
+    if kind == "verdicts not kept":
+        return f"{where}what later runs could learn of this one's trials is not kept: {event['error']}"
+    if kind == "verdicts not known":
+        return f"{where}what earlier runs learned of their trials is not known: {event['error']}"
     return f"{where}{kind}"

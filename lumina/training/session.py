@@ -30,6 +30,7 @@ from lumina.run.watchdog import Watchdog
 from lumina.training import machine, oom, room, setup
 from lumina.training.course import Course
 from lumina.training.endings import Interrupted, LeftHalfway, Stopped
+from lumina.training.experience import Experience
 from lumina.training.forecasting import Forecaster
 from lumina.training.hand import Hand
 from lumina.training.oversight import Oversight
@@ -78,6 +79,7 @@ class Session:
         self.course = Course(run, resolved, parts, self.peak, self._emit, self.told, self.watchdog.step)
         self.state = self.course.state
         self.forecaster = Forecaster(run, parts, rate, self._emit)
+        self.experience = Experience(run, self.config, self._emit)
         recast = resolved.origins["precision.mode"] == RESUME
         self.saver = Saver(run, parts, self.state, self.told, self._emit, recast)
         self.points: list[Snapshot] = []  # restore points in memory, the older first
@@ -124,7 +126,7 @@ class Session:
 
     def _open_log(self, stack: ExitStack) -> None:
         hold = self.config.checkpoint.on_error == "continue"
-        listeners: list[Listener] = [*self.listeners, self.forecaster, self.oversight.hear]
+        listeners: list[Listener] = [*self.listeners, self.forecaster, self.oversight.hear, self.experience]
         writer = EventWriter(self.run.event_log, self.state.attempt, listeners, hold)
         self.events = stack.enter_context(writer)
 

@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from lumina.config.resolve import Resolved, read, request_hash, resolve, settle,
 from lumina.data.corpus import Corpus
 from lumina.data.shards import data_fingerprint
 from lumina.data.tokenizer import Tokenizer
-from lumina.errors import MachineFailed, UserError
+from lumina.errors import DiskRefused, MachineFailed, UserError
 from lumina.parallel.world import World, join
 from lumina.progress import Tell, silent, whole
-from lumina.run import index
+from lumina.run import index, verdicts
 from lumina.run.folder import Run
 from lumina.run.inbox import Inbox
 from lumina.run.lineage import lineage
@@ -131,6 +131,8 @@ def _write(run: Run, settled: Resolved, corpus: Corpus, meta: dict[str, Any]) ->
     try:
         write(settled, run.config)
         corpus.tokenizer.save(run.tokenizer)
+        with suppress(DiskRefused):  # a store that cannot be read puts no arms in order, and is no reason not to train
+            verdicts.copy_into(run, verdicts.version(settled.config))
         run.write_meta(meta)
     except BaseException as error:  # half a folder is no run: nobody could go on with it
         shutil.rmtree(run.path, ignore_errors=True)
