@@ -22,6 +22,7 @@ FAST = 1e-2  # bias rate, the upper bound: 50 steps bring a score back by 0.5
 USUAL = 1e-3  # bias rate of the aux-free balance (Wang et al. 2024, 2408.15664)
 BALANCE = 1e-2  # weight of the balance loss (Switch Transformers, 2101.03961)
 TAU = 100.0  # largest attention logit (Kimi K2, 2507.20534)
+OVER = ("over_balance", "router_gradient")  # rules by which a balance that costs the loss shows
 HOT = 1.5  # of the mean load: an expert that takes more from the others
 MOST = 3  # candidates of a trial: each more costs as much as the control, and a harder bound
 
@@ -49,7 +50,9 @@ class Candidate:
 
 def fault(finding: Finding, why: Diagnosis) -> str:
     """The class of faults that a finding is of: what helped one of them may help another."""
-    return finding.rule if why.cause == "none" or finding.rule == "over_balance" else why.cause
+    if finding.rule in OVER:
+        return OVER[0]
+    return finding.rule if why.cause == "none" else why.cause
 
 
 def candidates(fault: str, finding: Finding, signals: Signals, tried: int = 0) -> list[Candidate]:
@@ -64,17 +67,17 @@ def candidates(fault: str, finding: Finding, signals: Signals, tried: int = 0) -
 # -- the learning rate, the optimizer ----------------------------------------------------------------------------------
 
 
-def _scale(factor: float) -> Candidate:
+def _scale(factor: float, name: str = "") -> Candidate:
     low, high = KEYS["lr.scale"].low, KEYS["lr.scale"].high
     value = float(f"{min(high, max(low, factor)):.3g}")
-    return Candidate(f"lr-{value:g}", f"lr.scale {'down' if value < 1 else 'up'}", (("lr.scale", value),))
+    return Candidate(f"lr-{value:g}", f"lr.scale {name or f'{value:g}'}", (("lr.scale", value),))
 
 
 def _rates(finding: Finding, signals: Signals) -> list[Candidate]:
     """Back to the pace that the run had, where it is known; else down, or up where the loss stands still."""
     times = finding.values.get("times")
     if isinstance(times, float) and times > 0:
-        return [_scale(1 / times)]
+        return [_scale(1 / times, "back")]
     return [_scale(0.5), _scale(2.0) if finding.rule == "plateau" else _scale(0.1)]
 
 

@@ -18,14 +18,14 @@ from lumina.errors import UserError
 from lumina.events import as_plain
 
 # The fields of a `trial` event that are read here, and of each of its `arms`.
-TRIAL, STEP, ID, RULE, CAUSE, ARMS, WINNER = "trial", "step", "id", "rule", "cause", "arms", "winner"
-NAME, ACTION, GAIN, LOW, NOISE = "name", "action", "gain", "low", "noise"
-# Of the event that says whether an intervention held, and of its evidence: `of` is the trial's step or its id.
-KIND, OUTCOME, EVIDENCE, OF, HELD = "kind", "outcome", "evidence", "of", "held"
+TRIAL, STEP, ID, FAULT, ARMS, WINNER = "trial", "step", "id", "fault", "arms", "winner"
+NAME, ACTION, GAIN, LOW, NOISE, WON = "name", "action", "gain", "low", "noise", "won"
+# Of the evidence of the decision that says whether what won a trial held.
+EVIDENCE, PROBATION, HELD = "evidence", "probation", "held"
 
 PRIOR = 0.5  # of either end: Jeffreys'
-# All that an action did against other faults counts as so many of its verdicts on this one, at most. Two is little: with
-# the third of its own these outweigh it. But what lost everywhere is not tried first where it is new.
+# All that an action did against other faults counts as so many of its verdicts on this one, at most. Two is little:
+# with the third of its own these outweigh it. But what lost everywhere is not tried first where it is new.
 ELSEWHERE = 2.0
 LEVEL = 0.9  # of the credible interval
 HALVINGS = 60  # of an interval of 1: beyond the digits of a float
@@ -38,8 +38,8 @@ Key = tuple[str, int, str, str]
 class Verdict:
     """What became of one arm of a trial. Gain, low and noise are nats a token; NaN where nothing was measured."""
 
-    fault: str  # see `fault_of`
-    action: str  # the family of what was tried: "lr.scale down", "bias_rate + router.reset"
+    fault: str  # its class: see `candidates.fault`
+    action: str  # the family of what was tried: "lr.scale back", "bias_rate + router.reset"
     won: bool  # it won its trial, and was not undone by its probation
     gain: float  # mean of the paired improvements over the control
     low: float  # lower bound of that
@@ -76,11 +76,6 @@ def _read(kind: str, value: Any) -> Any:
     if type(value) not in wanted:
         raise TypeError(f"{value!r} is no {kind}")
     return float(value) if kind == "float" else value
-
-
-def fault_of(rule: str, cause: str) -> str:
-    """The class of a fault: what it is, and how it showed. A starved router and a collapsed one want other actions."""
-    return rule if cause in ("", "none") else f"{cause} ({rule})"
 
 
 class Confidence:
@@ -162,50 +157,39 @@ class Confidence:
 def verdicts(events: Iterable[Mapping[str, Any]], kind: str, run: str, id: str = "") -> list[Verdict]:
     """Those of a run's log: of all its attempts, for what was measured was measured, also where it was undone.
 
-    An arm is tried if it has an action and a gain: the control, a placebo, and an arm that ran out of memory have not.
-    The winner has won until an outcome says that it has not held. Events may be of older versions, or of a person's
-    hand: what is no trial is passed over.
+    An arm is tried if it was judged, and arms could be compared at all. The winner has won until a decision says that
+    it has not held. Events may be of older versions, or of a person's hand: what is no trial is passed over.
     """
     found: dict[Key, Verdict] = {}
-    won: dict[tuple[Any, Any], Key] = {}  # by the trial's rule, and its id or step
+    won: dict[Any, Key] = {}  # by the trial's id
     for event in events:
         if event.get("t") == TRIAL and type(event.get(STEP)) is int and isinstance(event.get(ARMS), list):
-            for arm in event[ARMS]:
-                new = _tried(event, arm, kind, run, id)
-                if new is None:
-                    continue
-                found[new.key] = new
-                if new.won:
-                    won |= {(event.get(RULE), of): new.key for of in (event.get(ID), event[STEP])}
-            continue
-        key = won.get(_fallen(event) or (None, None))
-        if key is not None:
+            for arm in [] if event.get("void") else event[ARMS]:
+                if (new := _tried(event, arm, kind, run, id)) is not None:
+                    found[new.key] = new
+                    won |= {event.get(ID): new.key} if new.won else {}
+        elif (key := won.get(_fallen(event))) is not None:
             found[key] = replace(found[key], won=False)
     return list(found.values())
 
 
 def _tried(event: Mapping[str, Any], arm: Any, kind: str, run: str, id: str) -> Verdict | None:
     """What an arm of a trial came to; None if it was none to be judged."""
-    if not isinstance(arm, Mapping) or not arm.get(ACTION) or type(arm.get(GAIN)) not in (int, float):
+    if not isinstance(arm, Mapping) or not arm.get(ACTION) or type(arm.get(WON)) is not bool or not event.get(FAULT):
         return None
-    if not math.isfinite(arm[GAIN]):
-        return None
-    low, noise = (float(arm[name]) if type(arm.get(name)) in (int, float) else math.nan for name in (LOW, NOISE))
-    fault = fault_of(str(event.get(RULE) or ""), str(event.get(CAUSE) or ""))
+    figures: list[Any] = [arm.get(name) for name in (GAIN, LOW, NOISE)]
+    gain, low, noise = (float(value) if type(value) in (int, float) else math.nan for value in figures)
     won = arm.get(NAME) is not None and arm.get(NAME) == event.get(WINNER)
-    return Verdict(fault, str(arm[ACTION]), won, float(arm[GAIN]), low, noise, kind, run, event[STEP], id)
+    return Verdict(str(event[FAULT]), str(arm[ACTION]), won, gain, low, noise, kind, run, event[STEP], id)
 
 
-def _fallen(event: Mapping[str, Any]) -> tuple[Any, Any] | None:
-    """Rule, and step or id, of what this event says has not held: an outcome, alone or with the way back it led to."""
+def _fallen(event: Mapping[str, Any]) -> str | None:
+    """The trial whose winner has not held, as this decision says, alone or with the way back that it led to."""
     why = event if event.get("t") == "decision" else event.get("why") if event.get("t") == "run" else None
-    if not isinstance(why, Mapping) or why.get(KIND) != OUTCOME:
-        return None
-    evidence = why.get(EVIDENCE)
-    if not isinstance(evidence, Mapping) or evidence.get(HELD) is not False:
-        return None
-    of = evidence.get(OF)
-    return (why.get(RULE), of) if isinstance(of, int | str) else None
+    evidence = why.get(EVIDENCE) if isinstance(why, Mapping) else None
+    found = evidence.get(PROBATION) if isinstance(evidence, Mapping) and evidence.get(HELD) is False else None
+    trial = found.get(TRIAL) if isinstance(found, Mapping) else None
+    return trial if isinstance(trial, str) else None
 
 
 # -- the Beta distribution ---------------------------------------------------------------------------------------------

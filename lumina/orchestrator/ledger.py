@@ -73,7 +73,8 @@ def probation(tried: Open, step: int, held: bool, gain: float, end: float) -> De
 def failed(tried: Open, why: Decision, step: int) -> Decision:
     """The decision to undo what is on probation, because something came that cannot wait."""
     reason = f"{tried.action}, decided at step {tried.step}, has not held: {why.reason}"
-    evidence = why.evidence | {"of": tried.step, "held": False, "step": step, "probation": {"probe": 0}}
+    evidence = why.evidence | {"of": tried.step, "held": False, "step": step}
+    evidence |= {"probation": {"probe": 0, "trial": tried.trial}}
     return Decision(tried.rule, f"undo {', '.join(tried.laid)}", evidence, reason)
 
 

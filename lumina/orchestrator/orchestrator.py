@@ -41,9 +41,9 @@ class Orchestrator:
     `emit` takes the type of an event and its fields.
     """
 
-    def __init__(self, mode: Mode, facts: Facts, emit: Emit, confidence: Confidence | None = None) -> None:
+    def __init__(self, mode: Mode, facts: Facts, emit: Emit, taught: Confidence | None = None) -> None:
         self.mode, self.emit = mode, emit
-        self.signals, self.policy = Signals(facts), Policy(mode, facts, confidence=confidence or Confidence())
+        self.signals, self.policy = Signals(facts), Policy(mode, facts, taught=taught or Confidence())
         self.waiting: Finding | None = None  # what has to be tried yet, or was being tried when the attempt ended
         self.heard: dict[str, int] = {}  # the last step of each rule's findings, worse ones apart
         self.fresh: set[Subject] = set()
@@ -189,8 +189,8 @@ class Orchestrator:
             best = trial.hold(controls, fork)
             without = trial.goes_on(fork) if best else 0.0
             opened = self._opened(finding, choice, trial, without) if best else None
-            before, noises = policy.pack(), [one.noise for one in trial.judged if one.noise > 0]
-            policy.held_trial(choice.fault, trial.spent, noises, opened, step)
+            before = policy.pack()
+            policy.held_trial(choice.fault, trial.spent, trial.verdicts(choice.fault, step), opened, step)
             self.waiting = None
             told = trial.plain() | {"left": round(policy.left)}
             self._tell_trial(finding, choice, step, kind="verdict", reason=result(trial), **told)
@@ -217,8 +217,10 @@ class Orchestrator:
         assert trial.won is not None
         laid = [one.id for one in trial.won.overlays(trial.begin)]
         until = trial.begin - 1 + 2 * trial.size.steps
-        step = finding.step
-        return Open(finding.rule, trial.won.text, step, until, trial.id, choice.fault, laid, without, trial.size.probe)
+        return Open(
+            finding.rule, trial.won.text, finding.step, until, trial.id, trial.begin - 1, choice.fault, laid, without,
+            trial.size.probe,
+        )  # fmt: skip
 
     def _end_probation(self, due: Open, controls: Controls) -> bool:
         """Holds the run against what it would have come to without; returns whether it went back for it.

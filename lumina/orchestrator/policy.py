@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from lumina.orchestrator.candidates import Candidate, candidates, fault
-from lumina.orchestrator.confidence import Confidence
+from lumina.orchestrator.confidence import Confidence, Verdict
 from lumina.orchestrator.diagnosis import Cause, Diagnosis
 from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.robust import median
@@ -28,12 +28,23 @@ Action = Literal["skip_step", "rewind_replay", "rewind_skip", "trial", "stop", "
 MOST, WITHIN = 6, 10_000  # ways back in so many steps, from wherever: our choice
 REWINDS = 2  # at one place: more were never seen to help (BLOOM 104B, OPT-175B)
 MOST_TRIED = 3  # candidates of a trial: each more costs as much as the control, and raises the bar for all
-REMEMBERED = 16  # noises of a run's trials
+REMEMBERED, LEARNED = 16, 256  # noises and verdicts of a run's trials
 LOST = 0.25  # of what was learned: one step at 10 times the rate cost 2 to 13 % and healed, at 100 times 34 to 110 %
 HARD = frozenset({"non_finite", "divergence", "loader", "invariant", "looked", "off_plan"})  # these alone are acted on
 # What may be tried for: it lasts, and is neither data's nor one step's.
 TRIED = frozenset(
-    {"pace", "drift", "plateau", "explosion", "starvation", "collapse", "over_balance", "mod_capacity", "mod_agreement"}
+    {
+        "pace",
+        "drift",
+        "plateau",
+        "explosion",
+        "starvation",
+        "collapse",
+        "over_balance",
+        "router_gradient",
+        "mod_capacity",
+        "mod_agreement",
+    }
 )
 FOLLOWED: frozenset[Cause] = frozenset({"learning rate", "optimizer state"})  # which the same steps bring back
 ADVICE: dict[Cause, str] = {
@@ -71,6 +82,7 @@ class Open:
     step: int  # of the run when it was done
     until: int  # step behind which it counts as held
     trial: str = ""  # the trial that it won, and what follows is of that
+    tried: int = 0  # step of the run when it was held
     fault: str = ""
     laid: list[str] = field(default_factory=list)  # names of what it laid over the plan
     without: float = 0.0  # held-out loss, nats, that the run without it comes to at `until`, behind a probe
@@ -91,7 +103,8 @@ class Policy:
     trials: int = 0  # in all
     spent: float = 0.0  # on them, steps' worth of compute
     noises: list[float] = field(default_factory=list)  # standard deviations of pairs, of the last candidates, nats
-    confidence: Confidence = field(default_factory=Confidence, compare=False)  # what helped before
+    taught: Confidence = field(default_factory=Confidence, compare=False)  # by earlier runs
+    learned: list[Verdict] = field(default_factory=list)  # by this one
     over: bool = False  # handed over
 
     @property
@@ -137,6 +150,11 @@ class Policy:
         """Whether the next trial has one: the first shows that arms of this run can be compared."""
         return self.trials == 0
 
+    @property
+    def confidence(self) -> Confidence:
+        """Of what helped, in earlier runs and in this one."""
+        return Confidence([*self.taught.verdicts, *self.learned])
+
     def fit(self, tries: Sequence[Candidate], rest: int) -> tuple[tuple[Candidate, ...], Size] | str:
         """As many of them as a trial can hold, and its size; or why none fits."""
         refused = ""
@@ -147,10 +165,11 @@ class Policy:
             refused = found
         return refused
 
-    def held_trial(self, fault: str, spent: float, noises: Sequence[float], won: Open | None, step: int) -> None:
+    def held_trial(self, fault: str, spent: float, verdicts: Sequence[Verdict], won: Open | None, step: int) -> None:
         """A trial is over, when the run was at `step`; `won` is the intervention that it committed to."""
         self.trials, self.spent = self.trials + 1, self.spent + spent
-        self.noises = [*self.noises, *noises][-REMEMBERED:]
+        self.learned = [*self.learned, *verdicts][-LEARNED:]
+        self.noises = [*self.noises, *(one.noise for one in verdicts if one.noise > 0)][-REMEMBERED:]
         self.tried[fault] = self.tried.get(fault, 0) + 1
         self.open = won or self.open
         self.quiet = max(self.quiet, won.until if won else step + self.cooldown)
@@ -163,6 +182,9 @@ class Policy:
         """A probation is over. What did not hold counts as tried, so that something else comes next."""
         if self.open and held:
             self.tried.pop(self.open.fault, None)
+        elif self.open:
+            step = self.open.tried
+            self.learned = [replace(v, won=False) if v.won and v.step == step else v for v in self.learned]
         self.open, self.spent = None, self.spent + spent
 
     def taken_off(self) -> None:
@@ -279,6 +301,7 @@ class Policy:
             "trials": self.trials,
             "spent": self.spent,
             "noises": list(self.noises),
+            "learned": [one.pack() for one in self.learned],
         }
 
     def unpack(self, packed: Mapping[str, Any]) -> None:
@@ -288,6 +311,7 @@ class Policy:
         self.went = list(packed["went"])
         self.tried, self.trials = dict(packed["tried"]), packed["trials"]
         self.spent, self.noises = packed["spent"], list(packed["noises"])
+        self.learned = [Verdict.unpack(one) for one in packed["learned"]]
 
 
 def follow(rule: str, cause: Cause, step: int) -> Finding | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lumina.config.overlay import Overlay
 from lumina.orchestrator.candidates import Candidate
+from lumina.orchestrator.confidence import Verdict
 from lumina.orchestrator.protocol import ENDPOINT, Controls, Fork, Outcome
 from lumina.orchestrator.trial import LEAST, Judged, Size, judge, winner
 
@@ -55,6 +56,14 @@ class Trial:
             "placebo": self.ends.get(PLACEBO), "void": self.void, "spent": round(self.spent, 1),
             "seconds": round(self.seconds, 3), "winner": self.won.name if self.won else None,
         }  # fmt: skip
+
+    def verdicts(self, fault: str, step: int) -> list[Verdict]:
+        """What it teaches of each candidate; the run that held it has no name for itself."""
+        actions, won = {one.name: one.action for one in self.candidates}, self.won.name if self.won else ""
+        return [
+            Verdict(fault, actions[one.name], one.name == won, one.mean, one.low, one.noise, "", "", step)
+            for one in ([] if self.void else self.judged)
+        ]
 
     def _work(self, candidate: Candidate) -> dict[str, float]:
         """Only where it is another than the control's."""

@@ -13,13 +13,13 @@ from typing import Any
 from lumina.config.schema.config import Config
 from lumina.errors import UserError
 from lumina.events import Event, parse
-from lumina.orchestrator.confidence import KIND, OUTCOME, TRIAL, Confidence
+from lumina.orchestrator.confidence import EVIDENCE, PROBATION, TRIAL, Confidence
 from lumina.orchestrator.confidence import verdicts as verdicts_of
 from lumina.run import verdicts
 from lumina.run.folder import Run
 from lumina.training.observer import Emit
 
-MARKS = (f'"t":"{TRIAL}"'.encode(), f'"{OUTCOME}"'.encode())  # of the few lines of a log that are read
+MARKS = (f'"t":"{TRIAL}"'.encode(), f'"{PROBATION}"'.encode())  # of the few lines of a log that are read
 
 
 class Experience:
@@ -41,7 +41,7 @@ class Experience:
     def __call__(self, event: Event) -> None:
         """Keeps what this event says of a trial, and when an attempt goes on what earlier ones left."""
         why: Any = event.get("why") if event["t"] == "run" else event
-        settles = isinstance(why, dict) and why.get(KIND) == OUTCOME
+        settles = isinstance(why, dict) and PROBATION in (why.get(EVIDENCE) or {})
         resumes = event["t"] == "run" and bool(event["attempt"])
         if not self.broken and (event["t"] == TRIAL or settles or resumes):
             self._keep(event)

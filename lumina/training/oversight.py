@@ -16,6 +16,7 @@ from lumina.orchestrator.protocol import Decision, Observation
 from lumina.orchestrator.signals import Facts
 from lumina.run import lineage
 from lumina.training import failing
+from lumina.training.experience import Experience
 from lumina.training.following import Leading, follow
 from lumina.training.memory import usable
 
@@ -35,7 +36,9 @@ class Oversight:
         self.seen: Observation | None = None  # the last that was heard of the run as it is now
         self.orchestrator: Orchestrator | None = None
         if mode != "off" and session.world.main:
-            self.orchestrator = Orchestrator(mode, Facts.of(session.config), session._emit)
+            self.experience = Experience(session.run, session.config, session._emit)
+            taught = self.experience.recall(session.state.progress.step)
+            self.orchestrator = Orchestrator(mode, Facts.of(session.config), session._emit, taught)
             self.alarms = Alarms(usable(session.config.parallel.device), session._emit)
 
     def begin(self) -> None:
@@ -69,6 +72,7 @@ class Oversight:
         orchestrator = self.orchestrator
         if orchestrator is None:
             return
+        self.experience(event)
         self._guarded(lambda: self.alarms(event))
         if event["t"] == "forecast":
             self._guarded(lambda: orchestrator.forecast(event))

@@ -128,7 +128,7 @@ def test_what_trials_did_not_mend_is_tried_otherwise_then_handed_over() -> None:
         one.quiet = 0
         choice = one.decide(rates, because("learning rate"), CALM, ())
         asked.append([candidate.text for candidate in choice.tries])
-        one.held_trial("learning rate", 100, [0.01], None, 300)
+        one.held_trial("learning rate", 100, [], None, 300)
     assert asked == [
         ["lr.scale=0.5", "lr.scale=2"],
         ["lr.scale=0.1", "lr.scale=0.25", "optimizer.reset=1 + lr.warmup=20"],
@@ -140,8 +140,8 @@ def test_what_trials_did_not_mend_is_tried_otherwise_then_handed_over() -> None:
 
 def test_what_won_before_comes_first_and_nothing_is_left_out() -> None:
     rates = finding("plateau", hard=False)
-    taught = [Taught("learning rate", "lr.scale up", True, 0.1, 0.05, 0.01, "dense", f"run {n}", n) for n in range(3)]
-    one = Policy("act", FACTS, confidence=Confidence(taught))
+    taught = [Taught("learning rate", "lr.scale 2", True, 0.1, 0.05, 0.01, "dense", f"run {n}", n) for n in range(3)]
+    one = Policy("act", FACTS, taught=Confidence(taught))
     choice = one.decide(rates, because("learning rate"), CALM, ())
     assert [candidate.text for candidate in choice.tries] == ["lr.scale=2", "lr.scale=0.5"]
 
