@@ -24,8 +24,8 @@ NAME, ACTION, GAIN, LOW, NOISE = "name", "action", "gain", "low", "noise"
 KIND, OUTCOME, EVIDENCE, OF, HELD = "kind", "outcome", "evidence", "of", "held"
 
 PRIOR = 0.5  # of either end: Jeffreys'
-# All that an action did against other faults counts as so many of its verdicts on this one, at most. Two is little: with
-# the third of its own these outweigh it. But what lost everywhere is not tried first where it is new.
+# All that an action did against other faults counts as so many of its verdicts on this one, at most. Two is little: the
+# third of its own outweighs it. But what lost everywhere is not tried first where it is new.
 ELSEWHERE = 2.0
 LEVEL = 0.9  # of the credible interval
 HALVINGS = 60  # of an interval of 1: beyond the digits of a float
