@@ -233,6 +233,7 @@ def told(entry: Entry) -> str:
     if why:
         lines.append(f"  cause     {why['cause']}")
     lines += [f"  why       {entry.reason}"] if entry.reason else []
+    lines += _tried(entry.evidence.get("trial"))
     for name, values in entry.evidence.get("window", {}).items():
         known = [value for value in values[-8:] if value is not None]
         lines += [f"  {name:<9} {' '.join(f'{value:.4g}' for value in known)}"] if known else []
@@ -241,6 +242,23 @@ def told(entry: Entry) -> str:
     lines += [f"  undo      {name}" for name in [*entry.undo, entry.undone] if name]
     lines += [f"  see       {link}" for link in entry.links]
     return "\n".join(lines)
+
+
+def _tried(trial: Any) -> list[str]:
+    """The arms of a trial, and what it cost."""
+    if not isinstance(trial, Mapping):
+        return []
+    lines = [f"  tried     {arm['asks']}: {_arm(arm)}" for arm in trial["arms"] if "gain" in arm]
+    held = f"{trial['pairs']} pairs of {trial['steps']} steps and {trial['probe']} of the probe"
+    cost = f"{trial['spent']:.0f} steps' worth of compute, {trial['seconds']:.0f} s counted"
+    return [*lines, f"  cost      {cost}: {held}; {trial['left']:.0f} are left"]
+
+
+def _arm(arm: Mapping[str, Any]) -> str:
+    gain, low, noise = (arm[name] for name in ("gain", "low", "noise"))
+    if not math.isfinite(gain):
+        return "ends where the control does not" if arm["won"] else "no end that can be compared"
+    return f"{gain:+.4f} nats, at least {low:+.4f}, noise of a pair {noise:.4f}{', won' if arm['won'] else ''}"
 
 
 def _words(action: str) -> str:

@@ -41,13 +41,17 @@ class Orchestrator:
     `emit` takes the type of an event and its fields.
     """
 
-    def __init__(self, mode: Mode, facts: Facts, emit: Emit, taught: Confidence | None = None) -> None:
+    def __init__(self, mode: Mode, facts: Facts, emit: Emit) -> None:
         self.mode, self.emit = mode, emit
-        self.signals, self.policy = Signals(facts), Policy(mode, facts, taught=taught or Confidence())
+        self.signals, self.policy = Signals(facts), Policy(mode, facts)
         self.waiting: Finding | None = None  # what has to be tried yet, or was being tried when the attempt ended
         self.heard: dict[str, int] = {}  # the last step of each rule's findings, worse ones apart
         self.fresh: set[Subject] = set()
         self.ended = mode == "off"
+
+    def learn(self, taught: Confidence) -> None:
+        """What earlier runs taught, before the first step of an attempt."""
+        self.policy.taught = taught
 
     # -- what it hears -----------------------------------------------------------------------------------------------
 

@@ -150,17 +150,8 @@ def result(trial: Trial) -> str:
     """What came of it, one sentence for a person."""
     if trial.void:
         return f"Tried, but nothing can be concluded: {trial.void}"
-    names = {one.name: one.text for one in trial.candidates}
-    figures = "; ".join(f"{names[one.name]} {_figures(one)}" for one in trial.judged)
-    said = f"{trial.size.pairs} pairs of {trial.size.steps} steps and a probe of {trial.size.probe}"
-    head = f"{names[trial.won.name]} won" if trial.won else "Nothing won"
-    return f"{head}, in {said}: {figures}"
-
-
-def _figures(one: Judged) -> str:
-    if not math.isfinite(one.mean):
-        return "ends where the control does not" if one.won else "does not come to an end that can be compared"
-    return f"{one.mean:+.4f} nats (at least {one.low:+.4f}, noise of a pair {one.noise:.4f})"
+    head = f"{trial.won.text} won" if trial.won else "Nothing won"
+    return f"{head}, in {trial.size.pairs} pairs of {trial.size.steps} steps and a probe of {trial.size.probe}"
 
 
 def _short(value: float) -> float:

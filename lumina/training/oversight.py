@@ -16,7 +16,6 @@ from lumina.orchestrator.protocol import Decision, Observation
 from lumina.orchestrator.signals import Facts
 from lumina.run import lineage
 from lumina.training import failing
-from lumina.training.experience import Experience
 from lumina.training.following import Leading, follow
 from lumina.training.memory import usable
 
@@ -36,9 +35,7 @@ class Oversight:
         self.seen: Observation | None = None  # the last that was heard of the run as it is now
         self.orchestrator: Orchestrator | None = None
         if mode != "off" and session.world.main:
-            self.experience = Experience(session.run, session.config, session._emit)
-            taught = self.experience.recall(session.state.progress.step)
-            self.orchestrator = Orchestrator(mode, Facts.of(session.config), session._emit, taught)
+            self.orchestrator = Orchestrator(mode, Facts.of(session.config), session._emit)
             self.alarms = Alarms(usable(session.config.parallel.device), session._emit)
 
     def begin(self) -> None:
@@ -55,6 +52,7 @@ class Oversight:
     def _recall(self) -> None:
         assert self.orchestrator
         session, known = self.session, self.session.state.unpacked
+        self.orchestrator.learn(session.experience.recall(session.state.progress.step))
         if known is not None:
             self.orchestrator.unpack(known)
         if since := lineage.ways_back(session.run, session.state.saved_in):
@@ -72,7 +70,6 @@ class Oversight:
         orchestrator = self.orchestrator
         if orchestrator is None:
             return
-        self.experience(event)
         self._guarded(lambda: self.alarms(event))
         if event["t"] == "forecast":
             self._guarded(lambda: orchestrator.forecast(event))

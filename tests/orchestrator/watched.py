@@ -62,6 +62,7 @@ class Door:
         self.why: list[Decision] = []
         self.replays = 0
         self.returned: Callable[[int], None] = lambda step: None  # hears of a way back, as training does
+        self.saved: Callable[[int], None] = lambda step: None  # hears of a checkpoint
         self.step, self.last, self.step_seconds = 0, 100_000, 0.5
         self.overlays: tuple[Overlay, ...] = ()
         self.end: End = lambda name, laid, pair: 2.0  # held-out loss of an arm
@@ -93,6 +94,7 @@ class Door:
     def commit(self, why: Decision, fork: Any, outcome: Outcome) -> list[Any]:
         if self.refuse:
             raise UserError(self.refuse, "mend it")
+        self.saved(self.step)
         self._do(why, "commit", *(one.id for one in self.held))
         self.overlays = (*self.overlays, *self.held)
         self.step += outcome.steps
@@ -137,6 +139,7 @@ class Watch:
         self.door = Door(**door)
         self.door.returned = lambda step: self.orchestrator.return_to(self.packed[step])
         self.packed = dict[int, dict[str, Any]]()  # of restore points
+        self.door.saved = lambda step: self.packed.update({step: self.orchestrator.pack()})
 
     def _emit(self, type: str, **fields: Any) -> None:
         self.told.append({"t": type, "attempt": 0, **fields})

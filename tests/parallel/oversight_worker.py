@@ -29,6 +29,9 @@ class Thinker:
     def __init__(self, mode: str, *_: object) -> None:
         self.back = False
 
+    def learn(self, taught: Any) -> None:
+        pass
+
     def forecast(self, event: dict[str, Any]) -> None:
         pass
 

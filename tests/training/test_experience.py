@@ -18,10 +18,15 @@ from lumina.training.session import Session
 from lumina.training.trainer import Trainer
 
 STEP = Session._step
-FAULT, SLOW = "learning rate (drift)", "lr.scale down"
-ARM = {"name": "slow", "action": SLOW, "gain": 0.03, "low": 0.02, "noise": 0.004, "pairs": [0.03]}
-TRIAL = {"id": "t2", "rule": "drift", "cause": "learning rate", "arms": [ARM], "winner": "slow"}
-FELL = {"kind": "outcome", "rule": "drift", "action": "lr.scale=0.5", "evidence": {"of": 2, "held": False}}
+FAULT, SLOW = "learning rate", "lr.scale 0.5"
+ARM = {"name": "slow", "action": SLOW, "gain": 0.03, "low": 0.02, "noise": 0.004, "won": True}
+TRIAL = {"id": "t2", "rule": "drift", "fault": FAULT, "arms": [ARM], "winner": "slow"}
+FELL = {
+    "kind": "outcome",
+    "rule": "drift",
+    "action": "lr.scale=0.5",
+    "evidence": {"held": False, "probation": {"trial": "t2"}},
+}
 
 
 class PowerCut(BaseException):

@@ -31,6 +31,9 @@ class Spy:
     def __init__(self, mode: str, facts: Facts, emit: Emit) -> None:
         self.mode, self.count = mode, 0
 
+    def learn(self, taught: Any) -> None:
+        pass
+
     def forecast(self, event: dict[str, Any]) -> None:
         pass
 
