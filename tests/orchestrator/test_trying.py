@@ -144,6 +144,7 @@ def test_what_cannot_wait_undoes_what_is_on_probation_unless_the_data_did_it(
     one = watch(monkeypatch, 300)
     one.door.end = better(0.1)
     one.run(1, 300)
+    one.door.known = tuple(range(0, 301, 50))
     step = one.orchestrator.signals.step + 5
     found = Finding("divergence", step, step - 3, "planted", True, {})
     detector = Detector("divergence", lambda signals: found if signals.step == step else None, hard=True)
