@@ -255,8 +255,9 @@ SIGNS = (
 
 
 LONG = (
-    "Probes longer than h / 2 were added when the others had not done, and first tried on 0.15M muon seed 5: that "
-    "m = 100 has the sign was found on that run, and tried on the others."
+    "Probes longer than h / 2 were added when the others had not done: that m = 100 has the sign was found on 0.15M "
+    "muon seed 5, and tried on the others. These runs have no truth of their own; other seeds say how their candidates "
+    "end, on another machine, whose Python has other sources to train on."
 )
 
 
