@@ -74,7 +74,7 @@ def gauntlet(
         print_json(scoring.as_json(results))
         return
     found = running.scores(results)
-    for made in (scoring.faults(found), scoring.traps(found)):
+    for _, made in scoring.tables(found):
         if made[1]:
             typer.echo("")
             print_table(*made, left=3)

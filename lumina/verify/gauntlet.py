@@ -31,6 +31,7 @@ HEALTHY_RUNS = 8  # of a kind, at least: their losses' standard deviation is sig
 KEYS: dict[str, Any] = {
     "train.steps": STEPS, "train.batch_tokens": TOKENS, "train.warmup": 0.05, "train.decay": 0.2,
     "train.eval_every": 0, "checkpoint.every": 250, "telemetry.log_every": 50, "data.train": ["sample"],
+    "orchestrator.trial.budget": 1,  # of a run as short as this; what trials took of it is reported
 }  # fmt: skip
 
 
@@ -59,6 +60,7 @@ class Result:
     stopped: str = ""  # by whom; empty if it came to its end
     failed: str = ""  # what ended the orchestrator itself
     decisions: list[dict[str, Any]] = field(default_factory=list)  # step, kind, rule, action, cause, reason, outcome
+    trials: list[dict[str, Any]] = field(default_factory=list)  # verdicts and refusals, as the log has them
     seconds: float = 0.0
 
     @property
@@ -76,6 +78,19 @@ class Result:
         """Of the first diagnosis since the fault that was acted on, or else of the first that there is."""
         done = [one for one in self.about if one in self.acted]
         return next((one["cause"] for one in [*done, *self.about] if one["cause"]), "")
+
+    @property
+    def won(self) -> list[str]:
+        """What won a trial and was not undone."""
+        fallen = [one["action"] for one in self.decisions if one["kind"] == "act" and one["action"].startswith("undo ")]
+        won = [trial for trial in self.trials if trial.get("winner")]
+        asks = [next(arm["asks"] for arm in one["arms"] if arm["name"] == one["winner"]) for one in won]
+        return asks[: len(asks) - len(fallen)]
+
+    @property
+    def spent(self) -> float:
+        """On trials, steps' worth of compute over the steps of the run."""
+        return sum(float(trial.get("spent", 0.0)) for trial in self.trials) / max(1, self.steps)
 
     @property
     def delay(self) -> int | None:
@@ -145,6 +160,7 @@ def _train(arm: Arm, start: float) -> Result:
         stopped,
         next((event["error"] for event in told if event["t"] == "incident" and event["kind"] == KIND), ""),
         [{name: getattr(one, name) for name in names} for one in entries(told)],
+        [dict(event) for event in told if event["t"] == "trial" and event["kind"] != "begin"],
         round(time.perf_counter() - start, 1),
     )
 
@@ -177,6 +193,9 @@ class Score(NamedTuple):
     delays: list[int]
     causes: list[str]
     acted: list[str]
+    won: list[list[str]]  # by trial, of each run
+    spent: list[float]  # on trials, over the steps of the run
+    refused: list[str]  # why trials were not held
 
     @property
     def hurt(self) -> list[bool]:
@@ -214,7 +233,10 @@ def scores(results: Sequence[Result]) -> list[Score]:
         excess = [value / sigma for value in nats]
         delays = [r.delay for r in mine if r.delay is not None]
         acted = [one["action"] for r in mine for one in r.acted]
-        found.append(Score(case, kind, mode, excess, nats, away, good, delays, [r.cause for r in mine], acted))
+        won, spent = [r.won for r in mine], [r.spent for r in mine]
+        refused = [one["reason"] for r in mine for one in r.trials if one["kind"] == "refused"]
+        causes = [r.cause for r in mine]
+        found.append(Score(case, kind, mode, excess, nats, away, good, delays, causes, acted, won, spent, refused))
     return found
 
 

@@ -40,8 +40,9 @@ MEANING = (
     f"if that is more than {HURTS:g}. *rescued*: of those that hurt, how many ended at most {SIGMAS:g} above. "
     "*avoided*: 1 - above / alone, median of those. *heard*: steps from the fault to the first decision about it. "
     "*diagnosed*: the causes that were named, of the decision that was acted on if there was one. *done*: what changed "
-    "the run, without what the guard skipped. A trap is *left alone* if nothing was done and the run is to the bit the "
-    "one that nobody watched."
+    "the run, without what the guard skipped. *something won*: runs in which an intervention won a trial and was kept; "
+    "*cost*: what trials took, probation and evaluations included, over the steps of the run. A trap is *left alone* "
+    "if nothing was done and the run is to the bit the one that nobody watched."
 )
 
 
@@ -71,6 +72,22 @@ def traps(found: Sequence[Score]) -> Table:
     return ["trap", "kind", "mode", "left alone", "done"], rows
 
 
+def trials(found: Sequence[Score]) -> Table:
+    """Of each fault and kind for which something was tried."""
+    rows = []
+    for one in found:
+        tried = any(one.spent) or one.refused
+        if tried:
+            won = Counter(action for actions in one.won for action in actions)
+            by = sum(bool(actions) for actions in one.won)
+            rescued = sum(good for good, actions in zip(one.good, one.won, strict=True) if actions)
+            cost = f"{100 * statistics.median(one.spent):.0f} % ({100 * max(one.spent):.0f})"
+            names = ", ".join(f"{action} {n}" for action, n in won.items()) or "nothing"
+            cells = [f"{by} of {len(one.won)}", names, str(rescued), cost, str(len(one.refused))]
+            rows.append([one.case, one.kind, one.mode, *cells])
+    return ["case", "kind", "mode", "something won", "what", "rescued by it", "cost, median (most)", "refused"], rows
+
+
 def page(results: Sequence[Result], command: str) -> str:
     """The dated report."""
     found = scores(results)
@@ -83,8 +100,13 @@ def page(results: Sequence[Result], command: str) -> str:
     for case in (CASES[name] for name in dict.fromkeys(one.case for one in found)):
         causes = f" A right diagnosis: {' or '.join(sorted(case.causes))}." if case.fault else ""
         said.append(f"- **{case.name}**: {case.text}{_setting(case)}.{causes}")
-    tables = [table(title, *made) for title, made in (("Faults", faults(found)), ("Traps", traps(found))) if made[1]]
-    return "\n".join([*lines, *said]) + "\n" + "".join(tables) + _ended(results)
+    shown = [table(title, *made) for title, made in tables(found) if made[1]]
+    return "\n".join([*lines, *said]) + "\n" + "".join(shown) + _ended(results)
+
+
+def tables(found: Sequence[Score]) -> list[tuple[str, Table]]:
+    """All tables, with their titles."""
+    return [("Faults", faults(found)), ("Trials", trials(found)), ("Traps", traps(found))]
 
 
 def _setting(case: Case) -> str:
