@@ -15,7 +15,7 @@ from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.protocol import Replay
 from lumina.orchestrator.robust import median
 from lumina.orchestrator.signals import Signals
-from lumina.orchestrator.windows import LEAVES, SEVERE
+from lumina.orchestrator.windows import BLOCK, LEAVES, SEVERE
 
 Cause = Literal["data", "learning rate", "optimizer state", "numerics", "router", "depth", "config", "hardware", "none"]
 Verdict = Literal["differs", "data", "any batch", ""]
@@ -111,7 +111,8 @@ def shows(finding: Finding, signals: Signals) -> dict[Cause, tuple[int, str]]:
         hint("data", 2, "the golden batch, read as training reads, has left the held-out text")
     if signals.facts.top_k and (pushed := signals.push.times(PUSHED) or 0.0) > LEAVES:
         hint("router", 2, f"the routers get {pushed:.3g} times the gradient that they got")
-    if signals.loads.narrow and max(signals.loads.narrow) > 0:
+    loads = signals.loads
+    if any(loads.narrow) or any(once and steps > BLOCK for once, steps in zip(loads.even, loads.few, strict=True)):
         hint("router", 1, "few experts get most of the tokens")
     if finding.rule in RULES:
         hint(RULES[finding.rule], 2, finding.text)

@@ -132,7 +132,7 @@ class Signals:
             self.refused = [*self.refused[1 - KEPT :], seen.step]
         self.level.take(seen.loss, self.loss.spread, self.facts.uniform, self.changed > 0 and seen.stage == "warmup")
         self.pace.take(seen.lr, seen.stage == "stable")
-        self.push.take(seen.grad_router)
+        self.push.take(seen.grad_router if seen.stage != "warmup" else None)
         self.contents.take(seen.content)
         self.loads.take(seen.load, self.facts.assignments)
         if seen.capacity and all(map(math.isfinite, seen.capacity)):

@@ -276,8 +276,20 @@ def over_balance(session: Session, step: int, seed: int) -> None:
 
 
 def frozen_predictor(session: Session, step: int, seed: int) -> None:
-    """F15: the depth predictors learn no more, while what they predict does."""
+    """F15: the depth predictors learn no more, and want what they did not want.
+
+    Frozen alone they cost 0.004 nats from step 200 on and 0.015 from step 60 on, which is within noise: routers settle
+    early.
+    """
     _planned(session, step, lambda values: {"predictor": 0.0})
+
+    def around(take: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad():
+            for router in session.parts.model.routers:
+                router.predictor.w_out.neg_()
+        return take()
+
+    _once(session, step, around)
 
 
 def unbalanced(session: Session, step: int, seed: int) -> None:
@@ -322,15 +334,19 @@ def dead_experts(session: Session, step: int, seed: int) -> None:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 LONG = {"train.steps": 900}  # what is wrong for good shows slowly, and whoever mends it has to show it, too
-LATER = 400
+# An expert takes its fair share at most, as in Switch Transformers: without, `tiny` does as well on two experts.
+LIMITED = LONG | {"model.moe.capacity": 1.0}
+LATER = 300  # routers are even by then
 HEALTHY = Case("healthy", "nothing is done")
-SOUND = {case.name: case for case in (HEALTHY, Case("healthy, long", "the same for longer", keys=LONG))}
+HEALTHY_LONG = Case("healthy, long", "the same for longer", keys=LONG)
+HEALTHY_LIMITED = Case("healthy, limited", "the same for longer, experts limited", kinds=("moe",), keys=LIMITED)
+SOUND = {case.name: case for case in (HEALTHY, HEALTHY_LONG, HEALTHY_LIMITED)}
 
 
-def _slow(name: str, text: str, plant: Plant, cause: str, *kinds: str) -> Case:
+def _slow(name: str, text: str, plant: Plant, cause: str, against: Case, *kinds: str) -> Case:
     """Wrong from then on, and heard by what it does: a longer run, for the way back is tried before it is gone."""
-    of = kinds or KINDS
-    return Case(name, text, plant, frozenset({cause}), of, LONG, first=LATER, against="healthy, long")
+    of = kinds or against.kinds
+    return Case(name, text, plant, frozenset({cause}), of, against.keys, first=LATER, against=against.name)
 
 
 BOTH = {"data.train": ["sample", "sample_chat"]}
@@ -340,18 +356,37 @@ FAULTS = (
     Case("junk", "F3: 150 batches of random bytes", _junk(150), frozenset({"data"})),
     Case("lr burst", "F2: one step at 100 times the learning rate", _burst(100.0), frozenset({"learning rate"})),
     Case("stuck loader", "F6: the same four batches again and again", stuck_loader, frozenset({"data"})),
-    _slow("lr high", "F1: ten times the learning rate is planned", _rate(10.0), "learning rate"),
-    _slow("lr low", "F8: a fiftieth of the learning rate is planned", _rate(0.02), "learning rate"),
+    _slow("lr high", "F1: ten times the learning rate is planned", _rate(10.0), "learning rate", HEALTHY_LONG),
+    _slow("lr low", "F8: a fiftieth of the learning rate is planned", _rate(0.02), "learning rate", HEALTHY_LONG),
     _slow(
         "unbalanced",
-        "F10: nothing balances, and one expert's router row is 20 times as large",
+        "F10: nothing balances, and router rows 20 times as large want all tokens",
         unbalanced,
         "router",
-        "moe",
+        HEALTHY_LIMITED,
     ),
-    _slow("dead experts", "F11: two experts' router rows are zero, their biases -5", dead_experts, "router", "moe"),
-    _slow("over-balance", "F12: the balance loss weighs 10, a thousand times the usual", over_balance, "router", "moe"),
-    _slow("frozen predictor", "F15: the depth predictors learn no more", frozen_predictor, "depth", "mod"),
+    _slow(
+        "dead experts",
+        "F11: two experts' router rows are zero, their biases -5",
+        dead_experts,
+        "router",
+        HEALTHY_LIMITED,
+    ),
+    _slow(
+        "over-balance",
+        "F12: the balance loss weighs 10, a thousand times the usual",
+        over_balance,
+        "router",
+        HEALTHY_LIMITED,
+    ),
+    _slow(
+        "frozen predictor",
+        "F15: the depth predictors are turned around, and learn no more",
+        frozen_predictor,
+        "depth",
+        HEALTHY_LONG,
+        "mod",
+    ),
 )
 TRAPS = (
     Case("cosine", "H1: a plain cosine", keys={"train.schedule": "cosine"}),
