@@ -23,11 +23,13 @@ from lumina.orchestrator.protocol import ENDPOINT
 ALPHA = 0.05
 SIGMAS = 2.0
 LEAST = 0.01  # nats: a tie, however sure (the tolerance of Merrill et al. 2025, 2505.23971, for a branch as good)
-NOISE = 0.005  # nats: of a pair, before a run has measured its own (benchmarks/trials)
+NOISE = 0.004  # nats: of a pair, before a run has measured its own (0.0014 to 0.0058 in benchmarks/trials)
 PAIRS, MOST_PAIRS = 3, 6
 SHORTEST, LONGEST = 100, 400  # steps before the probe
 SHARE = 0.1  # of the rest of the run: what is taken of it before the probe, within these
-PROBE = 0.25  # of the steps before it
+# Of the steps before it. A quarter is too little: in the pilot a decay of 25 steps left each cut of the rate ahead that a
+# decay of 100 showed to be none (benchmarks/trials).
+PROBE = 1.0
 
 
 class Size(NamedTuple):

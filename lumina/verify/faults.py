@@ -333,7 +333,7 @@ def dead_experts(session: Session, step: int, seed: int) -> None:
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
-LONG = {"train.steps": 900}  # what is wrong for good shows slowly, and whoever mends it has to show it, too
+LONG = {"train.steps": 1900}  # what is wrong for good shows slowly, and whoever mends it has to show it, too
 # An expert takes its fair share at most, as in Switch Transformers: without, `tiny` does as well on two experts.
 LIMITED = LONG | {"model.moe.capacity": 1.0}
 LATER = 300  # routers are even by then
