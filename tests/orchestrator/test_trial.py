@@ -71,15 +71,16 @@ def test_a_tie_of_winners_goes_to_the_first_and_a_better_one_has_to_prove_it() -
 def test_a_trial_is_as_long_as_rest_and_budget_allow() -> None:
     long = size(1, NOISE, 20_000, 10_000)
     assert long == Size(trial.LONGEST, round(trial.PROBE * trial.LONGEST), PAIRS)
-    short = size(1, NOISE, 20_000, 1200)
+    short = size(1, NOISE, 20_000, 2000)
     assert isinstance(short, Size)
     assert short.steps == trial.SHORTEST
-    assert size(1, NOISE, 20_000, 1200, settle=300) != short  # no arm is shorter than what the optimizer remembers
+    assert isinstance(size(1, NOISE, 20_000, 2000, settle=300), str)  # no arm is shorter than the optimizer's memory
 
 
 def test_noise_asks_for_more_pairs_until_more_would_not_see_more() -> None:
     pairs = [found.pairs for noise in (0.002, 0.005, 0.05) if isinstance(found := size(3, noise, 9000, 1e6), Size)]
     assert pairs == [3, 4, 4]
+    assert detectable(3, 2, NOISE) <= LEAST  # two candidates need no more pairs than one
     assert detectable(3, 3, 0.002) <= LEAST
     assert detectable(4, 3, 0.05) == pytest.approx(0.1)
 
@@ -88,7 +89,7 @@ def test_what_does_not_fit_is_refused_with_the_figures() -> None:
     poor, late = size(2, NOISE, 9000, 700.4), size(2, NOISE, 200, 1e6)
     assert isinstance(poor, str)
     assert "steps' worth of compute, and 700 are left of orchestrator.trial.budget" in poor
-    assert late == "a trial and its probation take 225 steps, and the run has 200 left"
+    assert late == "a trial and its probation take 300 steps, and the run has 200 left"
 
 
 def test_the_cost_is_that_of_all_arms_less_the_winner_s_steps() -> None:

@@ -21,7 +21,7 @@ from lumina.orchestrator.trying import Trial
 
 HEARD, STEPS = 14, 60  # what is heard of step 14 is tried behind step 15
 MEMORY = 10  # steps, of the optimizer: as long as an arm, for none may be shorter
-PROBE = 2  # steps
+PROBE = 3  # steps: shorter than a trial's own
 
 
 def heard(signals: Signals) -> Finding | None:
@@ -44,6 +44,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, winner: str = "", loses: bool = False
     monkeypatch.setattr("lumina.orchestrator.orchestrator.DETECTORS", (found,))
     monkeypatch.setattr(trial, "SHORTEST", 3)
     monkeypatch.setattr(trial, "LONGEST", MEMORY)
+    monkeypatch.setattr(trial, "PROBE", PROBE / MEMORY)
 
     def decided(name: str, control: Sequence[float], ends: Sequence[float], candidates: int) -> Judged:
         return replace(judge(name, control, ends, candidates), won=name == winner)
