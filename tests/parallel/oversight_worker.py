@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from forks import WHY, act, request, require_equal
+from trials import HEARD, STEPS, keys, plant, told
 
 from lumina.config.overlay import Overlay
 from lumina.orchestrator.protocol import Controls, Observation, Replay
@@ -80,6 +81,26 @@ def main(root: Path) -> None:
         assert Thinker.heard == []
     assert [found.same for found in Thinker.found if found] == [True, True] * world.main
     replicas(root, world.rank)
+    trials(root, world.main)
+
+
+def trials(root: Path, main: bool) -> None:
+    """Arms are taken by both in step: what won is the run that had it, what did not the run that never tried."""
+    wanted = keys(root, "moe")
+    alone = Trainer("tiny", root=root / "alone", **keys(root, "moe", orchestrator__mode="off")).fit()
+    with pytest.MonkeyPatch.context() as patch:
+        act(patch, {HEARD + 1: lambda controls: controls.overlay(WHY, "lr.scale", 2.0)})
+        laid = Trainer("tiny", root=root / "laid", **keys(root, "moe", orchestrator__mode="off")).fit()
+    for winner, same in (("", alone), ("lr-2", laid)):
+        with pytest.MonkeyPatch.context() as patch:
+            plant(patch, winner)
+            run = Trainer("tiny", root=root / f"tried {winner}", **wanted).fit()
+        if main:
+            require_equal(same, run, watched=False, steps=STEPS)
+            (verdict,) = told(list(run.events()), "trial", kind="verdict")
+            assert verdict["winner"] == (winner or None)
+            assert verdict["placebo"] is not None
+            assert verdict["void"] == ""
 
 
 def replicas(root: Path, rank: int) -> None:
