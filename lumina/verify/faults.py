@@ -338,8 +338,8 @@ LONG = {"train.steps": 1900}  # what is wrong for good shows slowly, and whoever
 LIMITED = LONG | {"model.moe.capacity": 1.0}
 LATER = 300  # routers are even by then
 HEALTHY = Case("healthy", "nothing is done")
-HEALTHY_LONG = Case("healthy, long", "the same for longer", keys=LONG)
-HEALTHY_LIMITED = Case("healthy, limited", "the same for longer, experts limited", kinds=("moe",), keys=LIMITED)
+HEALTHY_LONG = Case("healthy long", "the same for longer", keys=LONG)
+HEALTHY_LIMITED = Case("healthy limited", "the same for longer, experts limited", kinds=("moe",), keys=LIMITED)
 SOUND = {case.name: case for case in (HEALTHY, HEALTHY_LONG, HEALTHY_LIMITED)}
 
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from watched import look, replay, seen, watched
+from watched import MOE, look, replay, seen, watched
 
 from lumina.orchestrator.detectors.table import DETECTORS
 from lumina.orchestrator.diagnosis import Diagnosis, diagnose
@@ -121,6 +121,8 @@ def test_the_golden_batch_points_to_the_way_of_data() -> None:
         ("loader", "data"),
         ("starvation", "router"),
         ("collapse", "router"),
+        ("router_gradient", "router"),
+        ("pace", "learning rate"),
         ("mod_capacity", "depth"),
         ("spike", "none"),
     ],
@@ -140,3 +142,22 @@ def test_it_reads_as_one_paragraph() -> None:
     without = diagnose(finding, None, signals)
     assert "no restore point" in without.text
     assert isinstance(replay(1, 2.0), Replay)
+
+
+def test_what_routers_do_at_the_time_is_told_of_findings_that_are_of_anything() -> None:
+    fair, few = ((1.1, 0.9, 1.05, 0.95),), ((2.0, 1.9, 0.1, 0.0),)
+    sound = watched(230, MOE, load=fair, grad_router=0.05)
+    for step in range(231, 271):
+        sound.observe(seen(step, load=few, grad_router=0.05))
+    assert diagnose(Finding("drift", 270, 240, "above the forecast"), None, sound).cause == "router"
+    pushed = watched(230, MOE, load=fair, grad_router=0.05)
+    for step in range(231, 234):
+        pushed.observe(seen(step, load=fair, grad_router=5.0, grad_norm=20.0))
+    assert diagnose(heard(pushed, "explosion"), None, pushed).cause == "router"
+
+
+def test_a_predictor_that_rests_is_depth_and_not_the_optimizer() -> None:
+    signals = watched(150)
+    signals.looked(look(150, broken=("predictor: no step since the last look moved blocks.1.router.predictor.w_in",)))
+    found = heard(signals, "looked")
+    assert (found.hard, diagnose(found, None, signals).cause) == (False, "depth")

@@ -22,6 +22,7 @@ AT = 5  # step from which on it is wrong, of 10
 
 def begun(folder: Path, name: str, kind: str, *overlays: Overlay, **keys: Any) -> Session:
     """A session that trained to its end with a fault in it."""
+    folder.mkdir(exist_ok=True)
     session = stand("tiny", request(folder, kind, orchestrator__mode="advise", **keys), folder / "runs")
     plant = CASES[name].plant
     assert plant
@@ -59,3 +60,27 @@ def test_a_wrong_balance_is_the_plan(tmp_path: Path) -> None:
     assert [session.course.values(step)["balance"] for step in (4, 5, 7, 8)] == [0.0, 10.0, 10.0, 0.0]
     assert {moe.router.balance for moe in session.parts.model.moes} == {0.0}
     assert broken(session) == []
+
+
+def test_routers_collapse_and_biases_rest_as_planned(tmp_path: Path) -> None:
+    session = begun(tmp_path, "unbalanced", "moe")
+    assert [session.course.values(step)["bias_rate"] for step in (4, 5)] == [1e-3, 0.0]
+    router = session.parts.model.moes[0].router
+    norms = router.weight.detach().norm(dim=1)
+    assert norms[:2].min() > 10 * norms[2:].max()
+    assert router.fraction_E[:2].sum() > 0.9
+    assert broken(session) == []
+
+
+def test_experts_that_are_dead_get_nothing_and_their_bias_is_told(tmp_path: Path) -> None:
+    session = begun(tmp_path, "dead experts", "moe")
+    for router in (moe.router for moe in session.parts.model.moes):
+        assert sorted(router.fraction_E.tolist()) == [0.0, 0.0, 0.5, 0.5]
+    assert {text.partition(": ")[0] for text in broken(session)} == {"router bias"}
+
+
+def test_a_predictor_that_rests_is_told_and_one_that_was_asked_to_learn_is_not(tmp_path: Path) -> None:
+    session = begun(tmp_path / "alone", "frozen predictor", "mod")
+    assert {text.partition(": ")[0] for text in broken(session)} == {"predictor"}
+    mended = begun(tmp_path / "mended", "frozen predictor", "mod", Overlay("mend", "predictor", 1.0, AT))
+    assert broken(mended) == []

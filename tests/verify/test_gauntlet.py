@@ -14,7 +14,7 @@ import pytest
 from lumina.cli import main
 from lumina.orchestrator.signals import Signals
 from lumina.verify import gauntlet, report, scoring
-from lumina.verify.faults import CASES, FAULTS, HEALTHY, KINDS, TRAPS, Case, _junk
+from lumina.verify.faults import CASES, FAULTS, HEALTHY, KINDS, SOUND, TRAPS, Case, _junk
 from lumina.verify.gauntlet import Arm, Result
 
 SHORT = gauntlet.KEYS | {
@@ -159,6 +159,25 @@ def test_arms_have_healthy_runs_of_the_same_seeds_and_each_case_alone() -> None:
     assert {arm.case for arm in gauntlet.arms([CASES["cosine"]], ["moe"], [7])} == {"cosine"}
 
 
+def test_a_longer_case_is_held_against_healthy_runs_as_long() -> None:
+    arms = gauntlet.arms([CASES["dead experts"], CASES["junk"]], KINDS, [7], ["act"])
+    sound = {(arm.case, arm.kind) for arm in arms if arm.case in SOUND}
+    assert sound == {("healthy limited", "moe"), *((HEALTHY.name, kind) for kind in KINDS)}
+    late, soon = (next(arm.step for arm in arms if arm.case == case) for case in ("dead experts", "junk"))
+    assert late - soon == CASES["dead experts"].first - gauntlet.FIRST
+    for case in FAULTS:
+        assert case.keys == SOUND[case.against].keys
+        assert set(case.kinds) <= set(SOUND[case.against].kinds)
+    results = [made("healthy limited", seed, 2.0 + 0.1 * seed, "off") for seed in (1, 2, 3)]
+    results += [made(HEALTHY.name, seed, 1.0, "off") for seed in (1, 2, 3)]
+    results += [made("dead experts", 1, 2.6, "off"), made("dead experts", 1, 2.3)]
+    (dead,) = gauntlet.scores(results)
+    assert (dead.alone, dead.excess) == ([pytest.approx(5.0)], [pytest.approx(2.0)])
+    page = scoring.page(results, "")
+    assert "healthy limited dense 0.1000 (3 runs)" in page
+    assert "from one of steps 300 to 379 on, `train.steps=900`, `model.moe.capacity=1.0`. A right diagnosis" in page
+
+
 def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str], known: Any) -> None:
     taken: list[int] = []
 
@@ -183,4 +202,4 @@ def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["gauntlet", "--case", "domains", "--kind", "dense"]) == 2
     assert "it is for moe" in capsys.readouterr().err
     assert main(["gauntlet", "--case", "junks"]) == 2
-    assert "known: healthy, nan gradient" in capsys.readouterr().err
+    assert "known: healthy, healthy long, healthy limited, nan gradient" in capsys.readouterr().err
