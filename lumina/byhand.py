@@ -61,9 +61,9 @@ class OpenRun:
         Inbox(self.run).put(request.pack())
         return request.text
 
-    def undo(self, id: str) -> str:
-        """Back to before what was laid over the plan, by its name or the beginning of it, and on without it."""
-        return self.act("undo", id)
+    def undo(self, *names: str) -> str:
+        """Back to before what was laid over the plan, by name or the beginning of it, and on without it."""
+        return self.act("undo", " ".join(names))
 
     @property
     def running(self) -> bool:

@@ -44,7 +44,7 @@ def act(
 
 def undo(
     run: RunName,
-    name: Annotated[str, typer.Argument(help="What `lumina decisions` names, or its beginning.")],
+    names: Annotated[list[str], typer.Argument(help="What `lumina decisions` names, or its beginning; one or more.")],
     root: Root = Path("runs"),
     json: Json = False,
 ) -> None:
@@ -52,7 +52,7 @@ def undo(
     from lumina.byhand import open_run
     from lumina.orchestrator.actions import Request
 
-    _ask(open_run(run, root), Request("undo", name), json)
+    _ask(open_run(run, root), Request("undo", " ".join(names)), json)
 
 
 def decisions(
@@ -86,7 +86,7 @@ def decisions(
     if not found:
         typer.echo("nothing was decided: every step was taken as planned")
     if any(entry.undo for entry in found):
-        typer.echo(f"undo one by its name: lumina undo {shlex.quote(str(opened.run.path))} NAME")
+        typer.echo(f"undo by name: lumina undo {shlex.quote(str(opened.run.path))} NAME")
 
 
 def _ask(opened: OpenRun, request: Request, json: bool) -> None:

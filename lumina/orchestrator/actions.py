@@ -235,8 +235,12 @@ def perform(controls: Controls, request: Request, why: Decision) -> None:
         assert isinstance(value, int | float | list)
         controls.overlay(why, action.key, value, request.steps)
     elif action.name in NAMED:
-        id = named(controls.overlays, str(value))
-        controls.undo(why, id) if action.name == "undo" else controls.lift(why, id)
+        ids = named(controls.overlays, str(value))
+        if action.name == "undo":
+            controls.undo(why, *ids)
+        else:
+            for id in ids:
+                controls.lift(why, id)
     elif action.name == "rewind":
         controls.rollback(why, _point(controls, request), "skip" if request.skip else "replay")
     elif action.name == "save":
@@ -245,9 +249,13 @@ def perform(controls: Controls, request: Request, why: Decision) -> None:
         controls.stop(why)
 
 
-def named(overlays: Sequence[Overlay], asked: str) -> str:
-    """The overlay that has this name, or the only one whose name begins so. Raises `UserError` if none is meant."""
-    ids = [one.id for one in overlays]
+def named(overlays: Sequence[Overlay], asked: str) -> list[str]:
+    """The overlays that have these names, with spaces between. Raises `UserError` if one of them means none."""
+    return [_named([one.id for one in overlays], one) for one in asked.split()]
+
+
+def _named(ids: Sequence[str], asked: str) -> str:
+    """The one with this name, or the only one whose name begins so."""
     meant = [asked] if asked in ids else [id for id in ids if id.startswith(asked)]
     if len(meant) == 1:
         return meant[0]

@@ -113,40 +113,45 @@ def _even(finding: Finding, signals: Signals) -> list[Candidate]:
 
 
 def _routers(finding: Finding, signals: Signals) -> list[Candidate]:
-    """Experts that nobody asks are opened again, those that all ask are closed, and biases move faster."""
-    starved, hot = _experts(signals)
-    fast = ("bias_rate", FAST)
-    if starved:
-        reset = tuple(("router.reset", pair) for pair in starved)
-        seeded = tuple(("expert.reseed", pair) for pair in starved)
-        return [
-            Candidate("router-reset", "router.reset starved", (*reset, fast)),
-            Candidate("reseed", "expert.reseed starved", (*seeded, fast)),
-            Candidate("bias-fast", "bias_rate up", (fast,)),
-        ]
-    cooled = tuple(("router.reset", pair) for pair in hot)
-    return [
-        Candidate("bias-fast", "bias_rate up", (fast,)),
-        *([Candidate("hot-reset", "router.reset hot", (*cooled, fast))] if cooled else []),
-        Candidate("balance-up", "bias_rate and balance up", (fast, ("balance", BALANCE))),
-    ]
+    """Experts that nobody asks are opened again, those that all ask are closed, and biases move faster.
+
+    What died did so by its own row; where all want a few, it is their rows.
+    """
+    starved, hot = _experts(finding, signals)
+    first = [_opened("router.reset", starved), _closed(hot)]
+    first = first if finding.rule == "starvation" else first[::-1]
+    fast = Candidate("bias-fast", "bias_rate up", (("bias_rate", FAST),))
+    return [*(one for one in first if one), fast, *(one for one in [_opened("expert.reseed", starved)] if one)]
+
+
+def _opened(key: str, experts: Sequence[list[int]]) -> Candidate | None:
+    """Experts that nobody asks: their rows anew, or copies of those that all ask."""
+    laid = tuple((key, pair) for pair in experts)
+    return Candidate(key.replace(".", "-"), f"{key} starved", (*laid, ("bias_rate", FAST))) if experts else None
+
+
+def _closed(experts: Sequence[list[int]]) -> Candidate | None:
+    laid = tuple(("router.reset", pair) for pair in experts)
+    return Candidate("hot-reset", "router.reset hot", (*laid, ("bias_rate", FAST))) if experts else None
 
 
 def _routers_again(finding: Finding, signals: Signals) -> list[Candidate]:
     """The same for all of them together, and a balance loss beside."""
-    starved, hot = _experts(signals)
-    every = tuple(("router.reset", pair) for pair in [*starved, *hot])
-    if not every:
-        return [Candidate("balance-up", "bias_rate and balance up", (("bias_rate", FAST), ("balance", 0.1)))]
-    return [Candidate("all-reset", "router.reset all", (*every, ("bias_rate", FAST), ("balance", BALANCE)))]
+    starved, hot = _experts(finding, signals)
+    laid = tuple(("router.reset", pair) for pair in [*starved, *hot])
+    balanced = ("bias_rate", FAST), ("balance", BALANCE)
+    every = [Candidate("all-reset", "router.reset all", (*laid, *balanced))] if laid else []
+    return [*every, Candidate("balance-up", "bias_rate and balance up", balanced)]
 
 
 def _balance(weight: float) -> Candidate:
     return Candidate(f"balance-{weight:g}", f"balance {weight:g}", (("balance", weight),))
 
 
-def _experts(signals: Signals) -> tuple[list[list[int]], list[list[int]]]:
-    """[layer, expert] of those that starve, and of those that take most, in layers that are not even."""
+def _experts(finding: Finding, signals: Signals) -> tuple[list[list[int]], list[list[int]]]:
+    """[layer, expert] of those that starve, or that died, and of those that take most, in layers that are not even."""
+    if dead := finding.values.get("dead"):
+        return [list(pair) for pair in dead], []
     starved, hot = [], []
     for layer, load in enumerate(signals.loads.last):
         starved += [[layer, expert] for expert, value in enumerate(load) if value < STARVED]

@@ -239,7 +239,7 @@ def told(entry: Entry) -> str:
         lines += [f"  {name:<9} {' '.join(f'{value:.4g}' for value in known)}"] if known else []
     lines += [f"  outcome   {entry.outcome}"] if entry.outcome else []
     lines += [f"  is now    {entry.state}"] if entry.state else []
-    lines += [f"  undo      {name}" for name in [*entry.undo, entry.undone] if name]
+    lines += [f"  undo      {names}" for names in [" ".join(entry.undo), entry.undone] if names]
     lines += [f"  see       {link}" for link in entry.links]
     return "\n".join(lines)
 

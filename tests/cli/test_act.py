@@ -75,7 +75,7 @@ def test_what_there_is_to_do(stopped: Run, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (["act", "RUN", "lr.scale=9"], "out of bounds"),
+        (["act", "RUN", "lr.scale=900"], "out of bounds"),
         (["act", "RUN", "lr.scal=0.5"], "did you mean lr.scale"),
         (["act", "RUN", "expert_dropout=0.1"], "a dense model has no experts"),
         (["act", "RUN", "predictor=0"], "a dense model has no depth routing"),

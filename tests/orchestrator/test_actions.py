@@ -63,6 +63,7 @@ def done(text: str, **more: Any) -> tuple[Any, ...]:
         ("save", ("save",)),
         ("stop", ("stop",)),
         ("undo=lr", ("undo", "lr.scale=0.5@3")),
+        ("undo=clip lr", ("undo", "clip=0.1@5", "lr.scale=0.5@3")),
         ("lift=clip=0.1@5", ("lift", "clip=0.1@5")),
     ],
 )

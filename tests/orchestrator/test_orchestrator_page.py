@@ -77,7 +77,7 @@ def test_the_table_of_detectors_is_the_code() -> None:
     rows = table("detector")
     assert [row[0] for row in rows] == [one.name for one in DETECTORS] == list(NUMBERS)
     for (name, *cells, weight, silent), one in zip(rows, DETECTORS, strict=True):
-        assert weight == ("hard" if one.hard else "advised"), name
+        assert weight == ("hard" if one.hard else "tried" if name in policy.TRIED else "advised"), name
         wanted = "never" if one.hard else "warm-up, changes" if one.in_decay else "warm-up, changes, decay"
         assert silent == wanted, name
         there = {

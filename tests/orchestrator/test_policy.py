@@ -147,17 +147,17 @@ def test_what_won_before_comes_first_and_nothing_is_left_out() -> None:
 
 
 def test_trials_stay_within_the_budget_with_fewer_candidates_where_needed() -> None:
-    one = Policy("act", FACTS._replace(steps=20_000, budget=0.1))
+    one = Policy("act", FACTS._replace(steps=20_000, budget=0.2))
     tries = one.decide(finding("plateau", hard=False), because("learning rate"), CALM, ()).tries
     fits = one.fit(tries, 15_000)
     assert not isinstance(fits, str)
-    assert len(fits[0]) == 2
-    one.held_trial("x", 900, [], None, 300)
+    assert (fits[0], fits[1].steps) == (tries, 100)
+    one.held_trial("x", 1900, [], None, 300)
     fits = one.fit(tries, 15_000)
     assert not isinstance(fits, str)
     assert (fits[0], fits[1].steps) == (tries[:1], 100)
-    one.held_trial("x", 200, [], None, 300)
-    assert "900 are left of orchestrator.trial.budget" in str(one.fit(tries, 15_000))
+    one.held_trial("x", 600, [], None, 300)
+    assert "1500 are left of orchestrator.trial.budget" in str(one.fit(tries, 15_000))
 
 
 def test_a_divergence_that_the_same_steps_bring_back_is_tried_behind_the_way_back() -> None:

@@ -175,7 +175,7 @@ def test_a_longer_case_is_held_against_healthy_runs_as_long() -> None:
     assert (dead.alone, dead.excess) == ([pytest.approx(5.0)], [pytest.approx(2.0)])
     page = scoring.page(results, "")
     assert "healthy limited dense 0.1000 (3 runs)" in page
-    assert "from one of steps 300 to 379 on, `train.steps=900`, `model.moe.capacity=1.0`. A right diagnosis" in page
+    assert "from one of steps 300 to 379 on, `train.steps=1900`, `model.moe.capacity=1.0`. A right diagnosis" in page
 
 
 def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str], known: Any) -> None:
