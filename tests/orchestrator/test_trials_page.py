@@ -22,11 +22,10 @@ def row(fault: str) -> str:
     cells = []
     for tried in range(len(_LADDERS[fault])):
         names: dict[str, None] = {}
-        for load in ([2.0, 2.0, 0.0, 0.0], [1.6, 0.8, 0.8, 0.8], [1.0] * 4):
-            for values in ({"times": 10.0}, {}):
-                signals = Signals(facts)
-                signals.loads.last = [load] if facts is MOE else []
-                rule = fault if fault in policy.TRIED else "pace"
+        signals = Signals(facts)
+        signals.loads.last = [[1.9, 1.9, 0.2, 0.0]] if facts is MOE else []
+        for rule in ("pace", "plateau", "drift", "collapse"):
+            for values in ({"times": 10.0}, {}) if rule == "pace" else ({},):
                 found = candidates(fault, Finding(rule, 300, 290, "", False, values), signals, tried)
                 names |= dict.fromkeys(one.action for one in found)
         cells.append(", ".join(f"`{name}`" for name in names))
