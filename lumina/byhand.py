@@ -84,7 +84,7 @@ class OpenRun:
     # -- the interventions by their names ------------------------------------------------------------------------------
 
     def adjust_learning_rate(self, scale: float, steps: int | None = None) -> str:
-        """Multiplies the planned learning rate, by 0.05 to 2."""
+        """Multiplies the planned learning rate, by 0.01 to 100."""
         return self.act("lr.scale", scale, steps)
 
     def emergency_lr_reduction(self, factor: float = 10.0) -> str:
