@@ -9,7 +9,8 @@ which the rate falls linearly to 0 (probed), and where both went on to the end o
 Pairs are data orders: pair 1 is the run's own, and only it has a truth.
 
 What matters most comes first: the truth, then (h, m) in the order of `Size.worth`, each in all pairs. A process whose
-time is over stops; each row that it wrote is valid.
+time is over stops; each row that it wrote is valid. With `--only` it is one (h, m) and no truth: another process of the
+same run, on a machine like it, told that.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,10 +124,10 @@ class Pilot:
         ]
         self.bytes = pieces.text_bytes
 
-    def __call__(self, orders: Sequence[int]) -> None:
+    def __call__(self, orders: Sequence[int], truth: bool) -> None:
         """Everything, until the time is over; without order 0 there is no truth."""
         self._to_fork()
-        if 0 in orders:
+        if truth and 0 in orders:
             for arm in (CONTROL, *CANDIDATES):
                 for h in sorted({h for h, _ in self.size.worth}):
                     self._reach(arm, 0, h)
@@ -203,9 +204,11 @@ def run(
     seconds: float,
     device: str,
     code: str | None,
+    only: tuple[int, int] | None,
 ) -> None:
     """Trains one run, forks it, and writes every number as a row of `path`."""
     shape, told = SIZES[size], Writer(path, size=size, optimizer=optimizer, seed=seed)
+    shape = replace(shape, worth=(only,)) if only else shape
     keys = KEYS | shape.keys | {"train.steps": shape.steps, "train.batch_tokens": shape.tokens, "train.seed": seed}
     keys |= {"train.optimizer": optimizer, "train.lr": shape.lr, "parallel.device": device}
     keys |= {} if device == "cpu" else {"precision.mode": "bf16"}
@@ -215,7 +218,7 @@ def run(
         named = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         told("about", **about() | ({"commit": code} if code else {}), device=named, parameters=parameters, keys=keys)
         try:
-            Pilot(course, shape, told, BEGAN + seconds)(orders)
+            Pilot(course, shape, told, BEGAN + seconds)(orders, truth=not only)
             told("done", seconds=time.monotonic() - BEGAN)
         except LateError:
             told("late", seconds=time.monotonic() - BEGAN)
@@ -233,6 +236,7 @@ def main() -> None:
     one.add_argument("--seconds", type=float, default=1e9, help="after which it stops")
     one.add_argument("--device", default="cpu")
     one.add_argument("--commit", help="of the code, where it lies in no checkout")
+    one.add_argument("--only", metavar="H,M", help="this trial alone, and no truth")
     page = verbs.add_parser("report", help="a page from raw files")
     page.add_argument("name")
     page.add_argument("files", type=Path, nargs="+")
@@ -243,7 +247,9 @@ def main() -> None:
         path.write_text(report.page(report.read(asked.files), asked.say), encoding="utf-8")
         return
     orders = [int(order) for order in asked.orders.split(",")] if asked.orders else range(SIZES[asked.size].pairs)
-    run(asked.size, asked.optimizer, asked.seed, asked.file, orders, asked.seconds, asked.device, asked.commit)
+    h, m = map(int, asked.only.split(",")) if asked.only else (0, 0)
+    only, where = (h, m) if h else None, (asked.device, asked.commit)
+    run(asked.size, asked.optimizer, asked.seed, asked.file, orders, asked.seconds, *where, only)
 
 
 if __name__ == "__main__":

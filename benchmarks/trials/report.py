@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lumina.bench.report import table
+from lumina.orchestrator.trial import judge
 
 CONTROL = "control"
 Way = Literal["naive", "probed"]
 WAYS: tuple[Way, ...] = ("naive", "probed")
-ALPHA = 0.05  # of a commit, shared among the candidates
-# Student's t, one-sided, at `ALPHA` / 5, by degrees of freedom.
-T_BOUND = {1: 31.82, 2: 6.965, 3: 4.541}
+SHARED = 5  # candidates among which the pilot would share the doubt of a commit
+CHOSEN = (100, 100)  # h and m, of what the product does
 TIE = 2.0  # truths within so many standard deviations over seeds say nothing
 
 
@@ -75,11 +75,10 @@ class Trial:
     def effects(self, way: Way) -> list[float]:
         return self.naive if way == "naive" else self.probed
 
-    def commits(self, way: Way) -> bool:
-        """Whether all pairs together are believed to be better than the control."""
-        values = self.effects(way)
-        mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-        return mean + T_BOUND[len(values) - 1] * error < 0
+    def commits(self, way: Way, candidates: int) -> bool:
+        """Whether the product would believe all pairs together, if it tried so many candidates."""
+        effects = self.effects(way)
+        return judge(self.arm, [0.0] * len(effects), effects, candidates).won
 
 
 class Found:
@@ -182,7 +181,8 @@ def page(runs: Sequence[Tried], said: str) -> str:
         table("How often a trial has the sign of the truth", *signs(found, found.runs), SIGNS),
         table("The same, of the runs that have long probes", *signs(found, found.long()), LONG),
         table("Standard deviation of a pair", *sigmas(found), SIGMAS),
-        table("What a rule would have committed", *commits(found), COMMITS),
+        table("What would have been committed", *commits(found), COMMITS),
+        table("Which, at h = m = 100, alone", *committed(found)),
     ]
     return "\n".join(lines) + "\n" + "".join(parts)
 
@@ -223,10 +223,11 @@ def effects(found: Found) -> tuple[list[str], list[list[str]]]:
             truths, row = found.truths(setting, arm), []
             for way, h, m in shown:
                 here = [trial for trial in found.at(h, m) if (trial.run.setting, trial.arm) == (setting, arm)]
-                row.append(spread([statistics.fmean(trial.effects(way)) for trial in here]))
+                runs = f" ({len(here)})" if here and (h, m) == CHOSEN else ""
+                row.append(spread([statistics.fmean(trial.effects(way)) for trial in here]) + runs)
             ends = f"{spread(truths)} ({len(truths)})" if truths else "-"
             cells.append([f"{setting}, {arm}", ends, VERDICTS[found.verdict(setting, arm)] if truths else "-", *row])
-    return ["candidate", "truth (seeds)", "it ends", "naive 100", "probed 100, 25", "probed 100, 100"], cells
+    return ["candidate", "truth (seeds)", "it ends", "naive 100", "probed 100, 25", "probed 100, 100 (runs)"], cells
 
 
 def sweep(found: Found) -> tuple[list[str], list[list[str]]]:
@@ -256,8 +257,9 @@ SIGNS = (
 
 LONG = (
     "Probes longer than h / 2 were added when the others had not done: that m = 100 has the sign was found on 0.15M "
-    "muon seed 5, and tried on the others. These runs have no truth of their own; other seeds say how their candidates "
-    "end, on another machine, whose Python has other sources to train on."
+    "muon seed 5, then tried on the others. At (100, 100) most runs are taken twice, on one machine: one process tells "
+    "the truths, a later one the trials. On a processor both come to the same losses to the last digit, so that the "
+    "truth of one is that of the other. On a GPU they end up to 0.007 apart, and truths are of the first."
 )
 
 
@@ -308,18 +310,36 @@ def sigmas(found: Found) -> tuple[list[str], list[list[str]]]:
 
 
 COMMITS = (
-    f"A rule that commits where the mean of all pairs of a run is below 0 by Student's t (one-sided, {ALPHA:g} shared "
-    "among five candidates): commits of all trials with three pairs or more, by what the candidate ends as."
+    "What the product asks (`lumina.orchestrator.trial.judge`: the lower bound of the mean gain above 0 at 0.05, the "
+    "mean above 0.01 and above twice the standard deviation of a pair), if the candidate was the only one, and if it "
+    f"was one of {SHARED} that share the 0.05: commits of all trials with three pairs or more, by what the candidate "
+    "ends as. Without a probe: naive."
 )
 
 
 def commits(found: Found) -> tuple[list[str], list[list[str]]]:
     cells = []
+    asked: tuple[tuple[Way, int], ...] = (("naive", 1), ("probed", 1), ("probed", SHARED))
     for h, m in found.grid:
         row = [f"{h}, {m}"]
         for verdict in (1, 0, -1):
             trials = [trial for trial in found.at(h, m, verdict) if len(trial.probed) > 2]
-            row += [share([trial.commits(way) for trial in trials]) for way in WAYS]
+            row += [share([trial.commits(way, candidates) for trial in trials]) for way, candidates in asked]
         if set(row[1:]) != {"-"}:
             cells.append(row)
-    return ["h, m", *(f"{name}, {way}" for name in ("worse", "tie", "better") for way in WAYS)], cells
+    ways = [f"{way}, {'alone' if candidates == 1 else f'one of {candidates}'}" for way, candidates in asked]
+    return ["h, m", *(f"{name}: {way}" for name in ("worse", "tie", "better") for way in ways)], cells
+
+
+def committed(found: Found) -> tuple[list[str], list[list[str]]]:
+    """At the size that was chosen: which, and what they did by the end of their own run."""
+    cells = []
+    for trial in found.at(*CHOSEN):
+        if len(trial.probed) > 2 and trial.commits("probed", 1):
+            truths, own = found.truths(trial.run.setting, trial.arm), trial.run.truth(trial.arm)
+            pairs = " ".join(f"{value:+.4f}" for value in trial.probed)
+            ends = VERDICTS[found.verdict(trial.run.setting, trial.arm)] if truths else "-"
+            shared = "yes" if trial.commits("probed", SHARED) else "no"
+            name = [f"{trial.run.setting}, {trial.arm}", str(trial.run.seed), pairs, shared]
+            cells.append([*name, "-" if own is None else f"{own:+.4f}", ends])
+    return ["candidate", "seed", "pairs", f"also one of {SHARED}", "truth of this run", "it ends"], cells
