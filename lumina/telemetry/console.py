@@ -293,6 +293,14 @@ class Console:
         sentence = said.format(**event["evidence"]) if said else reason
         self.write(f"! step {event['step']}: {sentence}")
 
+    def _on_trial(self, event: Event) -> None:
+        """Only that it begins: what came of it is a decision, and until then nothing else is heard of the run."""
+        if event["kind"] == "begin":
+            asked = ", ".join(arm["asks"] for arm in event["arms"])
+            how = f"{event['pairs']} pairs of {event['steps']} steps and a probe of {event['probe']}"
+            cost = f"up to {event['cost']:,} steps' worth of compute, of {event['left']:,} left"
+            self.write(f"! step {event['step']}: {event['rule']}; on trial: {asked}, in {how}: {cost}")
+
     def _on_end(self, event: Event) -> None:
         signal = f" by {event['signal']}" if event.get("signal") else ""
         self.status("")

@@ -85,19 +85,23 @@ class Arms:
                 self.course.seen = self.course.looked = None
                 (self.course.advance if hold else self.course.step)()
                 heard.append((self.course.seen, self.course.looked))
-                self.between()
+                self._took(name, len(heard), steps + probe)
             if hold:
                 self.held[name] = _Held(self.course.take(), list(told), acting, heard)
             if decay:
                 self.course.state.overlays = added(acting, decay, fork=True)
-            for _ in range(probe):
+            for n in range(probe):
                 self.course.step()
-                self.between()
+                self._took(name, steps + n + 1, steps + probe)
             self.course.observe()
             heldout = self._evaluate(steps + probe)
         losses = [fields["loss"] for type, fields in told if type == "step" and here < fields["step"] <= here + steps]
         seconds = (steps + probe) * self.step_seconds
         return Outcome(name, steps, probe, losses, heldout.loss, heldout.comparable, seconds)
+
+    def _took(self, name: str, steps: int, of: int) -> None:
+        self.course.told(f"arm {name}", steps, of)
+        self.between()
 
     def _evaluate(self, steps: int) -> Evaluation:
         """The arm's end, on as much of the held-out text as so many steps are worth."""

@@ -90,7 +90,16 @@ def test_a_decision_without_a_sentence_of_its_own_says_its_reason() -> None:
 
 
 def test_unknown_events_are_ignored() -> None:
-    assert printed({"t": "trial", "step": 3}) == []
+    assert printed({"t": "nothing", "step": 3}) == []
+
+
+def test_a_trial_that_begins_says_what_it_tries_and_what_that_may_cost() -> None:
+    arms = [{"asks": "lr.scale=0.1"}, {"asks": "clip=0.5"}]
+    event = {"t": "trial", "kind": "begin", "step": 420, "rule": "pace", "arms": arms, "pairs": 3, "steps": 100}
+    said = "! step 420: pace; on trial: lr.scale=0.1, clip=0.5, in 3 pairs of 100 steps and a probe of 100: "
+    more = {"probe": 100, "cost": 1871, "left": 2400}
+    assert printed(event | more) == [said + "up to 1,871 steps' worth of compute, of 2,400 left"]
+    assert printed({"t": "trial", "kind": "refused", "step": 3}) == []
 
 
 def test_a_save_says_what_the_steps_waited_and_what_the_disk_did_not_give_back() -> None:
