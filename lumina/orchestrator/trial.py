@@ -27,8 +27,8 @@ NOISE = 0.004  # nats: of a pair, before a run has measured its own (0.0014 to 0
 PAIRS, MOST_PAIRS = 3, 6
 SHORTEST, LONGEST = 100, 400  # steps before the probe
 SHARE = 0.1  # of the rest of the run: what is taken of it before the probe, within these
-# Of the steps before it. A quarter is too little: behind a decay of 25 steps cuts of the rate still looked good that the
-# end of the run, and a decay of 100, showed to be none (benchmarks/trials).
+# Of the steps before it. A quarter is too little: behind a decay of 25 steps cuts of the rate still looked good that
+# the end of the run, and a decay of 100, showed to be none (benchmarks/trials).
 PROBE = 1.0
 
 
