@@ -134,7 +134,7 @@ class Signals:
         self.pace.take(seen.lr, seen.stage == "stable")
         self.push.take(seen.grad_router if seen.stage != "warmup" else None)
         self.contents.take(seen.content)
-        self.loads.take(seen.load, self.facts.assignments)
+        self.loads.take(seen.load, self.facts.assignments, self.facts.top_k)
         if seen.capacity and all(map(math.isfinite, seen.capacity)):
             self.taken = [*self.taken[1 - KEPT :], list(seen.capacity)]
             agreed = self.smoothed("agreement")

@@ -30,7 +30,9 @@ BLOCK = 10  # steps whose load together is held against noise
 BLOCKS = 10
 STARVED = 0.1  # of the mean load
 EVEN = 0.85  # entropy of the load over ln E: healthy ones are above 0.95
+BALANCED = 0.95  # from which on a layer counts as one that was even: in the beginning of a run few get most
 FEW = 0.7  # the same of a block, in which few get nearly all: two of four experts alone make 0.5
+FULL = 0.95  # of all tokens that one expert takes in a block
 
 KNOWN = 100  # values of which a level is known that does not follow what leaves it
 LATEST = 20  # values that are held against it
@@ -186,8 +188,8 @@ class Loads:
     had: list[list[float]] = field(default_factory=list)  # load over the last window that each did not end in silence
     whole: bool = False  # whether a window ended with this step
 
-    def take(self, load: Sequence[Sequence[float]], assignments: float) -> None:
-        """`assignments` of a step, in each layer."""
+    def take(self, load: Sequence[Sequence[float]], assignments: float, top_k: int) -> None:
+        """`assignments` of a step, in each layer; a token takes `top_k` experts."""
         self.whole = False
         if not load:
             return
@@ -206,7 +208,8 @@ class Loads:
         if self.blocked == BLOCK:
             self.uneven = [*self.uneven[1 - BLOCKS :], max(max(layer) for layer in self.block) / BLOCK - 1]
             self.few = [
-                steps + BLOCK if entropy(layer) < FEW else 0 for steps, layer in zip(self.few, self.block, strict=True)
+                steps + BLOCK if _crowded(layer, top_k) else 0
+                for steps, layer in zip(self.few, self.block, strict=True)
             ]
             self.block, self.blocked = _zeros(load), 0
         most = max(len(layer) for layer in load)
@@ -223,13 +226,19 @@ class Loads:
             steps + self.steps if entropy(layer) < EVEN else 0
             for steps, layer in zip(self.narrow, self.last, strict=True)
         ]
-        self.even = [once or entropy(layer) >= EVEN for once, layer in zip(self.even, self.last, strict=True)]
+        self.even = [once or entropy(layer) >= BALANCED for once, layer in zip(self.even, self.last, strict=True)]
         self.had = [
             [had if 2 * silent > self.steps else load for load, had, silent in zip(*layers, strict=True)]
             for layers in zip(self.last, self.had, self.silent, strict=True)
         ]
         self.length, self.steps, self.whole = self.steps, 0, True
         self.layers = _zeros(self.layers)
+
+
+def _crowded(layer: Sequence[float], top_k: int) -> bool:
+    """Whether few experts get nearly all of a load, or one gets nearly every token, of twice as many."""
+    share = max(layer) * top_k / sum(layer)  # of the tokens
+    return entropy(layer) < FEW or (share > FULL and len(layer) >= 2 * top_k)
 
 
 def _zeros(like: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -231,9 +231,12 @@ def test_collapse_is_heard_when_few_experts_get_most() -> None:
 def test_a_collapse_of_what_was_even_is_heard_sooner_and_again() -> None:
     said = feed(watched(230, MOE, load=FAIR), 400, load=((2.0, 1.9, 0.1, 0.0), FAIR[1]))
     found = [(at, one["collapse"]) for at, one in said if "collapse" in one]
-    assert (found[0][0], found[0][1].since, found[0][1].values["layers"]) == (330, 231, [0])
+    assert (found[0][0], found[0][1].since, found[0][1].values["layers"]) == (350, 231, [0])
     assert found[-1][0] > 600
     assert feed(Signals(MOE), 490, load=((2.0, 1.9, 0.1, 0.0),)) == []  # it never was even
+    one = ((1.96, 0.7, 0.7, 0.64),)
+    assert first(feed(watched(230, MOE, load=FAIR[:1]), 200, load=one), "collapse") == 350
+    assert first(feed(watched(230, MOE, load=FAIR[:1]), 400, load=((1.8, 0.7, 0.7, 0.8),)), "collapse") is None
 
 
 def test_routers_that_get_another_gradient_are_heard_as_long_as_they_do() -> None:

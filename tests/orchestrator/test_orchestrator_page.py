@@ -51,7 +51,10 @@ NUMBERS: dict[str, tuple[float, ...]] = {
         windows.LOAD_STEPS, windows.EXPECTED, windows.STARVED, experts.STARVES, experts.DEAD, experts.DIES,
         experts.LASTS, experts.FLOORS,
     ),
-    "collapse": (windows.EVEN, windows.FEW, experts.LASTS, experts.FALLS, experts.FLOORS),
+    "collapse": (
+        windows.EVEN, windows.BALANCED, windows.FEW, windows.FULL, windows.BLOCK, experts.LASTS, experts.FALLS,
+        experts.FLOORS,
+    ),
     "over_balance": (windows.BLOCK, windows.BLOCKS, experts.FLAT),
     "router_gradient": (windows.LATEST, windows.LEAVES),
     "mod_capacity": (depth.MEAN, *depth.BAND),

@@ -67,8 +67,8 @@ def test_routers_collapse_and_biases_rest_as_planned(tmp_path: Path) -> None:
     assert [session.course.values(step)["bias_rate"] for step in (4, 5)] == [1e-3, 0.0]
     router = session.parts.model.moes[0].router
     norms = router.weight.detach().norm(dim=1)
-    assert norms[:2].min() > 10 * norms[2:].max()
-    assert router.fraction_E[:2].sum() > 0.9
+    assert norms[0] > 10 * norms[1:].max()
+    assert router.fraction_E[0] > 0.45  # of the assignments, two a token
     assert broken(session) == []
 
 

@@ -20,7 +20,7 @@ STARVES = 1000  # steps below a tenth of the mean
 DEAD = 0.01  # of the mean
 DIES = 100  # steps with no token at all of an expert that had its share: twice the longest of recorded runs
 LASTS = 300  # steps: for a hundred, domains of the data make such loads in a healthy run of small batches
-FALLS = 100  # steps of few: 60 in the beginning of recorded runs, 30 later
+FALLS = 120  # steps of few, or of one that takes nearly all: of recorded runs 90 at most
 FLOORS = 3.0
 FLAT = 0.5  # of the floor: healthy routers, which choose by what tokens say, are at 3 times and more
 
@@ -65,7 +65,8 @@ def _dead(signals: Signals) -> list[list[int]]:
 
 
 def collapse(signals: Signals) -> Finding | None:
-    """A layer that was even once gives nearly all to few for 100 steps; or its load has little entropy for 300."""
+    """A layer that was even once gives nearly all to few, or nearly every token to one, for 120 steps; or its load has
+    little entropy for 300."""
     loads = signals.loads
     for layer, (steps, once) in enumerate(zip(loads.few, loads.even, strict=True)):
         if once and steps >= FALLS and not loads.blocked:
