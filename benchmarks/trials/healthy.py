@@ -182,11 +182,11 @@ class Healthy:
     truths: dict[str, float] = field(default_factory=dict)
 
     def tried(self) -> Iterator[Tried]:
-        """Those whose trial is decided; pairs of other orders came first."""
-        control, pairs = self.ends.get(CONTROL, {}), range(SIZE.pairs)
+        """Those whose trial is decided."""
+        control = self.ends.get(CONTROL, {})
         arms = [arm for arm in self.ends if arm != CONTROL]
         for arm in arms:
-            held = [pair for pair in pairs if pair in control and pair in self.ends[arm]]
+            held = sorted(control.keys() & self.ends[arm].keys())[: SIZE.pairs]
             if len(held) < SIZE.pairs - 1:
                 continue
             before, ends = ([of[pair] for pair in held] for of in (control, self.ends[arm]))

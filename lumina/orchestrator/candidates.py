@@ -45,7 +45,8 @@ class Candidate:
     @property
     def text(self) -> str:
         """As a person would ask for it."""
-        return " + ".join(f"{key}={_short(value)}" for key, value in self.laid)
+        of = {key: [_short(value) for other, value in self.laid if other == key] for key, _ in self.laid}
+        return " + ".join(f"{key}={v[0]}" if len(v) == 1 else f"{key} of {len(v)}" for key, v in of.items())
 
 
 def fault(finding: Finding, why: Diagnosis) -> str:
