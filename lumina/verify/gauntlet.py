@@ -113,12 +113,13 @@ def arms(
     cases: Sequence[Case], kinds: Sequence[str], seeds: Sequence[int], modes: Sequence[str] = ("act",)
 ) -> list[Arm]:
     """All of them, each alone, too, and as many healthy runs of each kind as scoring faults needs."""
-    healthy = sorted({*seeds, *range(1000, 1000 + max(0, HEALTHY_RUNS - len(set(seeds))))})
+    more = range(1000, 1000 + max(0, HEALTHY_RUNS - len(set(seeds))))  # for sigma alone: they come last
     faulty = dict.fromkeys((case.against, kind) for case in cases if case.fault for kind in kinds if kind in case.kinds)
-    wanted = [Arm(against, kind, seed, "off") for against, kind in faulty for seed in healthy]
+    wanted = [Arm(against, kind, seed, "off") for against, kind in faulty for seed in seeds]
     for case in cases:
         of = [kind for kind in kinds if kind in case.kinds]
         wanted += [Arm(case.name, kind, seed, mode) for kind in of for seed in seeds for mode in ("off", *modes)]
+    wanted += [Arm(against, kind, seed, "off") for against, kind in faulty for seed in more]
     return list(dict.fromkeys(wanted))
 
 
