@@ -27,7 +27,7 @@ from pilot import BEGAN, KEYS, LateError, Writer
 from lumina.bench.report import table
 from lumina.config.overlay import Overlay
 from lumina.orchestrator.candidates import Candidate
-from lumina.orchestrator.protocol import Outcome
+from lumina.orchestrator.protocol import Fork, Outcome
 from lumina.orchestrator.trial import Judged, Size, judge
 from lumina.orchestrator.trying import CONTROL, Trial
 from lumina.training.controls import SessionControls
@@ -37,6 +37,7 @@ from lumina.verify.report import about
 
 STEPS, FORK = 1200, 400
 SIZE = Size(100, 100, 3)
+ID = "healthy"  # of the trial
 USUAL = (
     Candidate("lr x0.25", "lr.scale 0.25", (("lr.scale", 0.25),)),
     Candidate("lr x2", "lr.scale 2", (("lr.scale", 2.0),)),
@@ -69,28 +70,19 @@ class EnoughError(Exception):
     """The trial was held: what is left of the run is of no interest."""
 
 
-@dataclass
-class Told(Trial):
-    """A trial whose arms are told as they end, and none begins when the time of this process is over."""
+class Told(Fork):
+    """A fork whose arms are told as they end; none begins when the time of this process is over."""
 
-    told: Writer = field(kw_only=True)
-    deadline: float = field(kw_only=True)
+    def __init__(self, fork: Fork, told: Writer, deadline: float) -> None:
+        self.fork, self.told, self.deadline = fork, told, deadline
 
-    def _run(
-        self,
-        fork: Any,
-        name: str,
-        laid: Sequence[Overlay],
-        pair: int,
-        hold: bool = False,
-        steps: int | None = None,
-        probe: int | None = None,
-    ) -> Outcome:
+    def run(self, name: str, overlays: Sequence[Overlay], steps: int, probe: int, hold: bool = False) -> Outcome:
         if time.monotonic() > self.deadline:
             raise LateError
-        outcome = super()._run(fork, name, laid, pair, hold, steps, probe)
-        if probe is None:  # else what is kept of a winner is run again
-            self.told("end", arm=name, pair=pair, steps=outcome.steps, probe=outcome.probe, loss=outcome.heldout)
+        outcome = self.fork.run(name, overlays, steps, probe, hold)
+        if probe:  # else what is kept of a winner is run again
+            arm, pair = name.removeprefix(f"{ID}-").rsplit("-", 1)
+            self.told("end", arm=arm, pair=int(pair), steps=steps, probe=probe, loss=outcome.heldout)
         return outcome
 
 
@@ -129,10 +121,10 @@ def run(
 
 
 def try_out(session: Session, tried: tuple[Candidate, ...], size: Size, told: Writer, seconds: float) -> None:
-    controls, deadline = SessionControls(session), BEGAN + seconds
-    trial = Told("healthy", tried, size, controls.step + 1, placebo=False, exact=True, told=told, deadline=deadline)
+    controls = SessionControls(session)
+    trial = Trial(ID, tried, size, controls.step + 1, placebo=False, exact=True)
     with controls.fork(controls.step_seconds) as fork:
-        trial.hold(controls, fork)
+        trial.hold(controls, Told(fork, told, BEGAN + seconds))
     told("trial", **trial.plain())
 
 
