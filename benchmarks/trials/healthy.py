@@ -122,8 +122,8 @@ def run(
 
 def try_out(session: Session, tried: tuple[Candidate, ...], size: Size, told: Writer, seconds: float) -> None:
     controls = SessionControls(session)
-    trial = Trial(ID, tried, size, controls.step + 1, placebo=False, exact=True)
-    with controls.fork(controls.step_seconds) as fork:
+    trial = Trial(ID, tried, size, controls.step + 1, decay=0, placebo=False, exact=True)
+    with controls.fork(controls.step_seconds, size.steps + size.probe) as fork:
         trial.hold(controls, Told(fork, told, BEGAN + seconds))
     told("trial", **trial.plain())
 

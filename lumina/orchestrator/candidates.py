@@ -24,7 +24,6 @@ BALANCE = 1e-2  # weight of the balance loss (Switch Transformers, 2101.03961)
 TAU = 100.0  # largest attention logit (Kimi K2, 2507.20534)
 OVER = ("over_balance", "router_gradient")  # rules by which a balance that costs the loss shows
 HOT = 1.5  # of the mean load: an expert that takes more from the others
-MOST = 3  # candidates of a trial: each more costs as much as the control, and a harder bound
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,18 @@ class Candidate:
     action: str  # the family that it is remembered as, over runs
     laid: tuple[tuple[str, Value], ...]
 
-    def overlays(self, begin: int) -> list[Overlay]:
-        """As they lie over the plan from step `begin` on."""
+    def overlays(self, begin: int, decay: int = 0) -> list[Overlay]:
+        """As they lie over the plan from step `begin` on; `decay` is the first step of the last decay, 0 without.
+
+        Biases rest in that, as planned: nothing was tried of what moving them does there.
+        """
+        rests = decay - 1 if decay > begin else None
+
+        def end(key: str) -> int | None:
+            return begin if KEYS[key].once else rests if key == "bias_rate" else None
+
         return [
-            Overlay(f"{key}={value}@{begin}".replace(" ", ""), key, value, begin, begin if KEYS[key].once else None)
-            for key, value in self.laid
+            Overlay(f"{key}={value}@{begin}".replace(" ", ""), key, value, begin, end(key)) for key, value in self.laid
         ]
 
     @property
@@ -56,13 +62,16 @@ def fault(finding: Finding, why: Diagnosis) -> str:
     return finding.rule if why.cause == "none" else why.cause
 
 
-def candidates(fault: str, finding: Finding, signals: Signals, tried: int = 0) -> list[Candidate]:
+def candidates(fault: str, finding: Finding, signals: Signals, tried: Sequence[str] = ()) -> list[Candidate]:
     """What a trial is made of, the most promising first; empty if nothing is known that may help.
 
-    `tried`: trials of this fault before, which nothing won.
+    `tried`: actions that were tried for this fault before, and did not mend it. Stronger ones come when all milder ones
+    were.
     """
-    ladder = _LADDERS.get(fault, ())
-    return ladder[tried](finding, signals) if tried < len(ladder) else []
+    for rung in _LADDERS.get(fault, ()):
+        if left := [one for one in rung(finding, signals) if one.action not in tried]:
+            return left
+    return []
 
 
 # -- the learning rate, the optimizer ----------------------------------------------------------------------------------

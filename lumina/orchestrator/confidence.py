@@ -40,7 +40,7 @@ class Verdict:
 
     fault: str  # its class: see `candidates.fault`
     action: str  # the family of what was tried: "lr.scale back", "bias_rate + router.reset"
-    won: bool  # it won its trial, and was not undone by its probation
+    won: bool  # it beat the control, and was not undone by its probation; another may have been taken
     gain: float  # mean of the paired improvements over the control
     low: float  # lower bound of that
     noise: float  # sigma of a pair
@@ -167,8 +167,8 @@ def verdicts(events: Iterable[Mapping[str, Any]], kind: str, run: str, id: str =
             for arm in [] if event.get("void") else event[ARMS]:
                 if (new := _tried(event, arm, kind, run, id)) is not None:
                     found[new.key] = new
-                    won |= {event.get(ID): new.key} if new.won else {}
-        elif (key := won.get(_fallen(event))) is not None:
+                    won |= {event.get(ID): new.key} if arm.get(NAME) == event.get(WINNER) else {}
+        elif (key := won.get(fallen_trial(event))) is not None:
             found[key] = replace(found[key], won=False)
     return list(found.values())
 
@@ -179,11 +179,10 @@ def _tried(event: Mapping[str, Any], arm: Any, kind: str, run: str, id: str) -> 
         return None
     figures: list[Any] = [arm.get(name) for name in (GAIN, LOW, NOISE)]
     gain, low, noise = (float(value) if type(value) in (int, float) else math.nan for value in figures)
-    won = arm.get(NAME) is not None and arm.get(NAME) == event.get(WINNER)
-    return Verdict(str(event[FAULT]), str(arm[ACTION]), won, gain, low, noise, kind, run, event[STEP], id)
+    return Verdict(str(event[FAULT]), str(arm[ACTION]), arm[WON], gain, low, noise, kind, run, event[STEP], id)
 
 
-def _fallen(event: Mapping[str, Any]) -> str | None:
+def fallen_trial(event: Mapping[str, Any]) -> str | None:
     """The trial whose winner has not held, as this decision says, alone or with the way back that it led to."""
     why = event if event.get("t") == "decision" else event.get("why") if event.get("t") == "run" else None
     evidence = why.get(EVIDENCE) if isinstance(why, Mapping) else None

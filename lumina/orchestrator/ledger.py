@@ -22,6 +22,7 @@ from lumina.orchestrator.policy import Choice, Open
 from lumina.orchestrator.protocol import Decision
 from lumina.orchestrator.signals import Signals
 
+LARGEST = 1e6  # nats: beyond is no loss
 SHOWN = 24  # newest steps of a window of evidence
 WINDOW = ("loss", "grad_norm", "lr", "update_ratio")
 # What each decision is in words, and what undoes it, if not the names of what it laid over the plan.
@@ -56,25 +57,41 @@ def outcome(tried: Open, step: int, held: bool = True) -> dict[str, Any]:
     return {"kind": "outcome", "rule": tried.rule, "action": tried.action, "evidence": evidence, "reason": reason}
 
 
-def probation(tried: Open, step: int, held: bool, gain: float, end: float) -> Decision:
+def probation(tried: Open, step: int, held: bool, gain: float, end: float, spent: float) -> Decision:
     """The decision to keep what won a trial, or to undo it."""
-    known = f"{gain:+.4f} nats" if math.isfinite(gain) else "where the run without it does not end"
     came = "has held" if held else "has not held, and is undone"
-    reason = (
-        f"{tried.action}, decided at step {tried.step}, {came}: after {step - tried.step} steps and a probe of "
-        f"{tried.probe} it is {known} {'better' if held else 'off'} what the run comes to without it"
-    )
+    if not math.isfinite(end):
+        how = "it comes to no end that is finite"
+    elif gain > LARGEST:
+        how = "it comes to an end, and the run without it to none"
+    else:
+        how = f"it ends {abs(gain):.4f} nats {'below' if gain > 0 else 'above'} what the run comes to without it"
+    how = f"after {step - tried.tried} steps and a probe of {tried.probe} {how}"
+    reason = f"{tried.action}, decided at step {tried.step}, {came}: {how}"
     found = {"gain": gain, "end": end, "without": tried.without, "probe": tried.probe, "trial": tried.trial}
+    found |= {"spent": spent}
     evidence = {"of": tried.step, "steps": step - tried.step, "held": held, "step": step, "probation": found}
     action = tried.action if held else f"undo {', '.join(tried.laid)}"
     return Decision(tried.rule, action, evidence, reason, [f"trials/{tried.trial}-probation.jsonl"])
+
+
+def unjudged(tried: Open, step: int, because: str) -> dict[str, Any]:
+    """The fields of the event that says why nobody judges what is on probation: it stays."""
+    reason = f"{tried.action}, decided at step {tried.step}, stays, but was not judged: {because}"
+    return {
+        "kind": "outcome",
+        "rule": tried.rule,
+        "action": tried.action,
+        "evidence": {"of": tried.step},
+        "reason": reason,
+    }
 
 
 def failed(tried: Open, why: Decision, step: int) -> Decision:
     """The decision to undo what is on probation, because something came that cannot wait."""
     reason = f"{tried.action}, decided at step {tried.step}, has not held: {why.reason}"
     evidence = why.evidence | {"of": tried.step, "held": False, "step": step}
-    evidence |= {"probation": {"probe": 0, "trial": tried.trial}}
+    evidence |= {"probation": {"spent": 0.0, "trial": tried.trial}}
     return Decision(tried.rule, f"undo {', '.join(tried.laid)}", evidence, reason)
 
 

@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
-from lumina.errors import UserError
+from lumina.config.overlay import pack
+from lumina.errors import DiskRefused, UserError
 from lumina.orchestrator import ledger
 from lumina.orchestrator.confidence import Confidence
 from lumina.orchestrator.detectors.table import DETECTORS
 from lumina.orchestrator.diagnosis import diagnose
 from lumina.orchestrator.finding import Finding, Subject
 from lumina.orchestrator.policy import Choice, Mode, Open, Policy, follow
-from lumina.orchestrator.protocol import Controls, Decision, Look, Observation, Replay
+from lumina.orchestrator.protocol import ENDPOINT, Controls, Decision, Look, Observation, Replay
 from lumina.orchestrator.robust import OUTLIER
 from lumina.orchestrator.signals import Facts, Signals
 from lumina.orchestrator.trying import Trial, result
@@ -44,6 +45,7 @@ class Orchestrator:
     def __init__(self, mode: Mode, facts: Facts, emit: Emit) -> None:
         self.mode, self.emit = mode, emit
         self.signals, self.policy = Signals(facts), Policy(mode, facts)
+        self.before: dict[str, Any] | None = None  # the policy's state before a trial whose winner is being committed
         self.waiting: Finding | None = None  # what has to be tried yet, or was being tried when the attempt ended
         self.heard: dict[str, int] = {}  # the last step of each rule's findings, worse ones apart
         self.fresh: set[Subject] = set()
@@ -94,6 +96,8 @@ class Orchestrator:
 
     def between(self, controls: Controls) -> None:
         """Between two steps: says what it found, does what cannot wait, and tries what may help."""
+        if self.before:
+            self._safely(lambda: self._resume_trial(controls))
         if (due := self._safely(lambda: self.policy.due(controls.step))) and self._end_probation(due, controls):
             return
         held = self._safely(lambda: self.policy.passed(self.signals.step))
@@ -137,8 +141,12 @@ class Orchestrator:
             if choice.action == "trial":
                 return self._try(finding, choice, why, controls)
             before, tried = self.policy.pack(), self.policy.open
-            if tried and tried.trial and why.evidence["diagnosis"]["cause"] not in OUTSIDE:
-                return self._undo(tried, ledger.failed(tried, why, controls.step), controls)
+            if tried and tried.trial and not refused:
+                if why.evidence["diagnosis"]["cause"] in OUTSIDE:
+                    because = "the run went back for something else"
+                    self.emit("decision", step=finding.step, **ledger.unjudged(tried, finding.step, because))
+                elif self._undo(tried, ledger.failed(tried, why, controls.step), controls):
+                    return True
             if tried and not tried.trial and not refused:
                 failed = ledger.outcome(tried, finding.step, held=False)
                 self.emit("decision", step=finding.step, **failed)
@@ -176,54 +184,80 @@ class Orchestrator:
 
     # -- trials ------------------------------------------------------------------------------------------------------
 
+    def pending(self, step: int) -> bool:
+        """Whether something has to be done behind this step, which the run stands at, before the next is taken."""
+        return self.waiting is not None or self.policy.due(step) is not None
+
+    def _resume_trial(self, controls: Controls) -> None:
+        """The state is of a checkpoint that was made when a trial was over; maybe the journal never had its winner."""
+        before, won, self.before = self.before, self.policy.open, None
+        if before is None or won is None:
+            return
+        if set(won.laid) <= {one.id for one in controls.overlays}:
+            self.waiting = None
+        else:
+            self.policy.unpack(before)
+
     def _try(self, finding: Finding, choice: Choice, why: Decision, controls: Controls) -> bool:
         """Returns whether the run was acted on. It is tried again where the attempt ends in the middle of it."""
         policy, step, self.waiting = self.policy, controls.step, finding
-        fits = policy.fit(choice.tries, controls.rest)
+        decay = policy.facts.decay
+        tries = [one for one in choice.tries if controls.alters(one.overlays(step + 1, decay))]
+        fits = policy.fit(tries, controls.rest) if tries else "the run has all of it already"
         if isinstance(fits, str):
             self.waiting = None
             self._tell_trial(finding, choice, step, kind="refused", reason=fits)
             self._advise(finding, why, f"{why.reason} Not tried: {fits}.")
             return False
-        tries, size = fits
-        trial = Trial(f"{step}-{finding.rule}", tries, size, step + 1, policy.placebo, policy.facts.exact)
-        cost, left = size.cost(len(tries), policy.placebo), policy.left
+        chosen, size = fits
+        trial = Trial(f"{step}-{finding.rule}", chosen, size, step + 1, decay, policy.placebo, policy.facts.exact)
+        cost, left = size.cost(len(chosen), policy.placebo), policy.left
         self._tell_trial(finding, choice, step, kind="begin", **trial.plain() | {"cost": cost, "left": round(left)})
-        with controls.fork(controls.step_seconds) as fork:
+        with controls.fork(controls.step_seconds, size.steps + size.probe) as fork:
             best = trial.hold(controls, fork)
-            without = trial.goes_on(fork) if best else 0.0
-            opened = self._opened(finding, choice, trial, without) if best else None
+            without = trial.goes_on(fork) if best else None
             before = policy.pack()
-            policy.held_trial(choice.fault, trial.spent, trial.verdicts(choice.fault, step), opened, step)
-            self.waiting = None
+            opened = self._opened(finding, choice, trial, without, controls) if best else None
+            actions = [] if trial.apart else [one.action for one in chosen]
+            policy.held_trial(
+                choice.fault, trial.spent, trial.verdicts(choice.fault, step), actions, opened, step, trial.apart
+            )
             told = trial.plain() | {"left": round(policy.left)}
             self._tell_trial(finding, choice, step, kind="verdict", reason=result(trial), **told)
             made = replace(why, evidence=why.evidence | {"trial": told}, links=trial.files)
             if best is None or trial.won is None:
+                self.waiting = None
                 self._advise(finding, made, f"{why.reason} {result(trial)}.")
                 return False
+            made = replace(made, action=trial.won.text, reason=f"{why.reason} {result(trial)}.")
+            self.before = before  # a checkpoint of now may be gone on from without what the journal is told next
             try:
-                made = replace(made, action=trial.won.text, reason=f"{why.reason} {result(trial)}.")
                 heard = controls.commit(made, fork, best)
+            except DiskRefused:
+                raise
             except UserError as error:
-                policy.unpack(before)
+                policy.judged(held=False, spent=0)
                 self._advise(finding, made, f"{made.reason} It could not be kept: {error.message}.")
                 return False
+            finally:
+                self.before = self.waiting = None
         for seen, look in heard:
             if seen:
                 self.observe(seen)
             if look:
                 self.looked(look)
-        self.fresh.clear()  # what an arm showed was judged by its end
         return True
 
-    def _opened(self, finding: Finding, choice: Choice, trial: Trial, without: float) -> Open:
+    def _opened(
+        self, finding: Finding, choice: Choice, trial: Trial, without: float | None, controls: Controls
+    ) -> Open:
         assert trial.won is not None
-        laid = [one.id for one in trial.won.overlays(trial.begin)]
-        until = trial.begin - 1 + 2 * trial.size.steps
+        laid = trial.won.overlays(trial.begin, trial.decay)
+        until, probe = trial.probation
         return Open(
-            finding.rule, trial.won.text, finding.step, until, trial.id, trial.begin - 1, choice.fault, laid, without,
-            trial.size.probe,
+            finding.rule, trial.won.text, finding.step, until, trial.id, trial.begin - 1, choice.fault,
+            [one.id for one in laid], pack([*controls.overlays, *laid]), without, probe,
+            trial.size.steps + trial.size.probe,
         )  # fmt: skip
 
     def _end_probation(self, due: Open, controls: Controls) -> bool:
@@ -231,34 +265,49 @@ class Orchestrator:
 
         The same measure as in the trial, over twice its steps, in the run's own order.
         """
-        if not set(due.laid) <= {one.id for one in controls.overlays}:  # a person undid it
+        step, there = controls.step, {one.id for one in controls.overlays}
+        if not set(due.laid) <= there:  # a person undid it
             self.policy.taken_off()
             return False
-        probe, step = min(due.probe, controls.rest), controls.step
-        if probe < 1:
+        against = {
+            "memory did not hold the run without it": due.without is None,
+            "something else was done to the run since": pack(controls.overlays) != due.beside,
+            "the run ends too soon": controls.rest < due.probe,
+            "the run is only advised": self.mode != "act",
+        }
+        because = next((reason for reason, holds in against.items() if holds), "")
+        if because or due.without is None:
             self.policy.taken_off()
+            self.emit("decision", step=step, **ledger.unjudged(due, step, because))
             return False
-        with controls.fork(controls.step_seconds) as fork:
-            end = fork.run(f"{due.trial}-probation", [], 0, probe)
-        gain = due.without - end.heldout if math.isfinite(due.without) else math.inf
-        held = math.isfinite(end.heldout) and gain > 0
-        self.policy.judged(held, probe)
-        came = ledger.probation(due, step, held, gain, end.heldout)
+        with controls.fork(controls.step_seconds, due.worth) as fork:
+            end = fork.run(f"{due.trial}-probation", [], 0, due.probe)
+        gain = due.without - end.heldout
+        held, spent = math.isfinite(end.heldout) and gain > 0, (1 + ENDPOINT) * due.probe
+        self.policy.judged(held, spent)
+        came = ledger.probation(due, step, held, gain, end.heldout, spent)
         if held:
             self.emit("decision", step=step, **came.fields() | {"kind": "outcome"})
             return False
         return self._undo(due, came, controls)
 
     def _undo(self, tried: Open, why: Decision, controls: Controls) -> bool:
-        """Goes back to before what did not hold: the run that never had it."""
+        """Goes back to before what did not hold: the run that never had it. Returns whether it went."""
         if self.policy.open:
             self.policy.judged(held=False, spent=0)
+        there = [one.id for one in controls.overlays if one.id in tried.laid]
+        step = controls.step
+        if not there:
+            return False
         try:
-            controls.undo(why, *tried.laid)
+            controls.undo(why, *there)
+        except DiskRefused:
+            raise
         except UserError as error:
             reason = f"{why.reason}. It could not be undone: {error.message}"
-            self.emit("decision", step=controls.step, **replace(why, reason=reason).fields() | {"kind": "advise"})
+            self.emit("decision", step=step, **replace(why, reason=reason).fields() | {"kind": "advise"})
             return False
+        self.policy.undone(controls.step, step)
         return True
 
     def _tell_trial(self, finding: Finding, choice: Choice, step: int, **told: Any) -> None:
@@ -289,6 +338,7 @@ class Orchestrator:
             "policy": self.policy.pack(),
             "heard": dict(self.heard),
             "waiting": ledger.plain(asdict(self.waiting)) if self.waiting else None,
+            "before": self.before,
         }
 
     def unpack(self, packed: Mapping[str, Any]) -> None:
@@ -298,15 +348,26 @@ class Orchestrator:
             self._know(packed)
             self.policy.unpack(packed["policy"])
             self.waiting = Finding(**packed["waiting"]) if packed["waiting"] else None
+            self.before = packed["before"]
 
         self._safely(read)
 
-    def recall(self, ways_back: Iterable[Mapping[str, Any]]) -> None:
-        """What was done since the checkpoint that the run goes on from, as the log has it: the `run` events."""
+    def recall(self, since: Iterable[Mapping[str, Any]]) -> None:
+        """What was done since the checkpoint that the run goes on from, as the log has it: ways back, and trials.
+
+        A trial that no way back undid will be held again; of the others what they cost and taught is known.
+        """
 
         def read() -> None:
-            for back in ways_back:
-                self.waiting = self.policy.recall(back)
+            trials: list[Mapping[str, Any]] = []
+            for event in since:
+                if event["t"] == "trial":
+                    trials.append(event)
+                    continue
+                for trial in trials:
+                    if trial["step"] > event["parent_step"]:
+                        self.policy.recall_trial(trial)
+                self.waiting, trials = self.policy.recall(event), []
 
         self._safely(read)
 

@@ -85,8 +85,10 @@ class Open:
     tried: int = 0  # step of the run when it was held
     fault: str = ""
     laid: list[str] = field(default_factory=list)  # names of what it laid over the plan
-    without: float = 0.0  # held-out loss, nats, that the run without it comes to at `until`, behind a probe
+    beside: list[dict[str, Any]] = field(default_factory=list)  # all that lies over the plan then
+    without: float | None = None  # held-out loss, nats, that the run without it comes to at `until`, behind a probe
     probe: int = 0  # steps of that
+    worth: int = 0  # steps by which the held-out text is measured
 
 
 @dataclass
@@ -99,8 +101,9 @@ class Policy:
     quiet: int = 0  # no soft action before this step
     places: list[list[int]] = field(default_factory=list)  # step, how often the run went back from near it, and to
     went: list[int] = field(default_factory=list)  # the last steps from which it went back
-    tried: dict[str, int] = field(default_factory=dict)  # trials of each fault since one was won
-    trials: int = 0  # in all
+    tried: dict[str, list[str]] = field(default_factory=dict)  # actions tried for each fault since it was mended
+    trials: int = 0  # in all, but for those from which nothing could be concluded
+    apart: str = ""  # why arms of this run cannot be compared, once a placebo showed that
     spent: float = 0.0  # on them, steps' worth of compute
     noises: list[float] = field(default_factory=list)  # standard deviations of pairs, of the last candidates, nats
     taught: Confidence = field(default_factory=Confidence, compare=False)  # by earlier runs
@@ -147,7 +150,7 @@ class Policy:
 
     @property
     def placebo(self) -> bool:
-        """Whether the next trial has one: the first shows that arms of this run can be compared."""
+        """Whether the next trial has one: until it shows that arms of this run can be compared."""
         return self.trials == 0
 
     @property
@@ -165,14 +168,35 @@ class Policy:
             refused = found
         return refused
 
-    def held_trial(self, fault: str, spent: float, verdicts: Sequence[Verdict], won: Open | None, step: int) -> None:
-        """A trial is over, when the run was at `step`; `won` is the intervention that it committed to."""
-        self.trials, self.spent = self.trials + 1, self.spent + spent
+    def held_trial(
+        self,
+        fault: str,
+        spent: float,
+        verdicts: Sequence[Verdict],
+        actions: Sequence[str],
+        won: Open | None,
+        step: int,
+        apart: str = "",
+    ) -> None:
+        """A trial of these actions is over, when the run was at `step`; `won` is what it committed to, `apart` why its
+        arms cannot be compared."""
+        self.trials, self.spent = self.trials + bool(verdicts), self.spent + spent
+        self.apart = self.apart or apart
         self.learned = [*self.learned, *verdicts][-LEARNED:]
         self.noises = [*self.noises, *(one.noise for one in verdicts if one.noise > 0)][-REMEMBERED:]
-        self.tried[fault] = self.tried.get(fault, 0) + 1
+        self.tried[fault] = [*self.tried.get(fault, []), *actions]
         self.open = won or self.open
         self.quiet = max(self.quiet, won.until if won else step + self.cooldown)
+
+    def recall_trial(self, event: Mapping[str, Any]) -> None:
+        """A trial of an attempt that was undone, as its verdict event tells it."""
+        arms, fault, step = event["arms"], event["fault"], event["step"]
+        taught = [
+            Verdict(fault, arm["action"], arm["won"], arm["gain"], arm["low"], arm["noise"], "", "", step)
+            for arm in arms
+            if "won" in arm and not event["void"]
+        ]
+        self.held_trial(fault, event["spent"], taught, [arm["action"] for arm in arms], None, step)
 
     def due(self, step: int) -> Open | None:
         """The intervention whose probation ends with this step of the run."""
@@ -186,6 +210,10 @@ class Policy:
             step = self.open.tried
             self.learned = [replace(v, won=False) if v.won and v.step == step else v for v in self.learned]
         self.open, self.spent = None, self.spent + spent
+
+    def undone(self, since: int, step: int) -> None:
+        """What did not hold is off the run, which went back from `step` to `since`; those steps are spent, too."""
+        self.spent, self.quiet = self.spent + step - since, min(self.quiet, since + self.cooldown)
 
     def taken_off(self) -> None:
         """A person undid what is on probation: it is nobody's to judge any more."""
@@ -203,7 +231,8 @@ class Policy:
         why: Mapping[str, Any] = back.get("why") or {}
         evidence = why.get("evidence", {})
         if "probation" in evidence:
-            self.judged(held=False, spent=evidence["probation"]["probe"])
+            self.judged(held=False, spent=evidence["probation"]["spent"])
+            self.undone(back["parent_step"], evidence["step"])
             return None
         if "finding" not in evidence:
             self.went_back(back["parent_step"])
@@ -235,17 +264,18 @@ class Policy:
 
     def _soft(self, finding: Finding, why: Diagnosis, signals: Signals) -> Choice:
         kind = fault(finding, why)
-        tried, advice = self.tried.get(kind, 0), ADVICE[why.cause]
+        tried, advice = self.tried.get(kind, []), ADVICE[why.cause]
         follows = "follows" in finding.values  # its way back is the intervention that is open
         held_back = ("the run was handed over" if self.over else "") if follows else self.may(signals)
+        held_back = held_back or self.apart
         if held_back:
             return Choice("watch", False, f"{advice} ({held_back})")
         tries = candidates(kind, finding, signals, tried) if finding.rule in TRIED or follows else []
         if not tries:
-            nothing = f"; {tried} trial{'s' if tried > 1 else ''} found nothing that helps: a person has to look"
+            nothing = f"; {', '.join(tried)} did not mend it, and nothing else is known: a person has to look"
             return Choice("watch", False, advice + (nothing if tried else ""))
         first = self.confidence.order(kind, [one.action for one in tries])
-        ordered = tuple(sorted(tries, key=lambda one: first.index(one.action))[:MOST_TRIED])
+        ordered = tuple(sorted(tries, key=lambda one: first.index(one.action))[:MOST_TRIED])  # the others are next
         text = ", ".join(one.text for one in ordered)
         return Choice("trial", self.mode == "act", f"to be tried: {text}", fault=kind, tries=ordered)
 
@@ -297,7 +327,8 @@ class Policy:
             "quiet": self.quiet,
             "places": [list(place) for place in self.places],
             "went": list(self.went),
-            "tried": dict(self.tried),
+            "tried": {fault: list(actions) for fault, actions in self.tried.items()},
+            "apart": self.apart,
             "trials": self.trials,
             "spent": self.spent,
             "noises": list(self.noises),
@@ -309,7 +340,8 @@ class Policy:
         self.quiet = packed["quiet"]  # that it was handed over ends here: a person has looked, and went on
         self.places = [list(place) for place in packed["places"]]
         self.went = list(packed["went"])
-        self.tried, self.trials = dict(packed["tried"]), packed["trials"]
+        self.tried = {fault: list(actions) for fault, actions in packed["tried"].items()}
+        self.trials, self.apart = packed["trials"], packed["apart"]
         self.spent, self.noises = packed["spent"], list(packed["noises"])
         self.learned = [Verdict.unpack(one) for one in packed["learned"]]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from lumina.config.overlay import Overlay, Value
 
 Data = Literal["replay", "skip"]
-# An arm's end is evaluated on as much held-out text as takes this share of the compute of its steps, and on `FEWEST`
+# The ends of arms are evaluated on as much held-out text as takes this share of the compute of an arm, and on `FEWEST`
 # tokens at least: the difference of two arms on the same text is then known to about a thousandth of a nat.
 ENDPOINT, FEWEST = 0.1, 16_384
 Stage = Literal["warmup", "stable", "decay"]
@@ -161,6 +161,10 @@ class Controls(Protocol):
         """What a step costs with these beside those in force, over what it costs now: counted FLOPs."""
         ...
 
+    def alters(self, overlays: Sequence[Overlay]) -> bool:
+        """Whether the next step would be another with these."""
+        ...
+
     def points(self) -> tuple[int, ...]:
         """The steps that `rollback` can go back to, ascending."""
         ...
@@ -201,8 +205,12 @@ class Controls(Protocol):
         """Makes this step a restore point in memory, in place of the older of two; returns its bytes."""
         ...
 
-    def fork(self, step_seconds: float) -> AbstractContextManager[Fork]:
-        """Leaves the run on trial, to return to this step; `step_seconds` is what a step counts."""
+    def fork(self, step_seconds: float, worth: int = 0) -> AbstractContextManager[Fork]:
+        """Leaves the run on trial, to return to this step; `step_seconds` is what a step counts.
+
+        All its arms are evaluated on the same held-out text: as much as `ENDPOINT` of `worth` steps is worth. Another
+        fork of equal `worth` has the same.
+        """
         ...
 
     def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> list[Heard]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
+from lumina.config.phases import phases
 from lumina.config.schema.config import Config
 from lumina.config.units import span
 from lumina.orchestrator import windows
@@ -39,11 +40,14 @@ class Facts(NamedTuple):
     settles: int = 0  # steps until that is the capacity
     steps: int = 0  # planned
     budget: float = 0.0  # of trials, over the planned compute
+    decay: int = 0  # first step of the last decay; 0 without
     exact: bool = True  # the same step comes to the same bits
 
     @classmethod
     def of(cls, config: Config) -> Facts:
-        moe, mod = config.model.moe, config.model.mod
+        moe, mod, steps = config.model.moe, config.model.mod, config.train.steps or 0
+        last = steps - span(phases(config.train, config.data)[-1].at, steps)
+        decay = span(config.train.decay, last) if config.train.schedule == "wsd" else 0
         return cls(
             vocab=config.model.vocab,
             batch_tokens=config.train.batch_tokens,
@@ -52,8 +56,9 @@ class Facts(NamedTuple):
             bias_rate=moe.bias_rate if moe else 0.0,
             routed=mod.capacity if mod else 1.0,
             capacity=mod.capacity if mod else None,
-            settles=span(mod.anneal, config.train.steps or 0) if mod else 0,
-            steps=config.train.steps or 0,
+            settles=span(mod.anneal, steps) if mod else 0,
+            steps=steps,
+            decay=steps - decay + 1 if decay else 0,
             budget=config.orchestrator.trial.budget,
             exact=config.parallel.device == "cpu" or config.train.deterministic,
         )

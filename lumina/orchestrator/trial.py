@@ -23,7 +23,7 @@ from lumina.orchestrator.protocol import ENDPOINT
 ALPHA = 0.05
 SIGMAS = 2.0
 LEAST = 0.01  # nats: a tie, however sure (the tolerance of Merrill et al. 2025, 2505.23971, for a branch as good)
-NOISE = 0.004  # nats: of a pair, before a run has measured its own (0.0014 to 0.0058 in benchmarks/trials)
+NOISE = 0.004  # nats: of a pair, before a run has measured its own (0.0014 to 0.0062 in benchmarks/trials)
 PAIRS, MOST_PAIRS = 3, 6
 SHORTEST, LONGEST = 100, 400  # steps before the probe
 SHARE = 0.1  # of the rest of the run: what is taken of it before the probe, within these
@@ -43,8 +43,9 @@ class Size(NamedTuple):
         """Steps' worth of compute at most, with those of the probation of a winner; its own steps are kept."""
         arm = self.steps + self.probe
         arms = (self.pairs * (candidates + 1) + placebo) * arm - self.steps
+        again = self.steps if candidates > 1 else 0  # of a winner that did not lead before the last pair
         probation = 2 * self.steps + self.probe + self.probe  # the control goes on, and later the winner is probed
-        return math.ceil((1 + ENDPOINT) * (arms + probation))
+        return math.ceil(round((1 + ENDPOINT) * (arms + again + probation), 6))
 
 
 def size(
@@ -59,7 +60,7 @@ def size(
     enough = max(LEAST, SIGMAS * noise)  # more pairs would not see less than this, or what is not worth seeing
     pairs = next((n for n in range(PAIRS, MOST_PAIRS) if detectable(n, candidates, noise) <= enough), MOST_PAIRS)
     refused = ""
-    for steps in (round(min(LONGEST, max(least, SHARE * rest))), least):
+    for steps in (round(min(max(LONGEST, least), max(least, SHARE * rest))), least):
         found = Size(steps, max(1, round(PROBE * steps)), pairs)
         if (needs := 2 * found.steps + found.probe) > rest:
             refused = f"a trial and its probation take {needs} steps, and the run has {rest} left"
@@ -99,14 +100,14 @@ class Judged:
 def judge(name: str, control: Sequence[float], ends: Sequence[float], candidates: int) -> Judged:
     """`control` and `ends` are the losses at the end of each pair's arms, nats.
 
-    Where the control is not finite and the candidate is, the gain is what it would be against a guess, unbounded;
-    where the candidate is not, it has lost.
+    Where the control is not finite and the candidate is, the gain is unbounded: it has won if it is ahead by more than
+    a tie in each other pair, too. Where the candidate is not finite, it has lost.
     """
     gains = tuple(_gain(before, after) for before, after in zip(control, ends, strict=True))
     if any(math.isnan(gain) or gain == -math.inf for gain in gains):
         return Judged(name, tuple(ends), gains, math.nan, math.nan, math.nan, False)
     if math.inf in gains:
-        won = all(gain > 0 for gain in gains)
+        won = all(gain > LEAST for gain in gains)
         return Judged(name, tuple(ends), gains, math.inf, math.nan, math.inf if won else math.nan, won)
     mean, noise = statistics.fmean(gains), statistics.stdev(gains)
     low = mean - quantile(1 - ALPHA / candidates, len(gains) - 1) * noise / math.sqrt(len(gains))
@@ -120,15 +121,17 @@ def _gain(control: float, end: float) -> float:
 
 
 def winner(judged: Sequence[Judged]) -> Judged | None:
-    """The first candidate that won and that no later winner beats as it would have to beat the control.
+    """The first that won and that no other winner beats as it would have to beat the control.
 
     They are in the order of trust, and what a short trial sees is biased towards small steps: a tie goes to the first.
     """
-    best: Judged | None = None
-    for one in judged:
-        if one.won and (best is None or judge(one.name, best.ends, one.ends, len(judged)).won):
-            best = one
-    return best
+    winners = [one for one in judged if one.won]
+
+    def beaten(one: Judged) -> bool:
+        return any(judge(other.name, one.ends, other.ends, len(judged)).won for other in winners if other is not one)
+
+    first = next((one for one in winners if not beaten(one)), None)
+    return first or max(winners, key=lambda one: one.mean, default=None)
 
 
 def quantile(p: float, degrees: int) -> float:

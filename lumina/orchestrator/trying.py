@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lumina.config.overlay import Overlay
+from lumina.errors import UserError
 from lumina.orchestrator.candidates import Candidate
 from lumina.orchestrator.confidence import Verdict
 from lumina.orchestrator.protocol import ENDPOINT, Controls, Fork, Outcome
@@ -29,12 +31,15 @@ class Trial:
     candidates: tuple[Candidate, ...]
     size: Size
     begin: int  # the first step of its arms
+    decay: int  # the first step of the run's last decay, 0 without
     placebo: bool  # whether an arm is run that has to come to the control's end
     exact: bool  # to the bit
     work: dict[str, float] = field(default_factory=dict)  # what a step of a candidate costs, over the control's
     ends: dict[str, list[float]] = field(default_factory=dict)  # of each arm, of each pair: the run's own order first
     judged: list[Judged] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)  # candidates that this run cannot have, and why
     void: str = ""  # why nothing may be concluded
+    apart: str = ""  # why not of any other trial of this run either
     spent: float = 0.0  # steps' worth of compute
     seconds: float = 0.0  # counted
     files: list[str] = field(default_factory=list)  # of its arms
@@ -59,48 +64,69 @@ class Trial:
 
     def verdicts(self, fault: str, step: int) -> list[Verdict]:
         """What it teaches of each candidate; the run that held it has no name for itself."""
-        actions, won = {one.name: one.action for one in self.candidates}, self.won.name if self.won else ""
+        actions = {one.name: one.action for one in self.candidates}
         return [
-            Verdict(fault, actions[one.name], one.name == won, one.mean, one.low, one.noise, "", "", step)
+            Verdict(fault, actions[one.name], one.won, one.mean, one.low, one.noise, "", "", step)
             for one in ([] if self.void else self.judged)
         ]
 
-    def _work(self, candidate: Candidate) -> dict[str, float]:
-        """Only where it is another than the control's."""
+    def _work(self, candidate: Candidate) -> dict[str, Any]:
+        """What a step costs where it is another than the control's, and why it was refused."""
         work = self.work.get(candidate.name, 1.0)
-        return {} if work == 1.0 else {"work": round(work, 4)}
+        shown: dict[str, Any] = {} if work == 1.0 else {"work": round(work, 4)}
+        return shown | ({"refused": self.refused[candidate.name]} if candidate.name in self.refused else {})
 
     # -- holding it --------------------------------------------------------------------------------------------------
 
     def hold(self, controls: Controls, fork: Fork) -> Outcome | None:
         """Runs all arms and judges them; the outcome of the winner's held arm, if one won."""
-        arms = {one.name: one.overlays(self.begin) for one in self.candidates}
+        arms = {one.name: one.overlays(self.begin, self.decay) for one in self.candidates}
         self.work = {name: controls.work(laid) for name, laid in arms.items()}
         held: dict[str, Outcome] = {}
+        sound = True  # whether the control of this pair takes the share of tokens that it was trained for
         for pair in [*range(1, self.size.pairs), 0]:
             leader = self._leader() if pair == 0 else None
             for name, laid in {CONTROL: [], **arms}.items():
+                if name in self.refused:
+                    continue
                 outcome = self._run(fork, name, laid, pair, hold=name == leader)
                 if self.void:
                     return None
+                if outcome is None:
+                    continue
+                sound = outcome.comparable if name == CONTROL else sound
+                if sound and not outcome.comparable:  # it buys its loss with another depth
+                    outcome = replace(outcome, heldout=math.nan)
                 self.ends.setdefault(name, []).insert(0 if pair == 0 else len(self.ends[name]), outcome.heldout)
                 if name == leader:
                     held[name] = outcome
-            if pair == 0 and self.placebo:
-                self._compare(self._run(fork, PLACEBO, [], pair))
+            if pair == 0 and self.placebo and (placebo := self._run(fork, PLACEBO, [], pair)):
+                self._compare(placebo)
         control, count = self.ends[CONTROL], len(self.candidates)
-        self.judged = [judge(name, control, self.ends[name], count) for name in arms]
+        self.judged = [judge(name, control, self.ends[name], count) for name in arms if name not in self.refused]
         if (won := self.won) is None:
             return None
-        if won.name not in held:  # another led before the last pair
-            held[won.name] = self._run(fork, won.name, arms[won.name], 0, hold=True, probe=0)
-        self.spent -= held[won.name].steps
-        return held[won.name]
+        kept = held.get(won.name)
+        if kept is None:  # another led before the last pair
+            kept = self._run(fork, won.name, arms[won.name], 0, hold=True, probe=0)
+        if kept:
+            self.spent -= kept.steps * self.work[won.name]
+        return kept
 
-    def goes_on(self, fork: Fork) -> float:
-        """What the run would come to without the winner at the end of the probation, nats."""
+    def goes_on(self, fork: Fork) -> float | None:
+        """What the run would come to without the winner at the end of the probation, nats: as much as can be where that
+        is not finite, and None where memory did not hold it."""
         outcome = self._run(fork, f"{CONTROL}-on", [], 0, steps=2 * self.size.steps)
-        return outcome.heldout
+        if outcome is None or outcome.void:
+            return None
+        return outcome.heldout if math.isfinite(outcome.heldout) else sys.float_info.max
+
+    @property
+    def probation(self) -> tuple[int, int]:
+        """With which step that of the winner ends, and how long it is probed then: the control's time, counted."""
+        assert self.won is not None
+        work = self.work[self.won.name]
+        return self.begin - 1 + _share(2 * self.size.steps, work), _share(self.size.probe, work)
 
     def _run(
         self,
@@ -111,14 +137,22 @@ class Trial:
         hold: bool = False,
         steps: int | None = None,
         probe: int | None = None,
-    ) -> Outcome:
-        """An arm; those of a pair take equal counted time, so that one whose steps cost more takes fewer."""
+    ) -> Outcome | None:
+        """An arm; those of a pair take equal counted time, so that one whose steps cost more takes fewer.
+
+        None if this run has nothing for it: a candidate is out then; without a control there is no trial.
+        """
         work = self.work.get(name, 1.0)
-        steps = max(1, round(self.size.steps / work)) if steps is None else steps
-        probe = self.size.probe if probe is None else probe
+        steps = _share(self.size.steps, work) if steps is None else steps
+        probe = _share(self.size.probe, work) if probe is None else probe
         order = [Overlay(f"order {pair}", "data.order", pair, self.begin)] if pair else []
         file = f"{self.id}-{name}-{pair}"
-        outcome = fork.run(file, [*laid, *order], steps, probe, hold)
+        try:
+            outcome = fork.run(file, [*laid, *order], steps, probe, hold)
+        except UserError as error:
+            self.refused[name] = error.message
+            self.void = f"the control cannot be run: {error.message}" if not laid else ""
+            return None
         self.files.append(f"trials/{file}.jsonl")
         self.spent += (1 + ENDPOINT) * (steps + probe) * work
         self.seconds += outcome.seconds * work
@@ -132,6 +166,7 @@ class Trial:
         gains = {
             one.name: statistics.fmean(a - b for a, b in zip(control, self.ends[one.name], strict=True))
             for one in self.candidates
+            if one.name not in self.refused
         }
         known = {name: gain for name, gain in gains.items() if not math.isnan(gain)}
         return max(known, key=lambda name: known[name], default=None)
@@ -143,7 +178,8 @@ class Trial:
         apart = abs(placebo.heldout - control)
         alike = str(placebo.heldout) == str(control)  # as texts, for NaN equals no NaN
         if not alike and (self.exact or not apart < LEAST):
-            self.void = f"an arm in which nothing was changed ended {apart:.3g} nats off: arms cannot be compared"
+            self.apart = f"an arm in which nothing was changed ended {apart:.3g} nats off: arms cannot be compared"
+            self.void = self.apart
 
 
 def result(trial: Trial) -> str:
@@ -152,6 +188,11 @@ def result(trial: Trial) -> str:
         return f"Tried, but nothing can be concluded: {trial.void}"
     head = f"{trial.won.text} won" if trial.won else "Nothing won"
     return f"{head}, in {trial.size.pairs} pairs of {trial.size.steps} steps and a probe of {trial.size.probe}"
+
+
+def _share(steps: int, work: float) -> int:
+    """As many steps of this work as are worth so many of the control's."""
+    return max(1, round(steps / work))
 
 
 def _short(value: float) -> float:

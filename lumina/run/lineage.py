@@ -50,10 +50,19 @@ def overlays(run: Run) -> list[dict[str, Any]] | None:
     return found
 
 
-def ways_back(run: Run, after: int) -> list[dict[str, Any]]:
-    """The `run` events of attempts later than `after` that went back on purpose."""
-    begun = (event for line in _lines(run) if b'"rollback"' in line and (event := parse(line)))
-    return [e for e in begun if e.get("t") == "run" and e.get("reason") == "rollback" and e["attempt"] > after]
+def done_since(run: Run, attempt: int, step: int) -> list[dict[str, Any]]:
+    """What was done behind a checkpoint that `attempt` saved of `step`: the `run` events of later attempts that went
+    back on purpose, and the verdicts of trials."""
+    marks = b'"rollback"', b'"verdict"'
+    told = (event for line in _lines(run) if any(mark in line for mark in marks) and (event := parse(line)))
+    found = []
+    for event in told:
+        back = event.get("t") == "run" and event.get("reason") == "rollback" and event["attempt"] > attempt
+        trial = event.get("t") == "trial" and event.get("kind") == "verdict"
+        later = event["attempt"] > attempt or (event["attempt"] == attempt and event.get("step", 0) > step)
+        if back or (trial and later):
+            found.append(event)
+    return found
 
 
 def _lines(run: Run) -> list[bytes]:

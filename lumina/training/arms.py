@@ -38,9 +38,22 @@ class _Held:
 class Arms:
     """The place where a run is left; inside the block arms begin and end there. See `orchestrator.protocol.Fork`."""
 
-    def __init__(self, course: Course, folder: Path, step_seconds: float, between: Callable[[], None]) -> None:
-        """`step_seconds` is what a step counts; `between` is called after each step of an arm, and may end it."""
+    def __init__(
+        self,
+        course: Course,
+        folder: Path,
+        step_seconds: float,
+        worth: int,
+        between: Callable[[], None],
+        require: Callable[[Overlay], None],
+    ) -> None:
+        """`step_seconds` is what a step counts, `worth` the steps of which evaluations may take a share; `between` is
+        called after each step of an arm, and may end it; `require` raises `UserError` for an overlay that this run has
+        nothing for."""
         self.course, self.folder, self.step_seconds, self.between = course, folder, step_seconds, between
+        self.require = require
+        # a third of a step has no gradient
+        self.text = max(FEWEST, round(3 * ENDPOINT * worth * course.config.train.batch_tokens))
         self.held: dict[str, _Held] = {}
 
     def __enter__(self) -> Self:
@@ -74,6 +87,7 @@ class Arms:
         acting = self.overlays
         for one in overlays:
             acting = added(acting, one, fork=True)
+            self.require(one)
         decay = Overlay(f"probe of {name}", "lr.decay", probe, here + steps + 1) if probe else None
         told: list[tuple[str, dict[str, Any]]] = []
         heard: list[Heard] = []
@@ -94,7 +108,7 @@ class Arms:
                 self.course.step()
                 self._took(name, steps + n + 1, steps + probe)
             self.course.observe()
-            heldout = self._evaluate(steps + probe)
+            heldout = self._evaluate()
         losses = [fields["loss"] for type, fields in told if type == "step" and here < fields["step"] <= here + steps]
         seconds = (steps + probe) * self.step_seconds
         return Outcome(name, steps, probe, losses, heldout.loss, heldout.comparable, seconds)
@@ -103,12 +117,11 @@ class Arms:
         self.course.told(f"arm {name}", steps, of)
         self.between()
 
-    def _evaluate(self, steps: int) -> Evaluation:
-        """The arm's end, on as much of the held-out text as so many steps are worth."""
-        course, config = self.course, self.course.config
-        most = max(FEWEST, round(3 * ENDPOINT * steps * config.train.batch_tokens))  # a third of a step has no gradient
-        kind, mod = course.parts.main_kind, config.model.mod
-        result = course.fitting.evaluate(kind, mod.capacity if mod else None, most)
+    def _evaluate(self) -> Evaluation:
+        """The arm's end, on a part of the held-out text."""
+        course = self.course
+        kind, mod = course.parts.main_kind, course.config.model.mod
+        result = course.fitting.evaluate(kind, mod.capacity if mod else None, self.text)
         step, tokens = course.state.progress.step, course.state.progress.tokens
         told = {"split": "part of heldout", "data": kind, "routing": "causal"}
         course.emit("eval", step=step, tokens=tokens, **told, **result.fields())

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lumina.config.overlay import DECAY, KEYS, SKIP, Overlay, Value, acting, added, lifted, pack, require_kind, skipped
+from lumina.config.overlay import edits as edits_of
 from lumina.errors import UserError
 from lumina.model.cost import count
 from lumina.orchestrator.protocol import Controls, Data, Decision, Fork, Heard, Outcome, Replay
@@ -51,6 +52,14 @@ class SessionControls(Controls):
             return count(model, capacity=acting(laid, step, planned)["mod_capacity"], rank=rank).flops_per_token
 
         return flops((*self.overlays, *overlays)) / flops(self.overlays)
+
+    def alters(self, overlays: Sequence[Overlay]) -> bool:
+        step, last = self.step + 1, self.course.steps
+        if edits_of(overlays, step) or any(one.key in (SKIP, DECAY) for one in overlays):
+            return True
+        laid = (*self.overlays, *overlays)
+        planned = [(at, self.course.planned(at)) for at in (step, last)]
+        return any(acting(laid, at, plan) != acting(self.overlays, at, plan) for at, plan in planned)
 
     # -- what lies over the plan -----------------------------------------------------------------------------------
 
@@ -149,14 +158,15 @@ class SessionControls(Controls):
         return self.session.take_point().bytes
 
     @contextmanager
-    def fork(self, step_seconds: float) -> Iterator[Arms]:
-        with Arms(self.course, self.session.run.path / "trials", step_seconds, self.session.heed) as arms:
+    def fork(self, step_seconds: float, worth: int = 0) -> Iterator[Arms]:
+        folder = self.session.run.path / "trials"
+        with Arms(self.course, folder, step_seconds, worth, self.session.heed, self._require_effect) as arms:
             yield arms
 
     def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> list[Heard]:
         assert isinstance(fork, Arms)
         overlays = fork.require_held(outcome)
-        self.session.secure()
+        self.session.secure(again=True)  # what is on the disk of this step may not know of the trial
         self._lay(why, overlays, ahead=outcome.steps, arm=outcome.name)
         heard = fork.keep(outcome)
         for seen, _ in heard:

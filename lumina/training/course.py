@@ -120,14 +120,14 @@ class Course:
         point: Snapshot | None = None
         for edit in overlay.edits(self.state.overlays, step):
             self.observe()
-            point, error = self.take(into=point), None
+            point, error = None if self.fitting.trying else self.take(into=point), None
             try:
                 edits.make(edit, self.parts, self.probe)
             except Exception as failed:
                 if self.fitting.trying or failing.ends(failed, self.config):
                     raise
                 error = failed
-            if self.parts.world.max(error is not None):
+            if point and self.parts.world.max(error is not None):
                 self._take_back(edit, point, failing.said(error))
             elif edit.key == "optimizer.reset":  # its count of steps is then of those that are still to come
                 self.state.progress.skipped = self.state.progress.step

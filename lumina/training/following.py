@@ -70,6 +70,9 @@ class Leading(Controls):
     def work(self, overlays: Sequence[Overlay]) -> float:
         return self.controls.work(overlays)
 
+    def alters(self, overlays: Sequence[Overlay]) -> bool:
+        return self.controls.alters(overlays)
+
     def points(self) -> tuple[int, ...]:
         points: tuple[int, ...] = self._do("points")
         return points
@@ -82,16 +85,16 @@ class Leading(Controls):
         return size
 
     @contextmanager
-    def _fork(self, step_seconds: float) -> Iterator[Fork]:
-        self._tell(ENTER, step_seconds)
+    def _fork(self, step_seconds: float, worth: int) -> Iterator[Fork]:
+        self._tell(ENTER, step_seconds, worth)
         try:
-            with self.controls.fork(step_seconds) as fork:
+            with self.controls.fork(step_seconds, worth) as fork:
                 yield _LeadingFork(fork, self)
         finally:
             self._tell(LEAVE)
 
-    def fork(self, step_seconds: float) -> AbstractContextManager[Fork]:
-        return self._fork(step_seconds)
+    def fork(self, step_seconds: float, worth: int = 0) -> AbstractContextManager[Fork]:
+        return self._fork(step_seconds, worth)
 
     def commit(self, why: Decision, fork: Fork, outcome: Outcome) -> list[Heard]:
         assert isinstance(fork, _LeadingFork)

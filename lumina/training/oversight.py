@@ -46,8 +46,9 @@ class Oversight:
             self._guarded(self._recall)
             self.session.state.orchestrator = self._pack
         self.watching = self.session.world.decide(lambda: self.orchestrator is not None)
-        if self.session.world.decide(lambda: self.orchestrator is not None and self.orchestrator.waiting is not None):
-            self.after_step()  # the attempt before ended in the middle of a trial, behind this step
+        step = self.session.state.progress.step
+        if self.session.world.decide(lambda: self.orchestrator is not None and self.orchestrator.pending(step)):
+            self.after_step()  # the attempt before ended in the middle of it
 
     def _recall(self) -> None:
         assert self.orchestrator
@@ -55,7 +56,8 @@ class Oversight:
         self.orchestrator.learn(session.experience.recall(session.state.progress.step))
         if known is not None:
             self.orchestrator.unpack(known)
-        if since := lineage.ways_back(session.run, session.state.saved_in):
+        stands = session.state.progress.step
+        if since := lineage.done_since(session.run, session.state.saved_in, stands):
             self.orchestrator.recall(since)
 
     def return_to(self, why: Decision | None) -> None:

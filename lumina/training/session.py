@@ -112,16 +112,14 @@ class Session:
                 with self._refusals():  # where no save comes, at the end of a run, none would tidy either
                     self.saver.tidy()
             self.course.begin()
-            self.oversight.begin()
+            with suppress(Interrupted):
+                self.oversight.begin()
             self._take_point_if_due(every=1)  # what goes wrong before the next is taken again from here
-            if self.world.max(self.hand.waiting()):  # since the run was left
-                self.hand.obey()
+            self._heed_requests()  # since the run was left
             while self.state.progress.step < self.course.steps:
                 with suppress(Interrupted):
                     self._step()
-                self._answer(self.world.max(2 * self.requests.take() + self.hand.waiting()))
-                if self.ending:
-                    self._stop(self.ending)
+                self._heed_requests()
             self._finish()
 
     def _open_log(self, stack: ExitStack) -> None:
@@ -301,11 +299,14 @@ class Session:
 
     # -- saving, stopping ----------------------------------------------------------------------------------------------
 
-    def _answer(self, asked: int) -> None:
-        """Does what signals asked, of any process, since the last step, and then people.
+    def _heed_requests(self) -> None:
+        """Does what signals asked, of any process, since the last step, and then people, and what was decided."""
+        self._answer(self.world.max(2 * self.requests.take() + self.hand.waiting()))
+        if self.ending:
+            self._stop(self.ending)
 
-        `asked` is twice the number of the signals, and 1 more if something is in the inbox.
-        """
+    def _answer(self, asked: int) -> None:
+        """`asked` is twice the number of the signals, and 1 more if something is in the inbox."""
         stop, save = signals.read(asked // 2)
         if stop:
             self._stop(stop)
@@ -346,8 +347,10 @@ class Session:
             if ends:
                 raise
 
-    def secure(self) -> None:
-        """Puts the run as it stands here on the disk. Raises `UserError` if that did not last."""
+    def secure(self, again: bool = False) -> None:
+        """Puts the run as it stands on the disk, `again` if it is there. Raises `UserError` if that did not last."""
+        if again:
+            self.saver.saved_step = None
         self._save()
         with self._pausing():
             self.saver.finish()

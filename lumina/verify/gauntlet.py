@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lumina.events import merged, read_events
+from lumina.orchestrator.confidence import fallen_trial
 from lumina.verify.faults import CASES, SOUND, Case
 
 PRESET, STEPS, TOKENS = "tiny", 600, 512
@@ -82,10 +83,8 @@ class Result:
     @property
     def won(self) -> list[str]:
         """What won a trial and was not undone."""
-        fallen = [one["action"] for one in self.decisions if one["kind"] == "act" and one["action"].startswith("undo ")]
-        won = [trial for trial in self.trials if trial.get("winner")]
-        asks = [next(arm["asks"] for arm in one["arms"] if arm["name"] == one["winner"]) for one in won]
-        return asks[: len(asks) - len(fallen)]
+        won = [trial for trial in self.trials if trial.get("winner") and not trial["undone"]]
+        return [next(arm["asks"] for arm in one["arms"] if arm["name"] == one["winner"]) for one in won]
 
     @property
     def spent(self) -> float:
@@ -161,9 +160,16 @@ def _train(arm: Arm, start: float) -> Result:
         stopped,
         next((event["error"] for event in told if event["t"] == "incident" and event["kind"] == KIND), ""),
         [{name: getattr(one, name) for name in names} for one in entries(told)],
-        [dict(event) for event in told if event["t"] == "trial" and event["kind"] != "begin"],
+        _trials(told),
         round(time.perf_counter() - start, 1),
     )
+
+
+def _trials(told: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Verdicts and refusals, each with whether a probation undid what won."""
+    fallen = {fallen_trial(event) for event in told}
+    tried = (event for event in told if event["t"] == "trial" and event["kind"] != "begin")
+    return [dict(event) | {"undone": event.get("id") in fallen} for event in tried]
 
 
 def train_all(

@@ -161,7 +161,8 @@ def test_a_trial_is_a_verdict_on_each_arm_that_was_measured() -> None:
     assert (none.action, none.won) == ("no end", False)
     assert slow == Verdict("learning rate", SLOW, True, 0.03, 0.02, 0.004, "dense", "run", 100, "id")
     assert (fast.action, fast.won, fast.gain) == (FAST, False, -0.3)
-    assert read(trial(100, None)) == {(100, SLOW): False, (100, FAST): False, (100, "no end"): False}
+    other = read(trial(100, "fast"))  # it beat the control, though another was taken
+    assert other == {(100, SLOW): True, (100, FAST): False, (100, "no end"): False}
     assert read(trial(100, "slow", void="arms do not compare")) == {}
 
 

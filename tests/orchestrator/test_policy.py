@@ -128,13 +128,13 @@ def test_what_trials_did_not_mend_is_tried_otherwise_then_handed_over() -> None:
         one.quiet = 0
         choice = one.decide(rates, because("learning rate"), CALM, ())
         asked.append([candidate.text for candidate in choice.tries])
-        one.held_trial("learning rate", 100, [], None, 300)
+        one.held_trial("learning rate", 100, [], [tried.action for tried in choice.tries], None, 300)
     assert asked == [
         ["lr.scale=0.5", "lr.scale=2"],
         ["lr.scale=0.1", "lr.scale=0.25", "optimizer.reset=1 + lr.warmup=20"],
         [],
     ]
-    assert "2 trials found nothing that helps: a person has to look" in choice.reason
+    assert "optimizer.reset did not mend it, and nothing else is known: a person has to look" in choice.reason
     assert one.spent == 300
 
 
@@ -152,11 +152,11 @@ def test_trials_stay_within_the_budget_with_fewer_candidates_where_needed() -> N
     fits = one.fit(tries, 15_000)
     assert not isinstance(fits, str)
     assert (fits[0], fits[1].steps) == (tries, 100)
-    one.held_trial("x", 1900, [], None, 300)
+    one.held_trial("x", 1900, [], [], None, 300)
     fits = one.fit(tries, 15_000)
     assert not isinstance(fits, str)
     assert (fits[0], fits[1].steps) == (tries[:1], 100)
-    one.held_trial("x", 600, [], None, 300)
+    one.held_trial("x", 600, [], [], None, 300)
     assert "1500 are left of orchestrator.trial.budget" in str(one.fit(tries, 15_000))
 
 

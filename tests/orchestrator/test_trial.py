@@ -56,6 +56,7 @@ def test_what_does_not_end_loses_and_what_ends_where_the_control_does_not_wins()
     assert judge("a", [nan, inf, nan], [2.0, 2.0, 2.0], 1).won
     assert judge("a", [nan, 2.5, 2.5], [2.0, 2.1, 2.0], 1).won
     assert not judge("a", [nan, 2.0, 2.0], [2.0, 2.0, 2.1], 1).won
+    assert not judge("a", [nan, 2.0, 2.0], [1.99, 1.9999999, 1.9999999], 1).won  # ties beside
 
 
 def test_a_tie_of_winners_goes_to_the_first_and_a_better_one_has_to_prove_it() -> None:
@@ -66,6 +67,10 @@ def test_a_tie_of_winners_goes_to_the_first_and_a_better_one_has_to_prove_it() -
     chosen = [winner(judged) for judged in ([first, better], [better, first], [first, best], [best, first])]
     assert [one.name if one else "" for one in chosen] == ["first", "better", "best", "best"]
     assert winner([judge("same", control, control, 1)]) is None
+    between = judge("between", control, [1.893, 1.993, 1.943, 1.893], 3)
+    last = judge("last", control, [1.886, 1.986, 1.936, 1.886], 3)  # beats the first, and not the one between
+    chosen = winner([judge("first", control, [1.9, 2.0, 1.95, 1.9], 3), between, last])
+    assert chosen == between
 
 
 def test_a_trial_is_as_long_as_rest_and_budget_allow() -> None:
@@ -75,6 +80,9 @@ def test_a_trial_is_as_long_as_rest_and_budget_allow() -> None:
     assert isinstance(short, Size)
     assert short.steps == trial.SHORTEST
     assert isinstance(size(1, NOISE, 20_000, 2000, settle=300), str)  # no arm is shorter than the optimizer's memory
+    slow = size(1, NOISE, 20_000, 1e6, settle=900)
+    assert isinstance(slow, Size)
+    assert slow.steps == 900
 
 
 def test_noise_asks_for_more_pairs_until_more_would_not_see_more() -> None:
@@ -95,5 +103,7 @@ def test_what_does_not_fit_is_refused_with_the_figures() -> None:
 def test_the_cost_is_that_of_all_arms_less_the_winner_s_steps() -> None:
     arms = 3 * 3 * 125 - 100  # pairs x arms x (steps + probe): design 5
     probation = 225 + 25  # the control goes on, and later the winner is probed
-    assert Size(100, 25, 3).cost(2) == math.ceil(1.1 * (arms + probation))  # a tenth of it evaluates
-    assert Size(100, 25, 3).cost(2, placebo=True) == math.ceil(1.1 * (arms + 125 + probation))
+    again = 100  # of a winner that did not lead before the last pair
+    tenth = [math.ceil(round(1.1 * (total + again + probation), 6)) for total in (arms, arms + 125)]  # evaluates
+    assert [Size(100, 25, 3).cost(2), Size(100, 25, 3).cost(2, placebo=True)] == tenth
+    assert Size(100, 100, 3).cost(1, placebo=True) == 1870  # one candidate leads from the start

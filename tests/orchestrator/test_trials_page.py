@@ -8,7 +8,7 @@ from pathlib import Path
 from watched import FACTS, MOD, MOE
 
 from lumina.orchestrator import policy, trial
-from lumina.orchestrator.candidates import _LADDERS, candidates
+from lumina.orchestrator.candidates import _LADDERS
 from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.policy import Policy
 from lumina.orchestrator.signals import Signals
@@ -20,13 +20,13 @@ def row(fault: str) -> str:
     """A fault, and what each of its trials is made of, for every load that a router may show."""
     facts = MOE if fault in ("router", "over_balance") else MOD if fault == "depth" else FACTS
     cells = []
-    for tried in range(len(_LADDERS[fault])):
+    for rung in _LADDERS[fault]:
         names: dict[str, None] = {}
         signals = Signals(facts)
         signals.loads.last = [[1.9, 1.9, 0.2, 0.0]] if facts is MOE else []
         for rule in ("pace", "plateau", "drift", "collapse"):
             for values in ({"times": 10.0}, {}) if rule == "pace" else ({},):
-                found = candidates(fault, Finding(rule, 300, 290, "", False, values), signals, tried)
+                found = rung(Finding(rule, 300, 290, "", False, values), signals)
                 names |= dict.fromkeys(one.action for one in found)
         cells.append(", ".join(f"`{name}`" for name in names))
     return f"| {fault} | {' | '.join([*cells, *([''] * (2 - len(cells)))])} |"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from watched import FACTS, MOD, MOE, Watch
 
-from lumina.config.overlay import KEYS, check, require_kind
+from lumina.config.overlay import KEYS, Overlay, check, require_kind
+from lumina.errors import DiskRefused, UserError
 from lumina.orchestrator import orchestrator as module
 from lumina.orchestrator.candidates import _LADDERS, candidates
 from lumina.orchestrator.finding import Detector, Finding
 from lumina.orchestrator.ledger import entries, told
-from lumina.orchestrator.policy import MOST_TRIED
+from lumina.orchestrator.protocol import Outcome
 from lumina.orchestrator.signals import Facts, Signals
 from lumina.orchestrator.trying import CONTROL, PLACEBO
 
@@ -124,7 +127,8 @@ def test_what_does_not_hold_is_undone_and_something_else_is_tried_next(monkeypat
     assert one.door.did[1] == ("undo", "lr.scale=2.0@302")
     assert "has not held, and is undone" in one.door.why[1].reason
     assert [v.won for v in one.orchestrator.policy.learned] == [False, False]
-    assert one.orchestrator.policy.tried == {"learning rate": 1}
+    assert one.orchestrator.policy.tried == {"learning rate": ["lr.scale 0.5", "lr.scale 2"]}
+    assert one.door.worth[0] == one.door.worth[1]  # the same text
 
 
 def test_what_a_person_undid_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +138,27 @@ def test_what_a_person_undid_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> N
     one.door.overlays = ()
     one.run(one.orchestrator.signals.step + 1, 2000)
     assert not list(one.decisions("outcome"))
+    assert one.orchestrator.policy.open is None
+
+
+@pytest.mark.parametrize("what", ["another overlay", "lifted", "advise", "too near the end"])
+def test_what_cannot_be_compared_any_more_is_not_judged_and_stays(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = watch(monkeypatch, 300)
+    one.door.end = better(0.1)
+    one.run(1, 300)
+    until = 301 + 2 * trials(one)[0]["steps"]
+    if what == "another overlay":
+        one.door.overlays += (Overlay("by hand", "clip", 0.5, 800),)
+    elif what == "lifted":
+        one.door.overlays = tuple(replace(overlay, end=800) for overlay in one.door.overlays)
+    elif what == "advise":
+        one.orchestrator.mode = "advise"
+    else:
+        one.door.last = until + 3
+    one.run(one.orchestrator.signals.step + 1, until + 2)
+    (said,) = one.decisions("outcome")
+    assert "stays, but was not judged" in said["reason"]
+    assert len(one.door.did) == 1
     assert one.orchestrator.policy.open is None
 
 
@@ -162,6 +187,43 @@ def test_a_trial_that_cannot_be_kept_is_told_and_nothing_is_open(monkeypatch: py
     assert "It could not be kept: the disk is full" in said["reason"]
     assert one.orchestrator.policy.open is None
     assert one.orchestrator.waiting is None
+
+
+def test_a_candidate_that_the_run_cannot_have_is_out_and_the_others_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = watch(monkeypatch, 300)
+    run = one.door.run
+
+    def refusing(name: str, overlays: Sequence[Overlay], *more: Any, **given: Any) -> Outcome:
+        if "lr-0.5" in name:
+            raise UserError("lr.scale=0.5: others in force make it 0.005 of the plan", "end one")
+        return run(name, overlays, *more, **given)
+
+    one.door.run, one.door.end = refusing, better(0.1)  # type: ignore[method-assign]
+    one.run(1, 300)
+    refused, won = trials(one)[0]["arms"]
+    assert ("0.005 of the plan" in refused["refused"], "gains" in refused, won["won"]) == (True, False, True)
+    assert one.door.did == [("commit", "lr.scale=2.0@302")]
+    assert one.orchestrator.policy.tried == {"learning rate": ["lr.scale 0.5", "lr.scale 2"]}
+
+
+def test_what_the_run_has_already_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = watch(monkeypatch, 300)
+    one.door.same = ["lr.scale=0.5@302"]
+    one.door.end = better(0.1)
+    one.run(1, 300)
+    assert [arm["name"] for arm in trials(one)[0]["arms"]] == [UP]
+
+
+def test_the_disk_s_refusal_is_the_run_s_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = watch(monkeypatch, 300)
+    one.door.end = better(0.1)
+
+    def full(*_: Any) -> list[Any]:
+        raise DiskRefused("no space left", "free some")
+
+    one.door.commit = full  # type: ignore[method-assign]
+    with pytest.raises(DiskRefused):
+        one.run(1, 300)
 
 
 def test_arms_of_more_work_take_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,17 +260,18 @@ def test_whatever_is_tried_is_within_bounds_and_of_the_kind(fault: str, load: li
     signals = Signals(facts)
     signals.loads.last = [load, load] if load and facts is MOE else []
     for rule, values in FINDINGS.items():
-        for tried in range(len(_LADDERS[fault]) + 1):
-            made = candidates(fault, Finding(rule, 300, 290, "x", False, values), signals, tried)
-            assert (len(made) == 0) == (tried == len(_LADDERS[fault]))
+        tried: list[str] = []
+        while made := candidates(fault, Finding(rule, 300, 290, "x", False, values), signals, tried):
             assert len({one.name for one in made}) == len({one.action for one in made}) == len(made)
+            tried += [one.action for one in made]
             for one in made:
                 assert all(c.isalnum() or c in "-." for c in one.name)
-                for overlay in one.overlays(301):
+                for overlay in one.overlays(301, decay=800):
                     check(overlay)
                     require_kind(overlay.key, kind)
                     assert (overlay.end == 301) == KEYS[overlay.key].once
-    assert MOST_TRIED == 3
+                    assert (overlay.end == 799) == (overlay.key == "bias_rate")  # biases rest in the decay
+        assert tried
 
 
 def test_a_pace_that_jumped_goes_back_to_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_a_planned_change_is_learned_anew() -> None:
 def test_the_facts_are_those_of_the_configuration() -> None:
     facts = Facts.of(resolve("tiny", {"model.kind": "hybrid", "model.mod.anneal": 0.5}).config)
     routed: dict[str, Any] = {"top_k": 2, "bias_rate": 1e-3, "routed": 0.25, "capacity": 0.25, "settles": 10}
-    assert facts == Facts(260, 512, 0.95, **routed, steps=20, budget=0.03, exact=True)
+    assert facts == Facts(260, 512, 0.95, **routed, steps=20, budget=0.03, decay=13, exact=True)
     assert facts.uniform == math.log(260)
     assert facts.assignments == 512 * 2 * 0.25
     dense = Facts.of(resolve("tiny", {"model.kind": "dense"}).config)

@@ -67,6 +67,8 @@ class Door:
         self.overlays: tuple[Overlay, ...] = ()
         self.end: End = lambda name, laid, pair: 2.0  # held-out loss of an arm
         self.arms: list[Outcome] = []
+        self.worth: list[int] = []  # of each fork
+        self.same: list[str] = []  # overlays that change nothing
 
     @property
     def rest(self) -> int:
@@ -76,8 +78,12 @@ class Door:
         return 1.0
 
     @contextmanager
-    def fork(self, step_seconds: float) -> Iterator[Door]:
+    def fork(self, step_seconds: float, worth: int = 0) -> Iterator[Door]:
+        self.worth.append(worth)
         yield self
+
+    def alters(self, overlays: Sequence[Overlay]) -> bool:
+        return [one.id for one in overlays] != self.same
 
     def run(self, name: str, overlays: Sequence[Overlay], steps: int, probe: int, hold: bool = False) -> Outcome:
         order = [one for one in overlays if one.key == "data.order"]

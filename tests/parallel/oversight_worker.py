@@ -25,13 +25,16 @@ class Thinker:
     found: list[Replay | None]
     heard: list[int]
 
-    calm, waiting = True, None
+    calm = True
 
     def __init__(self, mode: str, *_: object) -> None:
         self.back = False
 
     def learn(self, taught: Any) -> None:
         pass
+
+    def pending(self, step: int) -> bool:
+        return False
 
     def forecast(self, event: dict[str, Any]) -> None:
         pass

@@ -305,7 +305,7 @@ def test_what_cannot_be_done_is_told_set_aside_and_training_goes_on(
 ) -> None:
     def ask(controls: SessionControls) -> None:
         inbox = Inbox(controls.session.run)
-        inbox.put({"name": "lr.scale", "value": 9.0})
+        inbox.put({"name": "lr.scale", "value": 900.0})
         inbox.put({"name": "rewind", "value": -9})
         inbox.put({"whatever": 1})
         (inbox.folder / "broken.json").write_text("{")
@@ -432,9 +432,9 @@ def test_bounds_and_kinds_are_refused_before_anything_is_written(plain: Run, tmp
     stopped = OpenRun(plain)
     dense = OpenRun(Trainer("tiny", root=tmp_path, **request(tmp_path, "dense", train__steps=2)).fit())
     asks: list[tuple[Callable[[], object], str]] = [
-        (lambda: stopped.adjust_learning_rate(3.0), "out of bounds"),
+        (lambda: stopped.adjust_learning_rate(300.0), "out of bounds"),
         (lambda: stopped.emergency_lr_reduction(0.1), "no reduction"),
-        (lambda: stopped.emergency_lr_reduction(100), "out of bounds"),
+        (lambda: stopped.emergency_lr_reduction(1000), "out of bounds"),
         (lambda: stopped.rollback_steps(0), "not back"),
         (lambda: stopped.rollback_steps(11), "has come to step 10"),
         (lambda: stopped.adjust_weight_decay(2.0), "out of bounds"),

@@ -26,13 +26,16 @@ class Spy:
     heard: list[Any]
     fails: dict[str, int]
 
-    calm, waiting = True, None
+    calm = True
 
     def __init__(self, mode: str, facts: Facts, emit: Emit) -> None:
         self.mode, self.count = mode, 0
 
     def learn(self, taught: Any) -> None:
         pass
+
+    def pending(self, step: int) -> bool:
+        return False
 
     def forecast(self, event: dict[str, Any]) -> None:
         pass

@@ -15,6 +15,7 @@ from trials import HEARD, MEMORY, PROBE, STEPS, keys, plant, told
 
 from lumina.config.overlay import Overlay
 from lumina.events import read_events
+from lumina.orchestrator.candidates import Candidate
 from lumina.orchestrator.ledger import entries
 from lumina.run.folder import Run
 from lumina.training.arms import Arms
@@ -89,6 +90,20 @@ def test_what_does_not_hold_on_probation_is_undone_to_the_run_that_never_acted(
     assert (first.state, first.undo) == ("undone", [])
 
 
+def test_the_measure_of_the_probation_is_that_of_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A winner that changes nothing ends, to the bit, where the run without it does: on the same text, as far on."""
+    nothing = Candidate(UP, "nothing", (("lr.scale", 1.0),))
+    with monkeypatch.context() as patch:
+        plant(patch, winner=UP, loses=None)
+        patch.setattr("lumina.orchestrator.policy.candidates", lambda *_: [nothing])
+        patch.setattr(SessionControls, "alters", lambda *_: True)
+        run = run_of(tmp_path / "run", keys(tmp_path))
+    equal(off(tmp_path), run)
+    (back,) = (event for event in run.events() if event["t"] == "run" and event["attempt"] == 1)
+    assert back["why"]["evidence"]["probation"]["gain"] == 0
+    assert "ends 0.0000 nats above" in back["why"]["reason"]
+
+
 def test_what_won_is_undone_by_hand_to_the_run_that_never_acted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +113,8 @@ def test_what_won_is_undone_by_hand_to_the_run_that_never_acted(
             act(patch, {behind: lambda controls: controls.undo(WHY, ID)})
             undone = run_of(tmp_path / f"undone {behind}", keys(tmp_path))
         equal(off(tmp_path), undone)
-        assert not told(list(undone.events()), "trial", kind="probation")
+        judged = [e for e in read_events(undone.event_log) if "probation" in e.get("evidence", {})]
+        assert len(judged) == (behind > HEARD + 1 + 2 * MEMORY)
 
 
 def test_a_stop_in_a_trial_is_resumed_and_holds_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +157,8 @@ plant(patch, winner="lr-2")
 if {where!r} == "arm":
     run, arms = Arms.run, iter(range(99))
     patch.setattr(Arms, "run", lambda *a, **k: die() if next(arms) == 4 else run(*a, **k))
+elif {where!r} == "secured":
+    patch.setattr("lumina.training.controls.SessionControls._lay", die)
 elif {where!r} == "commit":
     patch.setattr(Arms, "keep", die)
 else:
@@ -150,17 +168,49 @@ Trainer("tiny", root=Path({root!r}), **keys(Path({folder!r}))).fit()
 """
 
 
-@pytest.mark.parametrize("where", ["arm", "commit", "kept"])
+@pytest.mark.parametrize("where", ["arm", "secured", "commit", "kept"])
 def test_a_kill_in_a_trial_is_resumed_to_the_bit(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of an arm; when the journal has the winner and the run has not; and just behind it."""
+    """In the middle of an arm; when the disk knows that it is over and the journal does not; when the journal has the
+    winner and the run has not; and just behind it."""
     here, root = Path(__file__).parent, tmp_path / "killed"
     code = KILLED.format(paths=[str(here), str(here.parent)], root=str(root), folder=str(tmp_path), where=where)
     died = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert died.returncode == -signal.SIGKILL
     plant(monkeypatch, winner=UP)
-    again = resume(Run(next(root.iterdir())))
+    again = resume(Run(next(root.glob("tiny-*"))))
     equal(run_of(tmp_path / "whole", keys(tmp_path)), again)
     assert told(list(again.events()), "decision", kind="outcome")[0]["evidence"]["held"]
+
+
+def test_a_stop_in_the_trial_that_an_attempt_begins_with_stops_it_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preempted twice, and killed once the third has committed: as if nothing had happened."""
+    plant(monkeypatch, winner=UP)
+    whole = run_of(tmp_path / "whole", keys(tmp_path))
+    run, arms = Arms.run, iter(range(99))
+
+    def stopping(*given: Any, **more: Any) -> Any:
+        if next(arms) in (2, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arms, "run", stopping)
+        with pytest.raises(Stopped) as first:
+            run_of(tmp_path / "stopped", keys(tmp_path))
+        with pytest.raises(Stopped) as second:
+            resume(first.value.run)
+    stopped = second.value.run
+    assert (first.value.step, second.value.step) == (HEARD + 1, HEARD + 1)
+    assert stopped.events()[-1]["reason"] == "stopped"
+    with monkeypatch.context() as patch:
+        keep = Arms.keep
+        patch.setattr(Arms, "keep", lambda *given: (keep(*given), crash()))
+        patch.setattr("lumina.training.failing.ends", lambda *_: True)
+        with pytest.raises(RuntimeError, match="power cut"):
+            resume(stopped)
+    equal(whole, resume(stopped))
 
 
 @pytest.mark.parametrize("where", ["lumina.orchestrator.trying.judge", "lumina.orchestrator.trying.Trial.goes_on"])

@@ -38,8 +38,9 @@ def keys(folder: Path, kind: str = "hybrid", **more: Any) -> dict[str, Any]:
     return request(folder, kind, **(usual | more))
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, winner: str = "", loses: bool = False) -> None:
-    """From now on runs hear it; the candidate of this name wins, or none. `loses`: not over twice the steps."""
+def plant(monkeypatch: pytest.MonkeyPatch, winner: str = "", loses: bool | None = False) -> None:
+    """From now on runs hear it; the candidate of this name wins, or none. `loses`: not over twice the steps; None: it
+    is measured."""
     found = Detector("plateau", heard)
     monkeypatch.setattr("lumina.orchestrator.orchestrator.DETECTORS", (found,))
     monkeypatch.setattr(trial, "SHORTEST", 3)
@@ -51,7 +52,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, winner: str = "", loses: bool = False
 
     monkeypatch.setattr("lumina.orchestrator.trying.judge", decided)
     monkeypatch.setattr("lumina.orchestrator.trying.winner", lambda judged: next((j for j in judged if j.won), None))
-    monkeypatch.setattr(Trial, "goes_on", lambda self, fork: -9.0 if loses else 9.0)
+    if loses is not None:
+        monkeypatch.setattr(Trial, "goes_on", lambda self, fork: -9.0 if loses else 9.0)
 
 
 def told(events: Sequence[dict[str, Any]], type: str, **fields: Any) -> list[dict[str, Any]]:
