@@ -298,3 +298,21 @@ def test_an_attempt_that_ended_in_a_trial_begins_with_it(monkeypatch: pytest.Mon
     again.orchestrator.between(again.door)  # type: ignore[arg-type]
     assert again.door.did == [("commit", "lr.scale=2.0@302")]
     assert again.orchestrator.waiting is None
+
+
+def test_what_a_way_back_undid_was_tried_and_paid_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed behind a rollback that undid a trial: it knows what it knew; the trial that still counts is held again."""
+    one = watch(monkeypatch, 300, 900)
+    one.door.end = better(0.009)
+    one.run(1, 900)
+    first, second = trials(one)
+    because: dict[str, Any] = {"rule": "divergence", "action": "rewind_replay"}
+    because["evidence"] = {"step": 500, "finding": {"since": 490}, "diagnosis": {"cause": "data"}}
+    back = {"t": "run", "reason": "rollback", "attempt": 1, "step": 250, "parent_step": 250, "why": because}
+    again = watch(monkeypatch).orchestrator
+    again.recall([json.loads(json.dumps(event)) for event in (first, back, second)])
+    known = one.orchestrator.policy
+    assert again.policy.spent == pytest.approx(first["spent"], abs=0.1)
+    assert (again.policy.trials, again.policy.tried) == (1, {"learning rate": known.tried["learning rate"][:2]})
+    assert [v.action for v in again.policy.learned] == [v.action for v in known.learned[:2]]
+    assert again.policy.went == [500]

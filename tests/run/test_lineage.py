@@ -15,7 +15,7 @@ from lumina.checkpoint import catalogue
 from lumina.errors import UserError
 from lumina.events import EventWriter, merged
 from lumina.run.folder import Run
-from lumina.run.lineage import Lineage, lineage, overlays
+from lumina.run.lineage import Lineage, done_since, lineage, overlays
 
 
 def abandoned(run: Run) -> list[Path]:
@@ -100,6 +100,20 @@ def test_the_last_event_that_tells_overlays_tells_all(tmp_path: Path) -> None:
     with run.event_log.open("a") as log:
         log.write('{"t":"run","attempt":2,"overlays":[{"id":')  # torn
     assert overlays(run) == []
+
+
+def test_what_was_done_behind_a_checkpoint_is_ways_back_and_verdicts(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    begun(run, 0, None, reason="start")
+    with EventWriter(run.event_log, 0) as events:
+        for step, kind in ((3, "verdict"), (5, "begin"), (5, "verdict")):
+            events.emit("trial", step=step, kind=kind)
+    begun(run, 1, 2, reason="rollback")
+    with EventWriter(run.event_log, 1) as events:
+        events.emit("trial", step=3, kind="verdict")
+    begun(run, 2, 3, reason="resume")
+    found = [[(e["t"], e["attempt"], e["step"]) for e in done_since(run, *saved)] for saved in ((0, 3), (1, 3), (2, 3))]
+    assert found == [[("trial", 0, 5), ("run", 1, 2), ("trial", 1, 3)], [], []]
 
 
 def test_a_damaged_log_is_said(tmp_path: Path) -> None:
