@@ -196,8 +196,11 @@ def _state(laid: list[dict[str, Any]]) -> str:
     """What became of what a decision laid over the plan, of which this is still there."""
     if not laid:
         return "undone"
-    begin, end = laid[0].get("begin"), laid[0].get("end")
-    return "in force" if end is None else "done once" if end == begin else f"until step {end}"
+    ends = [(one.get("begin"), one.get("end")) for one in laid]
+    states = [
+        "in force" if end is None else "done once" if end == begin else f"until step {end}" for begin, end in ends
+    ]
+    return ", ".join(dict.fromkeys(states))
 
 
 def _decided(event: Mapping[str, Any], why: Mapping[str, Any]) -> int:

@@ -224,7 +224,7 @@ class Orchestrator:
             )
             told = trial.plain() | {"left": round(policy.left)}
             self._tell_trial(finding, choice, step, kind="verdict", reason=result(trial), **told)
-            made = replace(why, evidence=why.evidence | {"trial": told}, links=trial.files)
+            made = replace(why, evidence=why.evidence | {"trial": told}, links=[trial.files])
             if best is None or trial.won is None:
                 self.waiting = None
                 self._advise(finding, made, f"{why.reason} {result(trial)}.")

@@ -42,7 +42,11 @@ class Trial:
     apart: str = ""  # why not of any other trial of this run either
     spent: float = 0.0  # steps' worth of compute
     seconds: float = 0.0  # counted
-    files: list[str] = field(default_factory=list)  # of its arms
+
+    @property
+    def files(self) -> str:
+        """Of its arms, all of them."""
+        return f"trials/{self.id}-*.jsonl"
 
     @property
     def won(self) -> Candidate | None:
@@ -153,7 +157,6 @@ class Trial:
             self.refused[name] = error.message
             self.void = f"the control cannot be run: {error.message}" if not laid else ""
             return None
-        self.files.append(f"trials/{file}.jsonl")
         self.spent += (1 + ENDPOINT) * (steps + probe) * work
         self.seconds += outcome.seconds * work
         if outcome.void and name in (CONTROL, PLACEBO):
