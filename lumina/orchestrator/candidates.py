@@ -10,7 +10,7 @@ To add one: a line in the list of a cause, and the fault in the gauntlet that it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lumina.config.overlay import KEYS, Overlay, Value
 from lumina.orchestrator.diagnosis import Diagnosis
@@ -33,12 +33,14 @@ class Candidate:
     name: str  # of a file's characters
     action: str  # the family that it is remembered as, over runs
     laid: tuple[tuple[str, Value], ...]
+    since: int = 0  # step from which on it is needed, if that is still to come
 
     def overlays(self, begin: int, decay: int = 0) -> list[Overlay]:
         """As they lie over the plan from step `begin` on; `decay` is the first step of the last decay, 0 without.
 
         Biases rest in that, as planned: nothing was tried of what moving them does there.
         """
+        begin = max(begin, self.since)
         rests = decay - 1 if decay > begin else None
 
         def end(key: str) -> int | None:
@@ -87,7 +89,7 @@ def _rates(finding: Finding, signals: Signals) -> list[Candidate]:
     """Back to the pace that the run had, where it is known; else down, or up where the loss stands still."""
     times = finding.values.get("times")
     if isinstance(times, float) and times > 0:
-        return [_scale(1 / times, "back")]
+        return [replace(_scale(1 / times, "back"), since=int(finding.values.get("from", 0)))]
     return [_scale(0.5), _scale(2.0) if finding.rule == "plateau" else _scale(0.1)]
 
 

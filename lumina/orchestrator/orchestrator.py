@@ -22,7 +22,7 @@ from lumina.orchestrator.confidence import Confidence
 from lumina.orchestrator.detectors.table import DETECTORS
 from lumina.orchestrator.diagnosis import diagnose
 from lumina.orchestrator.finding import Finding, Subject
-from lumina.orchestrator.policy import Choice, Mode, Open, Policy, follow
+from lumina.orchestrator.policy import FROM_BEFORE, Choice, Mode, Open, Policy, follow
 from lumina.orchestrator.protocol import ENDPOINT, Controls, Decision, Look, Observation, Replay
 from lumina.orchestrator.robust import OUTLIER
 from lumina.orchestrator.signals import Facts, Signals
@@ -126,7 +126,7 @@ class Orchestrator:
     def _handle(self, finding: Finding, controls: Controls) -> bool:
         """Returns whether the run was acted on: what else was found is of a state that is no more."""
         replay = controls.replay(finding.before) if finding.hard else None
-        points = controls.points() if finding.hard else ()
+        points = controls.points() if finding.hard or finding.rule in FROM_BEFORE else ()
         refused: list[str] = []
         while True:
             made = self._safely(lambda: self._judge(finding, replay, points, refused))  # noqa: B023 - called at once
@@ -178,7 +178,8 @@ class Orchestrator:
             controls.stop(why)
             return
         assert choice.to is not None
-        after = follow(finding.rule, why.evidence["diagnosis"]["cause"], choice.to)
+        cause, values = why.evidence["diagnosis"]["cause"], why.evidence["finding"]["values"]
+        after = follow(finding.rule, cause, choice.to, finding.since, values)
         controls.rollback(why, choice.to, "skip" if choice.action == "rewind_skip" else "replay", choice.until)
         self.waiting = after
 

@@ -46,6 +46,9 @@ TRIED = frozenset(
         "mod_agreement",
     }
 )
+# A state that was pushed off hides what pushed it: right behind a jump of the rate the higher one regains more in a
+# short trial than the right one. So that begins before it; the way there is the same steps again, which change nothing.
+FROM_BEFORE = frozenset({"pace"})
 FOLLOWED: frozenset[Cause] = frozenset({"learning rate", "optimizer state"})  # which the same steps bring back
 ADVICE: dict[Cause, str] = {
     "data": "look at the batches of these steps; `data.skip` leaves some out",
@@ -120,7 +123,7 @@ class Policy:
         if finding.hard and finding.rule in HARD:
             choice = self._hard(finding, why, points)
             return choice._replace(act=choice.act and self.mode == "act" and not self.over)
-        return self._soft(finding, why, signals)
+        return self._soft(finding, why, signals, points)
 
     def done(self, finding: Finding, choice: Choice, step: int) -> None:
         """The choice was acted on, when the run was at `step`."""
@@ -239,7 +242,9 @@ class Policy:
             return None
         finding = Finding(why["rule"], evidence["step"], evidence["finding"]["since"], "")
         self.done(finding, Choice(why["action"], True, "", back["parent_step"]), finding.step)
-        return follow(finding.rule, evidence["diagnosis"]["cause"], back["parent_step"])
+        found = evidence["finding"]
+        cause, to = evidence["diagnosis"]["cause"], back["parent_step"]
+        return follow(finding.rule, cause, to, found["since"], found.get("values", {}))
 
     def passed(self, step: int) -> Open | None:
         """The open intervention, if it has held until `step`: it is closed then."""
@@ -262,7 +267,7 @@ class Policy:
             return "the learning rate decays"
         return ""
 
-    def _soft(self, finding: Finding, why: Diagnosis, signals: Signals) -> Choice:
+    def _soft(self, finding: Finding, why: Diagnosis, signals: Signals, points: Sequence[int]) -> Choice:
         kind = fault(finding, why)
         tried, advice = self.tried.get(kind, []), ADVICE[why.cause]
         follows = "follows" in finding.values  # its way back is the intervention that is open
@@ -277,6 +282,11 @@ class Policy:
         first = self.confidence.order(kind, [one.action for one in tries])
         ordered = tuple(sorted(tries, key=lambda one: first.index(one.action))[:MOST_TRIED])  # the others are next
         text = ", ".join(one.text for one in ordered)
+        before = [step for step in points if step < finding.since]
+        first_of_it = finding.rule in FROM_BEFORE and not (follows or tried or self._place(finding.since))
+        if first_of_it and before and not isinstance(self.fit(ordered, self.facts.steps - max(before)), str):
+            reason = f"back to step {max(before)}, before it began, and there to be tried: {text}"
+            return Choice("rewind_replay", self.mode == "act", reason, max(before))
         return Choice("trial", self.mode == "act", f"to be tried: {text}", fault=kind, tries=ordered)
 
     def _hard(self, finding: Finding, why: Diagnosis, points: Sequence[int]) -> Choice:
@@ -346,13 +356,14 @@ class Policy:
         self.learned = [Verdict.unpack(one) for one in packed["learned"]]
 
 
-def follow(rule: str, cause: Cause, step: int) -> Finding | None:
-    """What is tried behind a way back to `step`: where the plan or the state made the run diverge, the same steps will
-    again. Hard faults act first and try afterwards."""
-    if rule != "divergence" or cause not in FOLLOWED:
+def follow(rule: str, cause: Cause, step: int, since: int, values: Mapping[str, Any]) -> Finding | None:
+    """What is tried behind a way back to `step`: where the plan or the state made the run leave its way since a later
+    one, the same steps will again. Hard faults act first and try afterwards."""
+    if rule not in ("divergence", *FROM_BEFORE) or cause not in FOLLOWED:
         return None
-    text = "the run diverged from here, and will again where nothing else is done"
-    return Finding(rule, step, step, text, False, {"follows": cause})
+    text = f"from step {since} on the run will leave its way again where nothing else is done"
+    known = {"times": values["times"]} if "times" in values else {}
+    return Finding(rule, step, step, text, False, {"follows": cause, "from": since} | known)
 
 
 def _misread(finding: Finding) -> bool:

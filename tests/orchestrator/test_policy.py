@@ -164,12 +164,12 @@ def test_a_divergence_that_the_same_steps_bring_back_is_tried_behind_the_way_bac
     one = policy()
     why = because("learning rate")
     one.done(finding(), one.decide(finding(), why, CALM, (100,)), 300)
-    after = follow("divergence", "learning rate", 100)
+    after = follow("divergence", "learning rate", 100, 290, {})
     assert after is not None
     choice = one.decide(after, diagnose(after, None, CALM), CALM, ())
     assert (choice.action, choice.fault) == ("trial", "learning rate")
-    assert follow("divergence", "data", 100) is None
-    assert follow("invariant", "learning rate", 100) is None
+    assert follow("divergence", "data", 100, 290, {}) is None
+    assert follow("invariant", "learning rate", 100, 290, {}) is None
 
 
 def test_a_broken_invariant_that_is_not_hard_is_advised() -> None:

@@ -281,6 +281,33 @@ def test_a_pace_that_jumped_goes_back_to_what_it_was(monkeypatch: pytest.MonkeyP
         assert [one.laid for one in candidates("learning rate", finding, signals)] == [(("lr.scale", value),)]
 
 
+def test_a_pace_that_jumped_is_tried_from_before_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: where nothing won, the same steps are taken, and what is heard then is tried where it is heard."""
+    for by, did in ((0.1, "commit"), (0.0, "")):
+        one = watch(monkeypatch, 330, rule="pace", times=10.0)
+        one.door.end = better(by, "lr-0.1")
+        one.run(1, 330)
+        assert one.door.did[0] == ("rollback", 300, "replay")
+        assert "Back to step 300, before it began, and there to be tried: lr.scale=0.1" in one.door.why[0].reason
+        (verdict,) = trials(one)
+        assert (verdict["step"], verdict["rule"]) == (300, "pace")
+        if did:
+            assert one.door.did[1:] == [("commit", "lr.scale=0.1@310")]  # from where it jumps, not before
+        else:
+            assert one.door.did[1:] == []
+            one.run(301, 330)
+            assert one.door.did[1:] == []
+            assert "is still on trial" in list(one.decisions())[-1]["reason"]
+
+
+def test_a_trial_that_does_not_fit_is_no_reason_to_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = watch(monkeypatch, 330, rule="pace", times=10.0)
+    one.orchestrator.policy.facts = one.orchestrator.policy.facts._replace(budget=0.001)
+    one.run(1, 330)
+    assert one.door.did == []
+    assert len(trials(one, "refused")) == 1
+
+
 def test_an_attempt_that_ended_in_a_trial_begins_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     one = watch(monkeypatch, 300)
 
@@ -316,3 +343,4 @@ def test_what_a_way_back_undid_was_tried_and_paid_all_the_same(monkeypatch: pyte
     assert (again.policy.trials, again.policy.tried) == (1, {"learning rate": known.tried["learning rate"][:2]})
     assert [v.action for v in again.policy.learned] == [v.action for v in known.learned[:2]]
     assert again.policy.went == [500]
+    assert not again.ended

@@ -123,6 +123,7 @@ class Door:
         if self.refuse:
             raise UserError(self.refuse, "mend it")
         self._do(why, "rollback", step, data, *([until] if until else []))
+        self.step = step
         self.returned(step)
 
     def replan(self, why: Decision) -> None:
