@@ -330,7 +330,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_done(
 ) -> None:
     def refused(controls: SessionControls) -> None:
         for key, value, says in (
-            ("lr.scale", 3.0, "out of bounds"), ("data.order", 1, "nothing that a run can"),
+            ("lr.scale", 300.0, "out of bounds"), ("data.order", 1, "nothing that a run can"),
             (SKIP, [4, 1], "still to come"), (SKIP, [10, 1], "still to come"), ("lr.scale", 0.0, "out of bounds"),
         ):  # fmt: skip
             with pytest.raises(UserError, match=says):
