@@ -55,13 +55,14 @@ class Trial:
 
     def plain(self) -> dict[str, Any]:
         """Every number, for the ledger."""
-        actions = {one.name: one for one in self.candidates}
-        asked = [{"name": one.name, "action": one.action, "asks": one.text} for one in self.candidates]
         judged = {one.name: one.plain() for one in self.judged}
+        arms = [
+            {"name": one.name, "action": one.action, "asks": one.text} | judged.get(one.name, {}) | self._work(one)
+            for one in self.candidates
+        ]
         return {
             "id": self.id, "steps": self.size.steps, "probe": self.size.probe, "pairs": self.size.pairs,
-            "arms": [row | judged.get(row["name"], {}) | self._work(actions[row["name"]]) for row in asked],
-            "control": [_short(end) for end in self.ends.get(CONTROL, [])],
+            "arms": arms, "control": [round(end, 6) for end in self.ends.get(CONTROL, [])],
             "placebo": self.ends.get(PLACEBO), "void": self.void, "spent": round(self.spent, 1),
             "seconds": round(self.seconds, 3), "winner": self.won.name if self.won else None,
         }  # fmt: skip
@@ -155,7 +156,8 @@ class Trial:
             outcome = fork.run(file, [*laid, *order], steps, probe, hold)
         except UserError as error:
             self.refused[name] = error.message
-            self.void = f"the control cannot be run: {error.message}" if not laid else ""
+            if name in (CONTROL, PLACEBO):
+                self.void = f"the control cannot be run: {error.message}"
             return None
         self.spent += (1 + ENDPOINT) * (steps + probe) * work
         self.seconds += outcome.seconds * work
@@ -196,7 +198,3 @@ def result(trial: Trial) -> str:
 def _share(steps: int, work: float) -> int:
     """As many steps of this work as are worth so many of the control's."""
     return max(1, round(steps / work))
-
-
-def _short(value: float) -> float:
-    return round(value, 6)

@@ -52,8 +52,8 @@ class Arms:
         nothing for."""
         self.course, self.folder, self.step_seconds, self.between = course, folder, step_seconds, between
         self.require = require
-        # a third of a step has no gradient
-        self.text = max(FEWEST, round(3 * ENDPOINT * worth * course.config.train.batch_tokens))
+        # tokens of held-out text: a third of a step's compute is without gradient
+        self.tokens = max(FEWEST, round(3 * ENDPOINT * worth * course.config.train.batch_tokens))
         self.held: dict[str, _Held] = {}
 
     def __enter__(self) -> Self:
@@ -119,10 +119,12 @@ class Arms:
 
     def _evaluate(self) -> Evaluation:
         """The arm's end, on a part of the held-out text."""
-        course = self.course
-        kind, mod = course.parts.main_kind, course.config.model.mod
-        result = course.fitting.evaluate(kind, mod.capacity if mod else None, self.text)
+        course, kind = self.course, self.course.parts.main_kind
         step, tokens = course.state.progress.step, course.state.progress.tokens
+        capacity = (
+            course.values(step)["mod_capacity"] if course.config.model.mod else None
+        )  # that the arm is trained for
+        result = course.fitting.evaluate(kind, capacity, self.tokens)
         told = {"split": "part of heldout", "data": kind, "routing": "causal"}
         course.emit("eval", step=step, tokens=tokens, **told, **result.fields())
         return result

@@ -21,6 +21,7 @@ from lumina.run.folder import Run
 from lumina.training.arms import Arms
 from lumina.training.controls import SessionControls
 from lumina.training.endings import Stopped
+from lumina.training.oom import Fitting
 from lumina.training.trainer import Trainer, resume
 
 UP = "lr-2"
@@ -262,6 +263,24 @@ def test_advise_says_what_would_be_tried(tmp_path: Path, monkeypatch: pytest.Mon
     equal(off(tmp_path), advised)
     (said,) = told(list(advised.events()), "decision")
     assert "To be tried: lr.scale=0.5, lr.scale=2" in said["reason"]
+
+
+def test_an_arm_is_held_to_the_depth_that_it_is_trained_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float | None] = []
+    evaluate = Fitting.evaluate
+
+    def hear(fitting: Fitting, kind: Any, capacity: float | None, *more: Any) -> Any:
+        asked.append(capacity)
+        return evaluate(fitting, kind, capacity, *more)
+
+    def fork(controls: SessionControls) -> None:
+        with monkeypatch.context() as patch, controls.fork(1.0) as fork:
+            patch.setattr(Fitting, "evaluate", hear)
+            fork.run("control", [], 1, 1)
+            fork.run("deeper", [Overlay("x", "mod_capacity", 0.5, controls.step + 1)], 1, 1)
+
+    trained(tmp_path, keys(tmp_path, train__steps=8, orchestrator__mode="off"), monkeypatch, {4: fork})
+    assert asked == [0.25, 0.5]
 
 
 def test_steps_that_cost_more_are_fewer_in_equal_counted_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
