@@ -1,11 +1,14 @@
-# make demo: set up and train the debug model. make test: set up and run the suite. make check: ruff and mypy.
-# make hooks: ruff and mypy before each commit.
+# make demo: set up and train the debug model. make demo-rescue: break a run, and see it rescued.
+# make test: set up and run the suite. make check: ruff and mypy. make hooks: ruff and mypy before each commit.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
 demo: $(VENV)/core
 	$(BIN)/lumina demo
+
+demo-rescue: $(VENV)/core
+	$(BIN)/lumina rescue
 
 test: $(VENV)/dev
 	$(BIN)/pytest -n 2
@@ -32,4 +35,4 @@ $(VENV)/dev: $(VENV)/core
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo test check hooks clean
+.PHONY: demo demo-rescue test check hooks clean

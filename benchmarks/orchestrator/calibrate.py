@@ -36,6 +36,7 @@ CONSTANT = (
     "off_plan",
     "loader",
     "golden",
+    "attention",
     "router_gradient",
 )  # what these judge was not recorded
 EXPERTS, DEPTH = ("moe", "hybrid"), ("mod", "hybrid")

@@ -67,7 +67,6 @@ def decisions(
     from lumina.byhand import open_run
     from lumina.errors import UserError
     from lumina.events import as_plain
-    from lumina.orchestrator.ledger import told
 
     if history and run:
         raise UserError(f"{run}: --history is of all runs below a folder", fix="leave the run out, or --history")
@@ -79,7 +78,14 @@ def decisions(
     opened = open_run(run, root)
     if json:
         print_json(as_plain(opened.decisions()))
-        return
+    else:
+        report(opened)
+
+
+def report(opened: OpenRun) -> None:
+    """Prints what was decided about a run."""
+    from lumina.orchestrator.ledger import told
+
     found = opened.entries()
     for entry in found:
         typer.echo(told(entry))

@@ -27,6 +27,7 @@ from lumina.cli import (
     lora,
     plan,
     presets,
+    rescue,
     runs,
     train,
     verify,
@@ -78,6 +79,7 @@ VERBS: dict[str, Verb | dict[str, Verb]] = {
     },
     "verify": {"resume": verify.resume, "corruption": verify.corruption},
     "gauntlet": gauntlet.gauntlet,
+    "rescue": rescue.rescue,
 }
 
 GROUP_HELP = {

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lumina.config.overlay import KEYS, Overlay, Value
+from lumina.orchestrator.detectors.attention import TAU
 from lumina.orchestrator.diagnosis import Diagnosis
 from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.signals import Signals
@@ -21,7 +22,6 @@ from lumina.orchestrator.windows import STARVED, entropy
 FAST = 1e-2  # bias rate, the upper bound: 50 steps bring a score back by 0.5
 USUAL = 1e-3  # bias rate of the aux-free balance (Wang et al. 2024, 2408.15664)
 BALANCE = 1e-2  # weight of the balance loss (Switch Transformers, 2101.03961)
-TAU = 100.0  # largest attention logit (Kimi K2, 2507.20534)
 OVER = ("over_balance", "router_gradient")  # rules by which a balance that costs the loss shows
 HOT = 1.5  # of the mean load: an expert that takes more from the others
 
@@ -105,14 +105,16 @@ def _fresh(signals: Signals) -> list[Candidate]:
 
 
 def _state(finding: Finding, signals: Signals) -> list[Candidate]:
-    return [*_clipped(signals), *_fresh(signals), _scale(0.5)]
+    return [*_clipped(finding, signals), *_fresh(signals), _scale(0.5)]
 
 
-def _clipped(signals: Signals) -> list[Candidate]:
-    """Where an attention logit is beyond what is usual, its gains are the state that is out of order."""
-    if signals.look is None or signals.look.attention <= TAU:
-        return []
+def _logits(finding: Finding, signals: Signals) -> list[Candidate]:
     return [Candidate("qk-clip", "qk_clip", (("qk_clip", TAU),))]
+
+
+def _clipped(finding: Finding, signals: Signals) -> list[Candidate]:
+    """Where an attention logit is beyond what is usual, its gains are the state that is out of order."""
+    return _logits(finding, signals) if signals.look and signals.look.attention > TAU else []
 
 
 # -- routers -----------------------------------------------------------------------------------------------------------
@@ -184,6 +186,7 @@ _LADDERS: dict[str, Sequence[_Rung]] = {
     "learning rate": (_rates, _rates_again),
     "optimizer state": (_state, _rates_again),
     "drift": (_state, _rates_again),
+    "attention": (_logits, _state),
     "router": (_routers, _routers_again),
     "over_balance": (_even,),
     "depth": (_depth,),

@@ -30,7 +30,9 @@ REWINDS = 2  # at one place: more were never seen to help (BLOOM 104B, OPT-175B)
 MOST_TRIED = 3  # candidates of a trial: each more costs as much as the control, and raises the bar for all
 REMEMBERED, LEARNED = 16, 256  # noises and verdicts of a run's trials
 LOST = 0.25  # of what was learned: one step at 10 times the rate cost 2 to 13 % and healed, at 100 times 34 to 110 %
-HARD = frozenset({"non_finite", "divergence", "loader", "invariant", "looked", "off_plan"})  # these alone are acted on
+# These alone are acted on at once; of `FROM_OUTSIDE` what a replay shows to be no work of the run itself.
+HARD = frozenset({"non_finite", "divergence", "loader", "invariant", "looked", "off_plan", "attention"})
+FROM_OUTSIDE = frozenset({"attention"})
 # What may be tried for: it lasts, and is neither data's nor one step's.
 TRIED = frozenset(
     {
@@ -38,6 +40,7 @@ TRIED = frozenset(
         "drift",
         "plateau",
         "explosion",
+        "attention",
         "starvation",
         "collapse",
         "over_balance",
@@ -120,7 +123,8 @@ class Policy:
 
     def decide(self, finding: Finding, why: Diagnosis, signals: Signals, points: Sequence[int]) -> Choice:
         """`points`: steps that the run can go back to."""
-        if finding.hard and finding.rule in HARD:
+        grown = finding.rule in FROM_OUTSIDE and why.verdict != "differs"
+        if finding.hard and finding.rule in HARD and not grown:
             choice = self._hard(finding, why, points)
             return choice._replace(act=choice.act and self.mode == "act" and not self.over)
         return self._soft(finding, why, signals, points)

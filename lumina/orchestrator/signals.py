@@ -114,6 +114,7 @@ class Signals:
     agreed: float | None = None  # best smoothed agreement
     look_before: int = 0  # step of the look before the last
     apart: list[tuple[int, float]] = field(default_factory=list)  # step of a look, golden less held-out loss
+    logits: list[float] = field(default_factory=list)  # largest of attention, at each look
     deviations: list[Deviation] = field(default_factory=list)
     broken: list[tuple[int, str]] = field(default_factory=list)  # invariants that did not hold, and in which step
     changed: int = 0  # step of the last planned change
@@ -156,6 +157,7 @@ class Signals:
         self.look_before = self.look.step if self.look else 0
         self.look = look
         self._remember(look.step, look.broken)
+        self.logits = [*self.logits[1 - LOOKS :], look.attention]
         apart = look.golden - look.loss
         if math.isfinite(apart):
             self.apart = [*self.apart[1 - LOOKS :], (look.step, apart)]

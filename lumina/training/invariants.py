@@ -88,7 +88,7 @@ class Invariants:
             yield f"schedule: the optimizer moved at lr {_list(rates)}, planned is {values['lr']:g}"
         decays = decayed["weight_decay"], optimizer.weight_decay, plain["weight_decay"]
         if decays != (values["weight_decay"], values["weight_decay"], 0.0):
-            yield f"schedule: the optimizer decays weights by {_list(decays)}, planned is {values['weight_decay']:g}"
+            yield f"config: the optimizer decays weights by {_list(decays)}, planned is {values['weight_decay']:g}"
         for name, wanted in (("betas", tuple(train.betas)), ("eps", train.eps)):
             found = [group[name] for group in (decayed, plain, predictors) if group[name] != wanted]
             if found:

@@ -122,7 +122,8 @@ def stand(source: str | Path, keys: Mapping[str, Any], root: Path, listeners: Se
     settled, rate = setup.settle_all(resolved, corpus, root=root)
     parts = setup.build(settled.config, corpus)
     run = Run.create(root, settled.source)
-    _write(run, settled, corpus, {"request": "", "data": corpus.fingerprint, "processes": 1})
+    meta = {"request": "", "data": corpus.fingerprint, "started_in": str(Path.cwd()), "processes": 1}
+    _write(run, settled, corpus, meta)
     return Session(run, settled, parts, rate, listeners, silent)
 
 
@@ -165,18 +166,30 @@ def resume(
     world.decide(lambda: memory.require(resolved, world.size, world.local_size))
     world.decide(lambda: room.require(resolved.config, run.checkpoints, _undone(run, back)))
     with world.holding(RunLock(run.lock)), oom.ending_alone(world), _machine_of(run), _memory_of(run):
-        meta = world.each(run.read_meta)
-        world.each(lambda: machine.check_settled(resolved.config, str(run.path), world))
-        corpus = _data_again(run, resolved, meta, world, progress)
-        with oom.beyond_repair("timing a step", "set checkpoint.every to a number of steps"):
-            resolved = setup.settle_interval(resolved, meta["processes"], corpus, world, progress, run.path.parent)
-        config = setup.adapt(resolved, meta["processes"], world)
-        with oom.beyond_repair(BUILDING, TOO_LARGE), whole(BUILDING, progress):
-            parts = setup.build(config, corpus, world)
-        changed = differences(before, resolved)
-        session = Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress, changed)
-        session.train(back)
+        _again(run, before, resolved, world, listeners, progress).train(back)
     return run
+
+
+def stand_again(run: Run, settings: Mapping[str, Any], listeners: Sequence[Listener] = ()) -> Session:
+    """As `stand`, of a run that stopped: a session that goes on with it, with `settings` as of `resume`."""
+    world, before = join(), read(run.config)
+    return _again(run, before, _changed(run, before, settings, world), world, listeners, silent)
+
+
+def _again(
+    run: Run, before: Resolved, resolved: Resolved, world: World, listeners: Sequence[Listener], progress: Tell
+) -> Session:
+    """The session that goes on with a run, which was resolved `before`."""
+    meta = world.each(run.read_meta)
+    world.each(lambda: machine.check_settled(resolved.config, str(run.path), world))
+    corpus = _data_again(run, resolved, meta, world, progress)
+    with oom.beyond_repair("timing a step", "set checkpoint.every to a number of steps"):
+        resolved = setup.settle_interval(resolved, meta["processes"], corpus, world, progress, run.path.parent)
+    config = setup.adapt(resolved, meta["processes"], world)
+    with oom.beyond_repair(BUILDING, TOO_LARGE), whole(BUILDING, progress):
+        parts = setup.build(config, corpus, world)
+    changed = differences(before, resolved)
+    return Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress, changed)
 
 
 def _undone(run: Run, back: Back | None) -> list[Path]:

@@ -308,6 +308,19 @@ def test_the_golden_batch_apart_from_held_out_text_is_heard() -> None:
     assert not heard(signals)["golden"].hard
 
 
+def test_attention_beyond_its_bound_is_heard_and_hard_if_it_jumped() -> None:
+    signals = watched(100)
+    for step, largest, hard in ((20, 30.0, None), (40, 99.0, None), (60, 120.0, False), (80, 370.0, True)):
+        signals.looked(look(step, attention=largest))
+        found = heard(signals).get("attention")
+        assert (found and found.hard) == hard
+    assert found
+    assert (found.since, found.values["last"], found.values["threshold"]) == (61, 120.0, 100.0)
+    alone = watched(100)
+    alone.looked(look(20, attention=500.0))
+    assert not heard(alone)["attention"].hard  # nobody knows whether it jumped
+
+
 def test_held_out_and_golden_that_rise_together_are_not_the_way_of_data() -> None:
     signals = watched(100)
     for n in range(8):

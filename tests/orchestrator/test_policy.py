@@ -14,7 +14,7 @@ from lumina.orchestrator.confidence import Verdict as Taught
 from lumina.orchestrator.detectors.table import DETECTORS
 from lumina.orchestrator.diagnosis import Cause, Diagnosis, Verdict, diagnose
 from lumina.orchestrator.finding import Finding
-from lumina.orchestrator.policy import HARD, MOST, REWINDS, TRIED, WITHIN, Choice, Mode, Policy, follow
+from lumina.orchestrator.policy import FROM_OUTSIDE, HARD, MOST, REWINDS, TRIED, WITHIN, Choice, Mode, Policy, follow
 from lumina.orchestrator.signals import Signals
 
 CALM = watched(300)
@@ -108,12 +108,20 @@ def test_what_may_be_chance_or_is_the_data_s_is_advised(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", sorted(TRIED))
 def test_what_lasts_is_tried_in_act_and_told_in_advise(rule: str) -> None:
-    assert rule not in HARD
+    assert rule not in HARD - FROM_OUTSIDE
     for hard in (False, True):
         for mode in ("advise", "act"):
             choice = policy(mode).decide(finding(rule, hard=hard), because("router"), CALM, (100,))
             assert choice[:2] == ("trial", mode == "act")
             assert choice.reason.startswith("to be tried: b")
+
+
+def test_logits_that_jumped_are_undone_if_that_came_from_outside_and_tried_for_if_they_grew() -> None:
+    jumped = finding("attention")
+    undone = policy().decide(jumped, because("hardware", "differs"), CALM, (100,))
+    assert (undone.action, undone.act, undone.to) == ("rewind_replay", True, 100)
+    grown = policy().decide(jumped, because("none", "any batch"), CALM, (100,))
+    assert (grown.action, [one.text for one in grown.tries]) == ("trial", ["qk_clip=100"])
 
 
 def test_a_cause_for_which_nothing_is_known_is_advised() -> None:

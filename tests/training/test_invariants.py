@@ -113,7 +113,7 @@ def lose_steps(controls: SessionControls) -> None:
 
 PLANTED: dict[str, tuple[Callable[[SessionControls, pytest.MonkeyPatch], object], int, str]] = {
     "lr": (lambda c, m: m.setattr(Optimizer, "step", times(100)), 7, "schedule: the optimizer moved at lr 0.3, "),
-    "weight decay": (decay, 7, "schedule: the optimizer decays weights by 30, 30, 0, planned is 0.1"),
+    "weight decay": (decay, 7, "config: the optimizer decays weights by 30, 30, 0, planned is 0.1"),
     "eps": (lambda c, m: set_group("eps", 1e-2)(c), 7, "config: the optimizer has eps 0.01, the run's configuration"),
     "betas": (lambda c, m: set_group("betas", (0.5, 0.5))(c), 7, "config: the optimizer has betas (0.5, 0.5)"),
     "steps": (lambda c, m: lose_steps(c), 7, "optimizer step: the optimizer counts 1 steps after step 7"),

@@ -11,7 +11,7 @@ import pytest
 from lumina.config.overlay import Overlay
 from lumina.training.session import Session
 from lumina.training.trainer import stand
-from lumina.verify.faults import CASES
+from lumina.verify.gauntlet.cases import CASES
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
@@ -24,9 +24,9 @@ def begun(folder: Path, name: str, kind: str, *overlays: Overlay, **keys: Any) -
     """A session that trained to its end with a fault in it."""
     folder.mkdir(exist_ok=True)
     session = stand("tiny", request(folder, kind, orchestrator__mode="advise", **keys), folder / "runs")
-    plant = CASES[name].plant
-    assert plant
-    plant(session, AT, 0)
+    case = CASES[name]
+    assert case.plant
+    case.plant(session, AT, 0, case.size)
     session.state.overlays = overlays
     session.train()
     return session

@@ -1,10 +1,11 @@
-"""Faults are really faults, what rescues a run rescues it to the bit, and scores say what happened."""
+"""Faults are really faults, what rescues a run rescues it to the bit, and whoever else watches does what it says."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,38 @@ from typing import Any
 import pytest
 
 from lumina.cli import main
+from lumina.errors import UserError
 from lumina.orchestrator.signals import Signals
-from lumina.verify import gauntlet, report, scoring
-from lumina.verify.faults import CASES, FAULTS, HEALTHY, KINDS, SOUND, TRAPS, Case, _junk
-from lumina.verify.gauntlet import Arm, Result
+from lumina.training.session import Session
+from lumina.verify import report
+from lumina.verify.gauntlet import arms, policies, running
+from lumina.verify.gauntlet.arms import Arm, Result, begin, lead, take, watcher
+from lumina.verify.gauntlet.cases import (
+    CASES,
+    FAULTS,
+    HEALTHY,
+    KINDS,
+    SOUND,
+    SUITES,
+    TRAPS,
+    TUNED,
+)
+from lumina.verify.gauntlet.policies import POLICIES
 
-SHORT = gauntlet.KEYS | {
+SHORT = arms.KEYS | {
     "train.steps": 140, "train.batch_tokens": 256, "model.layers": 2, "checkpoint.every": 70,
     "orchestrator.snapshot_every": 25, "orchestrator.probe_every": 20,
 }  # fmt: skip
-EXACT = ("nan gradient", "inf weight", "lr burst", "stuck loader")
+AT = 60  # where the fault begins; the healthy run comes to 50
+
+Take = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
-    monkeypatch.setattr(gauntlet, "KEYS", SHORT | {"data.train": [str(text)]})
-    monkeypatch.setattr(gauntlet, "FIRST", 60)
-    monkeypatch.setattr(gauntlet, "WITHIN", 1)
-    monkeypatch.setitem(CASES, "junk", Case("junk", "", _junk(45), frozenset({"data"})))
+    monkeypatch.setattr(arms, "KEYS", SHORT | {"data.train": [str(text)]})
+    monkeypatch.setitem(SUITES, TUNED.name, replace(TUNED, first=AT, within=1))
+    monkeypatch.setitem(CASES, "junk", replace(CASES["junk"], size=45))
 
 
 @pytest.fixture(scope="module")
@@ -42,84 +57,108 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, Result]:
-    """The healthy run of each kind."""
+def known() -> dict[Any, Any]:
+    """Healthy runs, and what became of arms, that several tests ask for."""
     return {}
 
 
-def healthy(known: dict[str, Result], kind: str) -> Result:
-    if kind not in known:
-        known[kind] = gauntlet.train(Arm(HEALTHY.name, kind, 3, "off"))
-    return known[kind]
+@pytest.fixture
+def taken(known: dict[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Take:
+    """Takes an arm, once."""
+
+    def of(case: str, kind: str = "dense", mode: str = "act") -> Result:
+        arm = Arm(case, kind, 3, mode)
+        if arm not in known:
+            if arm.root not in known:
+                known[arm.root] = lead(arm.root, tmp_path_factory.mktemp("healthy"))
+            known[arm] = take(arm, known[arm.root])
+        result: Result = known[arm]
+        return result
+
+    return of
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_what_is_taken_back_and_taken_again_is_the_healthy_run_to_the_bit(name: str, known: dict[str, Result]) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nan gradient", "dense"),
+        ("inf weight", "moe"),
+        ("lr burst", "dense"),
+        ("stuck loader", "mod"),
+        ("wrong eps", "dense"),
+        ("wrong decay", "moe"),
+    ],
+)
+def test_what_is_taken_back_and_taken_again_is_the_healthy_run_to_the_bit(name: str, kind: str, taken: Take) -> None:
     """But for the gradient that is NaN: its step is left out, which every later loss shows."""
-    kind = {"inf weight": "moe", "stuck loader": "mod"}.get(name, "dense")
-    found = gauntlet.train(Arm(name, kind, 3, "act"))
-    sound = healthy(known, kind)
+    found, sound = taken(name, kind), taken(HEALTHY.name, kind, "off")
     assert (found.loss == sound.loss) == (name != "nan gradient")
     assert abs(found.loss - sound.loss) < 0.05
     assert found.cause in CASES[name].causes
     assert found.delay is not None
     assert found.delay <= 2
     assert [one["action"] for one in found.acted] == ([] if name == "nan gradient" else ["rewind_replay"])
+    assert found.extra > 0  # at least to look at the step again
 
 
-def test_bad_batches_are_left_out_as_far_as_they_go(known: dict[str, Result]) -> None:
-    found, alone = (gauntlet.train(Arm("junk", "dense", 3, mode)) for mode in ("act", "off"))
-    sound = healthy(known, "dense").loss
+def test_an_arm_is_the_run_that_was_never_forked(taken: Take) -> None:
+    """To the bit, whoever watches: what the fork knows of before is what the run would know."""
+    whole = Arm("cosine", "dense", 3, "off").root
+    assert whole.steps == 0
+    alone, forked = take(Arm(HEALTHY.name, "dense", 3, "off")), taken(HEALTHY.name, mode="off")
+    assert Arm(HEALTHY.name, "dense", 3, "off").root.steps == 50
+    assert alone.loss == forked.loss == taken(HEALTHY.name, mode="act").loss
+    assert (alone.taken, forked.taken) == (140, 90)
+    assert forked.extra == 0
+    junk = take(Arm("junk", "dense", 3, "act"))
+    assert junk.loss == taken("junk").loss
+    seen = ("step", "kind", "rule", "action", "cause")
+    assert [[one[name] for name in seen] for one in junk.decisions] == [
+        [one[name] for name in seen] for one in taken("junk").decisions
+    ]
+
+
+def test_bad_batches_are_left_out_as_far_as_they_go(taken: Take) -> None:
+    found, alone, sound = taken("junk"), taken("junk", mode="off"), taken(HEALTHY.name, mode="off").loss
     assert alone.loss > sound + 0.2
     assert abs(found.loss - sound) < 0.05
     assert (found.cause, [one["action"] for one in found.acted]) == ("data", ["rewind_skip"])
     assert alone.decisions == []
 
 
+def test_targets_that_are_shifted_for_good_are_handed_over_with_the_cause(taken: Take) -> None:
+    found = taken("shifted targets")
+    assert (found.stopped, found.last_cause, found.loss) == ("looked", "data", math.inf)
+    assert [one["action"] for one in found.acted][-1] == "stop"
+    assert taken("shifted targets", mode="off").loss > taken(HEALTHY.name, mode="off").loss + 0.1
+
+
 @pytest.mark.parametrize("name", ["small lr burst", "moments lost", "large gradient"])
-def test_what_heals_by_itself_is_left_alone(name: str, known: dict[str, Result]) -> None:
-    found = gauntlet.train(Arm(name, "dense", 3, "act"))
+def test_what_heals_by_itself_is_left_alone(name: str, taken: Take) -> None:
+    found = taken(name)
     assert found.acted == []
-    assert found.loss != healthy(known, "dense").loss  # something was done to it
+    assert found.loss != taken(HEALTHY.name, mode="off").loss  # something was done to it
 
 
 def test_a_run_that_is_stopped_is_not_rescued(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gauntlet, "KEYS", gauntlet.KEYS | {"orchestrator.snapshot_every": 0, "checkpoint.every": 0})
-    found = gauntlet.train(Arm("inf weight", "dense", 3, "act"))
+    monkeypatch.setattr(arms, "KEYS", arms.KEYS | {"orchestrator.snapshot_every": 0, "checkpoint.every": 0})
+    found = take(Arm("inf weight", "dense", 3, "act"))
     assert (found.stopped, found.loss) == ("looked", math.inf)
     assert [one["action"] for one in found.acted] == ["stop"]
 
 
-def made(case: str, seed: int, loss: float, mode: str = "act", *actions: str, **more: Any) -> Result:
-    arm = Arm(case, "dense", seed, mode)
-    said = {"step": arm.step + 3, "kind": "act", "rule": "r", "cause": "data"}
-    decisions = [said | {"action": action} for action in actions]
-    return Result(arm, loss, decisions=decisions, **more)
+def test_nothing_is_forked_from_a_run_that_was_acted_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Session, "train", acting(Session.train))
+    with pytest.raises(UserError, match="was acted on"):
+        lead(Arm("junk", "dense", 3, "act").root, tmp_path)
 
 
-def test_faults_are_scored_above_the_healthy_run_of_the_same_seed_if_they_hurt() -> None:
-    results = [made(HEALTHY.name, seed, 2.0 + 0.1 * seed, "off") for seed in (1, 2, 3)]
-    results += [made("junk", seed, loss, "off") for seed, loss in ((1, 2.7), (2, 2.3), (3, math.nan))]
-    results += [made("junk", 1, 2.29, "act", "rewind_skip"), made("junk", 2, 2.41), made("junk", 3, math.inf)]
-    (junk,) = gauntlet.scores(results)
-    assert gauntlet.sigmas(results) == {(HEALTHY.name, "dense"): pytest.approx(0.1)}
-    assert junk.excess == [pytest.approx(1.9), pytest.approx(2.1), math.inf]
-    assert (junk.good, junk.right, junk.delays) == ([True, False, False], 1, [3])
-    assert (junk.hurt, junk.avoided) == ([True, False, False], [pytest.approx(1 - 1.9 / 6)])
-    page = scoring.page(results, "lumina gauntlet")
-    assert "1.9 2.1 inf" in page
-    assert "act: 1 of 3 runs with faults within 2 sigma of the healthy one (6 to 79 %)" in page
-    assert "act: 1 of 1 that hurt alone rescued" in page
-    assert json.loads(json.dumps(scoring.as_json(results)))["scores"][0]["hurt"] == [True, False, False]
+def acting(train: Any) -> Any:
+    def training(session: Session, back: Any = None) -> None:
+        CASES["lr burst"].plant(session, 30, 0, 100.0)  # type: ignore[misc]
+        train(session, back)
 
-
-def test_a_trap_is_left_alone_if_nothing_was_done_to_the_bit() -> None:
-    results = [made("cosine", seed, 2.2, "off") for seed in (1, 2, 3, 4)]
-    results += [made("cosine", 1, 2.2), made("cosine", 2, 2.2, "act", "rewind_replay", "skip_step")]
-    results += [made("cosine", 3, 2.2000001), made("cosine", 4, 2.2, failed="ValueError: planted")]
-    (cosine,) = gauntlet.scores(results)
-    assert (cosine.good, cosine.acted) == ([True, False, False, False], ["rewind_replay"])
-    assert "- cosine, dense, seed 4, act: ValueError: planted" in scoring.page(results, "")
+    return training
 
 
 def test_an_orchestrator_that_died_leaves_nothing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,14 +166,14 @@ def test_an_orchestrator_that_died_leaves_nothing_alone(monkeypatch: pytest.Monk
         raise ZeroDivisionError("planted")
 
     monkeypatch.setattr(Signals, "observe", fail)
-    found = gauntlet.train(Arm("cosine", "dense", 3, "act"))
+    found = take(Arm("cosine", "dense", 3, "act"))
     assert found.failed == "ZeroDivisionError: planted"
     assert found.acted == []
 
 
 def test_a_run_that_crashes_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gauntlet, "PRESET", "nothing")
-    assert gauntlet.train(Arm("cosine", "dense", 3, "act")).stopped.startswith("crashed: UserError: ")
+    monkeypatch.setattr(arms, "PRESET", "nothing")
+    assert take(Arm("cosine", "dense", 3, "act")).stopped.startswith("crashed: UserError: ")
 
 
 def test_what_was_said_before_the_fault_is_not_about_it() -> None:
@@ -144,62 +183,205 @@ def test_what_was_said_before_the_fault_is_not_about_it() -> None:
     assert (found.arm.step, found.cause, found.delay) == (60, "data", 2)
 
 
-def test_wilsons_interval() -> None:
-    assert scoring.wilson(9, 10) == (pytest.approx(0.5958, abs=1e-4), pytest.approx(0.9821, abs=1e-4))
-    assert scoring.wilson(60, 60)[1] == pytest.approx(1.0)
+# -- other policies ----------------------------------------------------------------------------------------------------
+
+
+def test_a_fixed_clip_clips_at_less(taken: Take, known: dict[Any, Any], tmp_path: Path) -> None:
+    session = begin(Arm(HEALTHY.name, "dense", 3, "fixed clip"), healthy(taken, known), tmp_path)
+    assert session.course.values(70)["clip"] == 0.1
+    assert taken(HEALTHY.name, mode="fixed clip").loss != taken(HEALTHY.name, mode="off").loss
+
+
+def test_zclip_clips_what_is_far_above_the_usual_norm(taken: Take, known: dict[Any, Any], tmp_path: Path) -> None:
+    """And nothing else: norms as before are left alone."""
+    session = begin(Arm("large gradient", "dense", 3, "zclip"), healthy(taken, known), tmp_path)
+    session.train()
+    norms = {event["step"]: event["grad_norm"] for event in session.run.events() if event["t"] == "step"}
+    usual = sorted(norms[step] for step in range(30, 50))[-1]
+    assert norms[AT] < 2 * usual  # a thousand times without
+
+
+def test_skip_step_leaves_out_what_is_far_beyond(
+    taken: Take, known: dict[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "FEWEST", 32)
+    session = begin(Arm("large gradient", "dense", 3, "skip-step"), healthy(taken, known), tmp_path)
+    steps, inner = dict[int, float](), session.parts.optimizer.muon.step
+    number = [50]
+
+    def stepping(lr: float, decay: float, skip: Any) -> None:
+        number[0] += 1
+        steps[number[0]] = float(skip)
+        inner(lr, decay, skip)
+
+    session.parts.optimizer.muon.step = stepping  # type: ignore[method-assign]
+    session.train()
+    assert steps[AT] == 1.0
+    assert sum(steps.values()) < 5  # and few others
+
+
+@pytest.mark.parametrize(("mode", "action"), [("halve", "lr.scale=0.5"), ("rewind", "rewind_skip")])
+def test_a_reflex_does_one_thing(mode: str, action: str, taken: Take) -> None:
+    found = taken("junk", mode=mode)
+    assert found.acted[0]["action"] == action
+    assert not found.failed
+    assert not found.stopped
+
+
+def test_chance_draws_the_same_again(taken: Take, known: dict[Any, Any]) -> None:
+    first = taken("junk", mode="random")
+    again = take(Arm("junk", "dense", 3, "random"), healthy(taken, known))
+    assert (first.loss, first.decisions) == (again.loss, again.decisions)
+
+
+def test_a_policy_of_ones_own(taken: Take) -> None:
+    """A function of a session, given by its name."""
+    found = taken(HEALTHY.name, mode=f"{__name__}:resting")
+    assert found.loss > taken(HEALTHY.name, mode="off").loss
+    with pytest.raises(UserError, match="there is no such policy"):
+        watcher("nobody")
+
+
+def resting(session: Session, seed: int) -> None:
+    """Takes no step any more."""
+    session.parts.optimizer.step = lambda lr, skip: None  # type: ignore[method-assign]
+
+
+def healthy(taken: Take, known: dict[Any, Any]) -> Path:
+    """The run that dense arms are forked from."""
+    taken(HEALTHY.name, mode="off")
+    path: Path = known[Arm(HEALTHY.name, "dense", 3, "off").root]
+    return path
+
+
+# -- which arms --------------------------------------------------------------------------------------------------------
 
 
 def test_arms_have_healthy_runs_of_the_same_seeds_and_each_case_alone() -> None:
-    arms = gauntlet.arms([*FAULTS, *TRAPS], KINDS, [7], ["act"])
-    sound = [arm for arm in arms if (arm.case, arm.mode, arm.kind) == (HEALTHY.name, "off", "moe")]
-    assert len(sound) == gauntlet.HEALTHY_RUNS
+    found = running.arms(TUNED, [*FAULTS, *TRAPS], KINDS, [7], ["act"])
+    sound = [arm for arm in found if (arm.case, arm.mode, arm.kind) == (HEALTHY.name, "off", "moe")]
+    assert len(sound) == running.HEALTHY_RUNS
     assert 7 in {arm.seed for arm in sound}
-    assert {arm.kind for arm in arms if arm.case == "domains"} == {"moe"}
-    assert {replace(arm, mode="off") for arm in arms} <= set(arms)
-    assert {arm.case for arm in gauntlet.arms([CASES["cosine"]], ["moe"], [7])} == {"cosine"}
+    assert {arm.kind for arm in found if arm.case == "domains"} == {"moe"}
+    assert {replace(arm, mode="off") for arm in found} <= set(found)
+    assert {arm.case for arm in running.arms(TUNED, [CASES["cosine"]], ["moe"], [7])} == {"cosine"}
+    others = running.others(found, [7, 8, 9])
+    assert {arm.mode for arm in others} == set(POLICIES)
+    assert {arm.kind for arm in others} == {"dense"}
+    assert {arm.case for arm in others} == {case.name for case in (*FAULTS, *TRAPS) if "dense" in case.kinds}
 
 
-def test_a_longer_case_is_held_against_healthy_runs_as_long() -> None:
-    arms = gauntlet.arms([CASES["dead experts"], CASES["junk"]], KINDS, [7], ["act"])
-    sound = {(arm.case, arm.kind) for arm in arms if arm.case in SOUND}
-    assert sound == {("healthy limited", "moe"), *((HEALTHY.name, kind) for kind in KINDS)}
-    late, soon = (next(arm.step for arm in arms if arm.case == case) for case in ("dead experts", "junk"))
-    assert late - soon == CASES["dead experts"].first - gauntlet.FIRST
+def test_cases_of_one_kind_seed_and_setting_share_a_healthy_run() -> None:
+    found = running.arms(TUNED, list(FAULTS), KINDS, [7])
+    soon = {arm.root for arm in found if arm.seed == 7 and arm.kind == "moe" and not CASES[arm.case].late}
+    late = {arm.root for arm in found if arm.seed == 7 and arm.kind == "moe" and CASES[arm.case].against != "healthy"}
+    assert {root.settings for root in soon} >= {"healthy"}
+    assert len({root for root in soon if root.settings == "healthy"}) == 1
+    assert {root.settings for root in late} == {"healthy long", "healthy limited"}
     for case in FAULTS:
         assert case.keys == SOUND[case.against].keys
         assert set(case.kinds) <= set(SOUND[case.against].kinds)
-    results = [made("healthy limited", seed, 2.0 + 0.1 * seed, "off") for seed in (1, 2, 3)]
-    results += [made(HEALTHY.name, seed, 1.0, "off") for seed in (1, 2, 3)]
-    results += [made("dead experts", 1, 2.6, "off"), made("dead experts", 1, 2.3)]
-    (dead,) = gauntlet.scores(results)
-    assert (dead.alone, dead.excess) == ([pytest.approx(5.0)], [pytest.approx(2.0)])
-    page = scoring.page(results, "")
-    assert "healthy limited dense 0.1000 (3 runs)" in page
-    assert "from one of steps 300 to 379 on, `train.steps=1900`, `model.moe.capacity=1.0`. A right diagnosis" in page
+        assert case.forked
+    assert not CASES["domains"].forked
 
 
-def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str], known: Any) -> None:
+def test_sets_differ_in_seeds_steps_sizes_model_and_text(tmp_path: Path) -> None:
+    tuned, held = TUNED, SUITES["held-out"]
+    assert not set(tuned.seeds) & set(held.seeds)
+    case = CASES["lr high"]
+    assert (tuned.size(case), held.size(case)) == (10, 6)
+    steps = [{suite.begins(case, seed) for seed in range(100)} for suite in (tuned, held)]
+    assert not steps[0] & steps[1]
+    wanted = arms.keys(held, case, "dense", 500, tmp_path)
+    assert (wanted["model.width"], wanted["train.steps"]) == (96, 1900)
+    assert Path(wanted["data.train"][0]).stat().st_size > 400_000
+    ci = running.arms(SUITES["ci"], list(CASES.values()), KINDS, [7])
+    assert {(arm.case, arm.kind) for arm in ci if arm.case not in SOUND} == set(SUITES["ci"].cases)
+    assert len(ci) < 20  # none for sigma alone
+
+
+def test_all_are_taken_behind_the_run_they_are_forked_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "lead", leading)
+    monkeypatch.setattr(running, "take", taking)
+    monkeypatch.setattr(running, "ProcessPoolExecutor", threads)
+    wanted = [Arm(case, "dense", seed, "act") for case in ("junk", "lr high", "cosine") for seed in (1, 2, 9)]
+    told: list[Result] = []
+    results = running.take_all(wanted, 2, told.append, [Result(wanted[0], 7.0)])
+    assert [result.arm for result in results] == wanted
+    assert (results[0].loss, len(told)) == (7.0, len(wanted) - 1)
+    assert results[2].stopped == "crashed: seed 9: planted"
+    assert [results[index].steps for index in (1, 3, 6)] == [50, 275, 0]
+
+
+def leading(root: Any, folder: Path) -> Path:
+    if root.seed == 9 and root.settings == HEALTHY.name:
+        raise UserError("seed 9: planted", "")
+    return Path(str(root.steps))
+
+
+def taking(arm: Arm, sound: Path) -> Result:
+    return Result(arm, 1.0, steps=int(str(sound)))
+
+
+def threads(workers: int, mp_context: Any) -> Any:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(workers)
+
+
+def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     taken: list[int] = []
 
-    def train_all(arms: Any, workers: int, tell: Any, known: Any) -> list[Result]:
-        results = [made(arm.case, arm.seed, 2.0 + arm.seed / 1e4, arm.mode) for arm in arms]
-        new = [result for result in results if result not in known]
+    def take_all(wanted: Any, workers: int, tell: Any, known: Any) -> list[Result]:
+        losses = {True: 2.0, False: 2.5}
+        results = [Result(arm, losses[arm.case in SOUND or arm.mode == "act"] + arm.seed / 1e4) for arm in wanted]
+        there = {result.arm for result in known}
+        new = [result for result in results if result.arm not in there]
         taken.append(len(new))
         for result in new:
             tell(result)
         return results
 
+    of, out = ["--case", "junk", "--kind", "dense"], ["--out", str(tmp_path)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gauntlet, "train_all", train_all)
+        patch.setattr(running, "take_all", take_all)
         patch.setattr(report, "commit", lambda: "abc1234")
-        assert main(["gauntlet", "--case", "junk", "--kind", "dense", "--seeds", "2", "--out", str(tmp_path)]) == 0
-        assert "act: 2 of 2 runs with faults within 2 sigma" in capsys.readouterr().out
-        page, raw = (next(tmp_path.glob(f"*-gauntlet.{end}")).read_text() for end in ("md", "jsonl"))
-        assert "lumina gauntlet --case 'junk' --kind dense --seeds 2 --first 80" in page
+        assert main(["gauntlet", *of, "--mode", "off", "--seeds", "2", *out]) == 0
+        assert "counts as" in capsys.readouterr().out
+        (alone,) = tmp_path.glob("*-tuned-alone.jsonl")
+        assert main(["gauntlet", *of, "--seeds", "2", *out]) == 0
+        assert "act: 2 of 2 runs that faults hurt rescued" in capsys.readouterr().out
+        page, raw = (next(tmp_path.glob(f"*-tuned.{end}")).read_text() for end in ("md", "jsonl"))
+        assert "lumina gauntlet --case junk --kind dense --seeds 2" in page
         assert [json.loads(line)["t"] for line in raw.splitlines()] == ["about"] + ["arm"] * 12
-        assert main(["gauntlet", "--case", "junk", "--kind", "dense", "--seeds", "3", "--out", str(tmp_path)]) == 0
-        assert taken == [12, 3]  # of the same commit: what there is is not taken again
+        assert main(["gauntlet", *of, "--seeds", "3", *out]) == 0
+        assert taken == [10, 2, 3]  # of the same commit: what there is is not taken again
+        patch.setattr(report, "commit", lambda: "def5678")
+        assert main(["gauntlet", *of, "--seeds", "2", "--calibration", str(alone), *out]) == 0
+        assert taken[-1] == 2
+        assert f"are those of `{alone}`" in next(tmp_path.glob("*-tuned.md")).read_text()
     assert main(["gauntlet", "--case", "domains", "--kind", "dense"]) == 2
     assert "it is for moe" in capsys.readouterr().err
     assert main(["gauntlet", "--case", "junks"]) == 2
-    assert "known: healthy, healthy long, healthy limited, nan gradient" in capsys.readouterr().err
+    assert "known: healthy, healthy long, healthy limited, lr high" in capsys.readouterr().err
+    assert main(["gauntlet", "--subset", "all"]) == 2
+    assert "known: tuned, held-out, ci" in capsys.readouterr().err
+    assert main(["gauntlet", "--mode", "nobody"]) == 2
+    assert "fixed clip" in capsys.readouterr().err
+
+
+def test_results_of_any_trainer_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The protocol: an object a line, with case, kind, seed, mode and loss."""
+    losses = {("healthy", "off"): 2.0, ("junk", "off"): 2.6, ("junk", "theirs"): 2.0}
+    rows = [
+        {"case": case, "kind": "dense", "seed": seed, "mode": mode, "loss": loss + seed / 1e3}
+        for (case, mode), loss in losses.items()
+        for seed in range(3)
+    ]
+    path = tmp_path / "theirs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    assert main(["gauntlet", "--score", str(path)]) == 0
+    assert "theirs: 3 of 3 runs that faults hurt rescued" in capsys.readouterr().out
+    path.write_text('{"case": "junk"}')
+    assert main(["gauntlet", "--score", str(path)]) == 2
+    assert "case, kind, seed, mode and loss" in capsys.readouterr().err

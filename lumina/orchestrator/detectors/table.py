@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from lumina.orchestrator.detectors import data, depth, divergence, experts, forecast, invariants, numerics, pace, spike
+from lumina.orchestrator.detectors import (
+    attention,
+    data,
+    depth,
+    divergence,
+    experts,
+    forecast,
+    invariants,
+    numerics,
+    pace,
+    spike,
+)
 from lumina.orchestrator.finding import Detector
 
 DETECTORS = (
@@ -12,6 +23,7 @@ DETECTORS = (
     Detector("non_finite", numerics.non_finite, hard=True),
     Detector("loader", data.loader, hard=True),
     Detector("divergence", divergence.divergence, hard=True),
+    Detector("attention", attention.attention, hard=True, on="look"),
     Detector("golden", data.golden, on="look"),
     Detector("explosion", spike.explosion),
     Detector("spike", spike.spike),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +25,17 @@ from lumina.config.overlay import Block
 from lumina.data.loader import Batch, Loader
 from lumina.data.mixture import Blend, Draw, Ids
 from lumina.data.windows import NOT_COUNTED
+from lumina.model.attention import Attention
 from lumina.model.router import Router
 from lumina.training.session import Session
 
-Plant = Callable[[Session, int, int], None]  # session, step at which it begins, seed
-KINDS = ("dense", "moe", "mod")
+Plant = Callable[[Session, int, int, float], None]  # session, step at which it begins, seed, how much
 BYTES = 256  # of the byte vocabulary that junk is drawn from
 STALE = 4  # batches that a stuck loader repeats
 DOMAIN = 4  # batches of one domain, then as many of the other
-USUAL_BALANCE, OVER = 0.01, 1000  # Switch Transformers' coefficient (2101.03961), and what it becomes
-BIASED, DEAD = 20.0, 2
+USUAL_BALANCE = 0.01  # Switch Transformers' coefficient (2101.03961)
+DEAD_BIAS = -5.0
 COPIED, LETTERS, LINES = 6, 16, 20_000  # of the copy task: a line has so many letters twice, of so many
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is done to a run. `causes` are right diagnoses of a fault; a trap has none, for nothing may be done."""
-
-    name: str
-    text: str
-    plant: Plant | None = None
-    causes: frozenset[str] = frozenset()
-    kinds: tuple[str, ...] = KINDS
-    keys: Mapping[str, Any] = field(default_factory=dict)
-    files: Callable[[Path, int], Mapping[str, Any]] | None = None  # keys whose data is written into a folder, by a seed
-    first: int = 0  # step from which on the fault may begin; 0: as most (`gauntlet.FIRST`)
-    against: str = "healthy"  # the case that a fault is held against: the same keys, and nothing is done
-
-    @property
-    def fault(self) -> bool:
-        return bool(self.causes)
 
 
 # -- what happens once -------------------------------------------------------------------------------------------------
@@ -99,7 +79,7 @@ def _gradients(session: Session, step: int, change: Callable[[Tensor], Tensor], 
     _once(session, step, around)
 
 
-def nan_gradient(session: Session, step: int, seed: int) -> None:
+def nan_gradient(session: Session, step: int, seed: int, size: float) -> None:
     """F4a: one element of one gradient is NaN, in one step."""
 
     def change(gradient: Tensor) -> Tensor:
@@ -111,12 +91,12 @@ def nan_gradient(session: Session, step: int, seed: int) -> None:
     _gradients(session, step, change, slice(number, number + 1))
 
 
-def large_gradient(session: Session, step: int, seed: int) -> None:
-    """H6: all gradients are 1,000 times what they are, in one step; they are clipped."""
-    _gradients(session, step, lambda gradient: 1000 * gradient, slice(None))
+def large_gradient(session: Session, step: int, seed: int, size: float) -> None:
+    """H6: all gradients are `size` times what they are, in one step; they are clipped."""
+    _gradients(session, step, lambda gradient: size * gradient, slice(None))
 
 
-def inf_weight(session: Session, step: int, seed: int) -> None:
+def inf_weight(session: Session, step: int, seed: int, size: float) -> None:
     """F4b: one weight of the middle of the model is infinite from then on."""
     matrices = [p for name, p in session.parts.model.named_parameters() if p.ndim > 1 and "embed" not in name]
 
@@ -129,24 +109,37 @@ def inf_weight(session: Session, step: int, seed: int) -> None:
     _once(session, step, around)
 
 
-def _burst(factor: float) -> Plant:
-    def plant(session: Session, step: int, seed: int) -> None:
-        optimizer = session.parts.optimizer
-        inner = optimizer.step
+def rate_burst(session: Session, step: int, seed: int, size: float) -> None:
+    """F2, and H6 with little: one step at `size` times the learning rate."""
+    optimizer = session.parts.optimizer
+    inner = optimizer.step
 
-        def around(take: Callable[[], Tensor]) -> Tensor:
-            optimizer.step = lambda lr, skip: inner(factor * lr, skip)  # type: ignore[method-assign]
-            try:
-                return take()
-            finally:
-                optimizer.step = inner  # type: ignore[method-assign]
+    def around(take: Callable[[], Tensor]) -> Tensor:
+        optimizer.step = lambda lr, skip: inner(size * lr, skip)  # type: ignore[method-assign]
+        try:
+            return take()
+        finally:
+            optimizer.step = inner  # type: ignore[method-assign]
 
-        _once(session, step, around)
-
-    return plant
+    _once(session, step, around)
 
 
-def zero_moments(session: Session, step: int, seed: int) -> None:
+def sharp_attention(session: Session, step: int, seed: int, size: float) -> None:
+    """F7: the gains of queries and keys of one layer are `size` times as large. Their weights' scale would change
+    nothing: both are normalised."""
+
+    def around(take: Callable[[], Tensor]) -> Tensor:
+        layers = [module for module in session.parts.model.modules() if isinstance(module, Attention)]
+        attention = layers[seed % len(layers)]
+        with torch.no_grad():
+            for norm in (attention.q_norm, attention.k_norm):
+                norm.weight.mul_(size)
+        return take()
+
+    _once(session, step, around)
+
+
+def zero_moments(session: Session, step: int, seed: int, size: float) -> None:
     """H8: the optimizer's moments are zero; it still counts its steps."""
 
     def around(take: Callable[[], Tensor]) -> Tensor:
@@ -161,30 +154,54 @@ def zero_moments(session: Session, step: int, seed: int) -> None:
 # -- what is wrong with data -------------------------------------------------------------------------------------------
 
 
-def _junk(count: int) -> Plant:
-    """F3, and H6 with few: so many batches in a row are random bytes."""
+def _read(session: Session, change: Callable[[int, int, Batch], Batch]) -> None:
+    """What is read arrives changed, by the index that was asked for and the number of the batch.
 
-    def plant(session: Session, step: int, seed: int) -> None:
-        parts = session.parts
-        reseat, first = parts.reseat, parts.loader.planned(step - 1)
+    It is the data, or the code that reads it: another loader reads the same.
+    """
+    parts = session.parts
+    reseat = parts.reseat
 
-        def poison(loader: Loader) -> None:
-            inner = loader.batch
+    def wrap(loader: Loader) -> None:
+        inner = loader.batch
 
-            def batch(i: int, skipped: Sequence[Block] = (), order: int = 0) -> Batch:
-                number, found = loader.planned(i, skipped), inner(i, skipped, order)
-                return _random(found, seed + number) if first <= number < first + count else found
+        def batch(i: int, skipped: Sequence[Block] = (), order: int = 0) -> Batch:
+            return change(i, loader.planned(i, skipped), inner(i, skipped, order))
 
-            loader.batch = batch  # type: ignore[method-assign]
+        loader.batch = batch  # type: ignore[method-assign]
 
-        def again() -> None:  # it is the data: another loader reads the same
-            reseat()
-            poison(parts.loader)
+    def again() -> None:
+        reseat()
+        wrap(parts.loader)
 
-        poison(parts.loader)
-        parts.reseat = again  # type: ignore[method-assign]
+    wrap(parts.loader)
+    parts.reseat = again  # type: ignore[method-assign]
 
-    return plant
+
+def junk(session: Session, step: int, seed: int, size: float) -> None:
+    """F3, and H6 with few: `size` batches in a row are random bytes."""
+    first = session.parts.loader.planned(step - 1)
+
+    def change(i: int, number: int, found: Batch) -> Batch:
+        return _random(found, seed + number) if first <= number < first + size else found
+
+    _read(session, change)
+
+
+def shifted_targets(session: Session, step: int, seed: int, size: float) -> None:
+    """F5: from then on whatever is read has targets that lie `size` tokens further on, also what was read before."""
+    reached = list[int]()
+
+    def change(i: int, number: int, found: Batch) -> Batch:
+        if i == step - 1:
+            reached.append(i)
+        if not reached:
+            return found
+        targets_BS = found.targets_BS.roll(-int(size), dims=1)
+        targets_BS[:, -int(size) :] = NOT_COUNTED
+        return Batch(found.ids_BS, targets_BS, found.segments_BS, found.sample_ids_B)
+
+    _read(session, change)
 
 
 def _random(batch: Batch, seed: int) -> Batch:
@@ -210,7 +227,7 @@ class _Domains:
         return shards, windows
 
 
-def domains(session: Session, step: int, seed: int) -> None:
+def domains(session: Session, step: int, seed: int, size: float) -> None:
     """H9: batches come from one domain at a time, from the start."""
     loader = session.parts.loader
     blend = loader.draws[0]
@@ -230,7 +247,7 @@ def copy_task(folder: Path, seed: int) -> Mapping[str, Any]:
 # -- what sticks -------------------------------------------------------------------------------------------------------
 
 
-def stuck_loader(session: Session, step: int, seed: int) -> None:
+def stuck_loader(session: Session, step: int, seed: int, size: float) -> None:
     """F6: the loader gives the same four batches again and again, as those that were asked for."""
     loader = session.parts.loader
     inner, stuck = loader.batch, list[int]()
@@ -244,6 +261,39 @@ def stuck_loader(session: Session, step: int, seed: int) -> None:
         return Batch(stale.ids_BS, stale.targets_BS, stale.segments_BS, asked.sample_ids_B)
 
     loader.batch = batch  # type: ignore[method-assign]
+
+
+def wrong_decay(session: Session, step: int, seed: int, size: float) -> None:
+    """F9, of weight decay: the optimizer decays `size` times as much as it is told to, until it is set to the plan."""
+    optimizer, begun = session.parts.optimizer, list[int]()
+    inner, replan = optimizer.step, optimizer.replan
+
+    def stepping(lr: float, skip: Tensor) -> None:
+        if begun:
+            optimizer.weight_decay *= size
+        inner(lr, skip)
+
+    def planned(train: Any) -> None:
+        replan(train)
+        optimizer.step, optimizer.replan = inner, replan  # type: ignore[method-assign]
+
+    def around(take: Callable[[], Tensor]) -> Tensor:
+        begun.append(step)
+        return take()
+
+    optimizer.step, optimizer.replan = stepping, planned  # type: ignore[method-assign]
+    _once(session, step, around)
+
+
+def wrong_eps(session: Session, step: int, seed: int, size: float) -> None:
+    """F9, of AdamW's epsilon: it is `size` until the optimizer is set to the plan."""
+
+    def around(take: Callable[[], Tensor]) -> Tensor:
+        for group in session.parts.optimizer.adamw.param_groups:
+            group["eps"] = size
+        return take()
+
+    _once(session, step, around)
 
 
 # -- what is wrong with the plan ---------------------------------------------------------------------------------------
@@ -261,21 +311,17 @@ def _planned(session: Session, step: int, change: Callable[[dict[str, float]], d
     course.planned = planned  # type: ignore[method-assign, assignment]
 
 
-def _rate(factor: float) -> Plant:
-    """F1 and F8: the planned learning rate is so many times what it should be."""
-
-    def plant(session: Session, step: int, seed: int) -> None:
-        _planned(session, step, lambda values: {"lr": factor * values["lr"]})
-
-    return plant
+def rate(session: Session, step: int, seed: int, size: float) -> None:
+    """F1 and F8: the planned learning rate is `size` times what it should be."""
+    _planned(session, step, lambda values: {"lr": size * values["lr"]})
 
 
-def over_balance(session: Session, step: int, seed: int) -> None:
-    """F12: the balance loss weighs `OVER` times what is usual; the plan of `tiny` has none, and balances by biases."""
-    _planned(session, step, lambda values: {"balance": OVER * USUAL_BALANCE})
+def over_balance(session: Session, step: int, seed: int, size: float) -> None:
+    """F12: the balance loss weighs `size` times what is usual; the plan of `tiny` has none, and balances by biases."""
+    _planned(session, step, lambda values: {"balance": size * USUAL_BALANCE})
 
 
-def frozen_predictor(session: Session, step: int, seed: int) -> None:
+def frozen_predictor(session: Session, step: int, seed: int, size: float) -> None:
     """F15: the depth predictors learn no more, and want what they did not want.
 
     Frozen alone they cost 0.004 nats from step 200 on and 0.015 from step 60 on, which is within noise: routers settle
@@ -292,9 +338,9 @@ def frozen_predictor(session: Session, step: int, seed: int) -> None:
     _once(session, step, around)
 
 
-def unbalanced(session: Session, step: int, seed: int) -> None:
-    """F10: nothing balances any more, and every token wants expert 0: its row of each router is 20 times as large, and
-    points to what its tokens have in common.
+def unbalanced(session: Session, step: int, seed: int, size: float) -> None:
+    """F10: nothing balances any more, and every token wants expert 0: its row of each router is `size` times as large,
+    and points to what its tokens have in common.
 
     As it points, 20 times as large, it does no harm: half of the tokens like it less for it. Two such rows leave two
     experts to learn nothing for as long as it lasts, of which a third remains after they are drawn anew. The loss that
@@ -308,7 +354,7 @@ def unbalanced(session: Session, step: int, seed: int) -> None:
     def bias(router: Router, inputs: tuple[Tensor, ...]) -> None:
         handles.pop(router).remove()
         common = inputs[0].mean((0, 1))
-        router.weight[0] = BIASED * router.weight[0].norm() * common / common.norm()
+        router.weight[0] = size * router.weight[0].norm() * common / common.norm()
 
     def around(take: Callable[[], Tensor]) -> Tensor:
         handles.update((router, router.register_forward_pre_hook(bias)) for router in routers)
@@ -317,92 +363,15 @@ def unbalanced(session: Session, step: int, seed: int) -> None:
     _once(session, step, around)
 
 
-def dead_experts(session: Session, step: int, seed: int) -> None:
-    """F11: the router rows of the two most loaded experts of each layer are zero, and their biases beyond reach."""
+def dead_experts(session: Session, step: int, seed: int, size: float) -> None:
+    """F11: the router rows of the `size` most loaded experts of each layer are zero, and their biases beyond reach."""
 
     def around(take: Callable[[], Tensor]) -> Tensor:
         with torch.no_grad():
             for router in (moe.router for moe in session.parts.model.moes):
-                dead = router.fraction_E.topk(DEAD).indices  # of the last step
+                dead = router.fraction_E.topk(int(size)).indices  # of the last step
                 router.weight[dead] = 0.0
-                router.bias_E[dead] = -5.0
+                router.bias_E[dead] = DEAD_BIAS
         return take()
 
     _once(session, step, around)
-
-
-# -- the table ---------------------------------------------------------------------------------------------------------
-
-LONG = {"train.steps": 1900}  # what is wrong for good shows slowly, and whoever mends it has to show it, too
-# An expert takes its fair share at most, as in Switch Transformers: without, `tiny` does as well on two experts.
-LIMITED = LONG | {"model.moe.capacity": 1.0}
-LATER = 300  # routers are even by then
-HEALTHY = Case("healthy", "nothing is done")
-HEALTHY_LONG = Case("healthy long", "the same for longer", keys=LONG)
-HEALTHY_LIMITED = Case("healthy limited", "the same for longer, experts limited", kinds=("moe",), keys=LIMITED)
-SOUND = {case.name: case for case in (HEALTHY, HEALTHY_LONG, HEALTHY_LIMITED)}
-
-
-def _slow(name: str, text: str, plant: Plant, cause: str, against: Case, *kinds: str) -> Case:
-    """Wrong from then on, and heard by what it does: a longer run, for the way back is tried before it is gone."""
-    of = kinds or against.kinds
-    return Case(name, text, plant, frozenset({cause}), of, against.keys, first=LATER, against=against.name)
-
-
-BOTH = {"data.train": ["sample", "sample_chat"]}
-FAULTS = (
-    Case("nan gradient", "F4a: one gradient is NaN once", nan_gradient, frozenset({"numerics", "hardware"})),
-    Case("inf weight", "F4b: one weight becomes infinite", inf_weight, frozenset({"numerics", "hardware"})),
-    Case("junk", "F3: 150 batches of random bytes", _junk(150), frozenset({"data"})),
-    Case("lr burst", "F2: one step at 100 times the learning rate", _burst(100.0), frozenset({"learning rate"})),
-    Case("stuck loader", "F6: the same four batches again and again", stuck_loader, frozenset({"data"})),
-    _slow("lr high", "F1: ten times the learning rate is planned", _rate(10.0), "learning rate", HEALTHY_LONG),
-    _slow("lr low", "F8: a fiftieth of the learning rate is planned", _rate(0.02), "learning rate", HEALTHY_LONG),
-    _slow(
-        "unbalanced",
-        "F10: nothing balances, and a router row 20 times as large wants every token",
-        unbalanced,
-        "router",
-        HEALTHY_LIMITED,
-    ),
-    _slow(
-        "dead experts",
-        "F11: two experts' router rows are zero, their biases -5",
-        dead_experts,
-        "router",
-        HEALTHY_LIMITED,
-    ),
-    _slow(
-        "over-balance",
-        "F12: the balance loss weighs 10, a thousand times the usual",
-        over_balance,
-        "router",
-        HEALTHY_LIMITED,
-    ),
-    _slow(
-        "frozen predictor",
-        "F15: the depth predictors are turned around, and learn no more",
-        frozen_predictor,
-        "depth",
-        HEALTHY_LONG,
-        "mod",
-    ),
-)
-TRAPS = (
-    Case("cosine", "H1: a plain cosine", keys={"train.schedule": "cosine"}),
-    Case("sharp decay", "H2: the rate falls to zero in the last 5 %", keys={"train.decay": 0.05}),
-    Case("two sequences", "H3: batches of two sequences", keys={"train.batch_tokens": 128}),
-    Case("rate doubled", "H4, but for the batch, which no phase can change: a planned change to twice the rate", keys={
-        "train.phases": [{"at": 0}, {"at": 0.5, "lr": 6e-3, "warmup": 0.05}]}),
-    Case("other text", "H5: a planned change from texts to conversations", keys={
-        "data.mode": "hybrid_sequential", "data.base_ratio": 0.5} | BOTH),
-    Case("one junk batch", "H6: one batch of random bytes", _junk(1)),
-    Case("five junk batches", "H6: five batches of random bytes", _junk(5)),
-    Case("large gradient", "H6: gradients 1,000 times in one step, clipped", large_gradient),
-    Case("small lr burst", "H6: one step at 10 times the learning rate", _burst(10.0)),
-    Case("copies", "H7: nothing is learned for long, then much at once", files=copy_task),
-    Case("moments lost", "H8: the optimizer's moments are zero once", zero_moments),
-    Case("domains", "H9: batches of one domain at a time", domains, kinds=("moe",), keys={
-        "data.mode": "hybrid_interleaved"} | BOTH),
-)  # fmt: skip
-CASES = {case.name: case for case in (*SOUND.values(), *FAULTS, *TRAPS)}

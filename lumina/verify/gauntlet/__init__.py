@@ -1,0 +1,6 @@
+"""Faults and traps in, verdicts on whoever watches out.
+
+    faults (what is done to a run) -> cases (on which runs) -> arms (forked from healthy ones) -> scoring -> page
+
+`policies` are other watchers than the orchestrator.
+"""

@@ -1,0 +1,289 @@
+"""The arms of the gauntlet: each is forked from a healthy run, something is done to it, and somebody watches.
+
+    lead(root) -> a healthy run that stopped just before the case begins      take(arm, lead) -> Result
+
+The healthy run is watched in `act`, so that whoever goes on with it knows what came before; nobody acts in it, which is
+checked. A case that is another run from its first step on (another schedule, another text) is taken from there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import dropwhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lumina.errors import UserError
+from lumina.events import Listener, merged, read_events
+from lumina.orchestrator.confidence import fallen_trial
+from lumina.verify.gauntlet.cases import CASES, SUITES, TUNED, Case, Suite
+from lumina.verify.gauntlet.policies import MODES, POLICIES, Policy
+
+if TYPE_CHECKING:
+    from lumina.training.session import Session
+
+PRESET, STEPS, TOKENS = "tiny", 600, 512
+KEYS: dict[str, Any] = {
+    "train.steps": STEPS, "train.batch_tokens": TOKENS, "train.warmup": 0.05, "train.decay": 0.2,
+    "train.eval_every": 0, "checkpoint.every": 250, "telemetry.log_every": 50, "data.train": ["sample"],
+    "orchestrator.snapshot_every": 100,  # what it is where memory has room
+    "orchestrator.trial.budget": 1,  # of a run as short as this; what trials took of it is reported
+}  # fmt: skip
+FORK = "fork"  # who stops the healthy run
+
+
+class Root(NamedTuple):
+    """A healthy run, as far as several arms share it."""
+
+    suite: str
+    settings: str  # the healthy case whose keys it has
+    kind: str
+    seed: int
+    steps: int  # that it takes; 0: there is nothing to share
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run."""
+
+    case: str
+    kind: str
+    seed: int
+    mode: str  # off, advise, act, or the name of another policy
+    suite: str = TUNED.name
+
+    @property
+    def step(self) -> int:
+        """At which the fault begins."""
+        return SUITES[self.suite].begins(CASES[self.case], self.seed)
+
+    @property
+    def root(self) -> Root:
+        """Up to the last restore point before the fault."""
+        case, every = CASES[self.case], int(KEYS["orchestrator.snapshot_every"])
+        if not case.forked or not every:
+            return Root(self.suite, self.case, self.kind, self.seed, 0)
+        return Root(self.suite, case.against, self.kind, self.seed, (self.step - 1) // every * every)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of an arm, plain values."""
+
+    arm: Arm
+    loss: float  # final, held-out, nats a token; infinite if it was stopped or is not finite
+    steps: int = 0  # that it came to
+    stopped: str = ""  # by whom; empty if it came to its end
+    failed: str = ""  # what ended the orchestrator itself
+    decisions: list[dict[str, Any]] = field(default_factory=list)  # step, kind, rule, action, cause, reason, outcome
+    trials: list[dict[str, Any]] = field(default_factory=list)  # verdicts and refusals, as the log has them
+    taken: int = 0  # steps that were computed, since the fork: also twice, on trial, or to look at one again
+    seconds: float = 0.0
+
+    @property
+    def acted(self) -> list[dict[str, Any]]:
+        """Decisions that changed the state, or ended the run; the guard's own, in the step itself, changed nothing."""
+        return [one for one in self.decisions if one["kind"] == "act" and one["action"] != "skip_step"]
+
+    @property
+    def about(self) -> list[dict[str, Any]]:
+        """Decisions since the fault, also behind a way back; a look is heard before the step that it is behind."""
+        return list(dropwhile(lambda one: one["step"] < self.arm.step - 1, self.decisions))
+
+    @property
+    def cause(self) -> str:
+        """Of the first diagnosis since the fault that was acted on, or else of the first that there is."""
+        done = [one for one in self.about if one in self.acted]
+        return next((one["cause"] for one in [*done, *self.about] if one["cause"]), "")
+
+    @property
+    def last_cause(self) -> str:
+        """Of the last diagnosis: of a run that was stopped, what a person was told."""
+        return next((one["cause"] for one in reversed(self.about) if one["cause"]), "")
+
+    @property
+    def won(self) -> list[str]:
+        """What won a trial and was not undone."""
+        won = [trial for trial in self.trials if trial.get("winner") and not trial["undone"]]
+        return [next(arm["asks"] for arm in one["arms"] if arm["name"] == one["winner"]) for one in won]
+
+    @property
+    def spent(self) -> float:
+        """On trials, steps' worth of compute over the steps of the run."""
+        return sum(float(trial.get("spent", 0.0)) for trial in self.trials) / max(1, self.steps)
+
+    @property
+    def extra(self) -> float:
+        """Steps that were computed beyond those of the run, over these: trials, replays, and what was taken again."""
+        return (self.taken + self.arm.root.steps - self.steps) / max(1, self.steps)
+
+    @property
+    def delay(self) -> int | None:
+        """Steps from the fault to the first decision about it."""
+        return min((max(0, one["step"] - self.arm.step) for one in self.about), default=None)
+
+    def plain(self) -> dict[str, Any]:
+        found = asdict(self)
+        return {"t": "arm", **found.pop("arm"), "fault": self.arm.step, **found}
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Result:
+        """The inverse of `plain`. Only arm and loss have to be there: so another trainer's results can be read."""
+        known = {one.name for one in fields(cls)}
+        values = {name: value for name, value in row.items() if name in known}
+        arm = Arm(**{one.name: row[one.name] for one in fields(Arm) if one.name in row})
+        return cls(arm, **values)
+
+
+def keys(suite: Suite, case: Case, kind: str, seed: int, folder: Path) -> dict[str, Any]:
+    """The settings of a run; texts of its own are written below `folder`."""
+    found = KEYS | {"model.kind": kind, "train.seed": seed, "orchestrator.mode": "act"} | dict(suite.keys)
+    for files in (suite.files, case.files):
+        found.update(files(folder, seed) if files else {})
+    return found | dict(case.keys)
+
+
+# -- the healthy run ---------------------------------------------------------------------------------------------------
+
+
+def lead(root: Root, folder: Path, listeners: Sequence[Listener] = ()) -> Path | None:
+    """Trains it below `folder` as far as it is shared, and returns its run folder; None if there is nothing to share.
+
+    Raises `UserError` if anything was done to it: what is forked from it would not be what nobody watched.
+    """
+    from lumina.orchestrator.ledger import entries
+    from lumina.training.endings import Stopped
+    from lumina.training.trainer import stand
+
+    if not root.steps:
+        return None
+    suite, settings = SUITES[root.suite], CASES[root.settings]
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = keys(suite, settings, root.kind, root.seed, folder)
+    wanted |= {"checkpoint.every": wanted["orchestrator.snapshot_every"]}  # they take the place of those in memory
+    session = stand(PRESET, wanted, folder)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["t"] == "step" and event["step"] == root.steps - 1:
+            session.ending = FORK
+
+    session.listeners = [*listeners, stop]
+    try:
+        session.train()
+    except Stopped as stopped:
+        if stopped.step != root.steps:
+            raise UserError(
+                f"the healthy run stopped at step {stopped.step}", f"it has to come to {root.steps}"
+            ) from None
+    if done := [one.action for one in entries(list(session.run.events())) if one.kind == "act"]:
+        raise UserError(
+            f"{root}: the healthy run was acted on ({done[0]})", "look at why; nothing can be forked from it"
+        )
+    return session.run.path
+
+
+# -- an arm ------------------------------------------------------------------------------------------------------------
+
+
+def take(arm: Arm, healthy: Path | None = None) -> Result:
+    """Trains it in this process, from where the `healthy` run stopped, below a folder that goes with it."""
+    start = time.perf_counter()
+    try:
+        return _take(arm, healthy, start)
+    except Exception as error:  # one run that breaks is a result, and no reason to lose the others
+        said = f"crashed: {type(error).__name__}: {error}"
+        return Result(arm, math.inf, stopped=said, seconds=round(time.perf_counter() - start, 1))
+
+
+def watcher(mode: str) -> Policy:
+    """Whoever watches: one of `MODES` or `POLICIES`, or `module:name` of a `Policy`, or of a function of a session.
+
+    Raises `UserError` if there is none of that name.
+    """
+    if mode in MODES:
+        return Policy(None, mode)
+    if mode in POLICIES:
+        return POLICIES[mode]
+    module, _, name = mode.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        known = ", ".join([*MODES, *POLICIES])
+        raise UserError(f"{mode}: there is no such policy", fix=f"known: {known}, or module:name of yours") from error
+    return found if isinstance(found, Policy) else Policy(found)
+
+
+def begin(arm: Arm, healthy: Path | None, folder: Path, listeners: Sequence[Listener] = ()) -> Session:
+    """The session of an arm below `folder`, before its first step: what is done to it is planted, and it is watched."""
+    from lumina.run.folder import Run
+    from lumina.training.trainer import stand, stand_again
+
+    suite, case, policy = SUITES[arm.suite], CASES[arm.case], watcher(arm.mode)
+    if healthy:
+        run = Run(Path(shutil.copytree(healthy, folder / healthy.name, symlinks=True)))
+        mode = {"orchestrator.mode": policy.mode, "checkpoint.every": KEYS["checkpoint.every"]}
+        session = stand_again(run, mode, listeners)
+    else:
+        wanted = keys(suite, case, arm.kind, arm.seed, folder)
+        session = stand(PRESET, wanted | {"orchestrator.mode": policy.mode}, folder, listeners)
+    if case.plant:
+        case.plant(session, arm.step, arm.seed, suite.size(case))
+    if policy.install:
+        policy.install(session, arm.seed)
+    return session
+
+
+def _take(arm: Arm, healthy: Path | None, start: float) -> Result:
+    from lumina.training.endings import Stopped
+
+    stopped, taken = "", 0
+    with tempfile.TemporaryDirectory(prefix="lumina-gauntlet-") as folder:
+        session = begin(arm, healthy, Path(folder))
+        since, inner = len(list(session.run.events())), session.course.fitting.step
+
+        def counting(*args: Any) -> Any:
+            nonlocal taken
+            taken += 1
+            return inner(*args)
+
+        session.course.fitting.step = counting  # type: ignore[method-assign, assignment]
+        try:
+            session.train()
+        except Stopped as error:
+            stopped = error.signal
+        told = list(read_events(session.run.event_log))
+    return result(arm, told, since, stopped, taken, time.perf_counter() - start)
+
+
+def result(arm: Arm, told: Sequence[dict[str, Any]], since: int, stopped: str, taken: int, seconds: float) -> Result:
+    """What the log of a run says of it, which is forked behind its first `since` events."""
+    from lumina.orchestrator.ledger import entries
+    from lumina.training.oversight import KIND
+
+    events = merged(told)
+    loss = next((event["loss"] for event in reversed(events) if event["t"] == "eval"), math.inf)
+    names = ("step", "kind", "rule", "action", "cause", "reason", "outcome")
+    return Result(
+        arm,
+        loss if not stopped and loss is not None and math.isfinite(loss) else math.inf,
+        max(event["step"] for event in events if event["t"] == "step"),
+        stopped,
+        next((event["error"] for event in told if event["t"] == "incident" and event["kind"] == KIND), ""),
+        [{name: getattr(one, name) for name in names} for one in entries(told[since:])],
+        _trials(told),
+        taken,
+        round(seconds, 1),
+    )
+
+
+def _trials(told: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Verdicts and refusals, each with whether a probation undid what won."""
+    fallen = {fallen_trial(event) for event in told}
+    tried = (event for event in told if event["t"] == "trial" and event["kind"] != "begin")
+    return [dict(event) | {"undone": event.get("id") in fallen} for event in tried]

@@ -1,0 +1,206 @@
+"""What the gauntlet does to runs, and to which: the cases, and the sets that hold them against each other.
+
+A fault has right diagnoses; a trap has none, for nothing may be done. Two sets differ in all that the orchestrator was
+not made for: seeds, steps, sizes of faults, the model's size, its text. It was made on one, and is shown on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lumina.verify.gauntlet import faults
+from lumina.verify.gauntlet.faults import Plant
+
+KINDS = ("dense", "moe", "mod")
+Heard = Literal["hard", "divergence", "drift"]  # how soon a fault has to be heard
+WITHIN: dict[Heard, int] = {"hard": 2, "divergence": 50, "drift": 300}  # steps
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is done to a run, and what `causes` are right diagnoses of it; of a trap there are none."""
+
+    name: str
+    text: str  # `{size}` is how much
+    plant: Plant | None = None
+    size: float = 0.0
+    other: float | None = None  # its size in the other set; None: the same
+    causes: frozenset[str] = frozenset()
+    heard: Heard = "hard"
+    kinds: tuple[str, ...] = KINDS
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    files: Callable[[Path, int], Mapping[str, Any]] | None = None  # keys whose data is written into a folder, by a seed
+    late: bool = False  # whether it begins where routers are even by then
+    against: str = "healthy"  # the case that it is held against: the same keys, and nothing is done
+    stops: bool = False  # nothing mends it: to stop with a right diagnosis is what has to be done
+
+    @property
+    def fault(self) -> bool:
+        return bool(self.causes)
+
+    @property
+    def forked(self) -> bool:
+        """Whether it is a healthy run until it begins."""
+        return self.keys == SOUND[self.against].keys and not self.files
+
+
+def topics(folder: Path, seed: int) -> Mapping[str, Any]:
+    """The reference of the Python language, prose of half a million characters: another text than the sample's."""
+    from pydoc_data.topics import topics as texts
+
+    path = folder / "topics.txt"
+    path.write_text("\n\n\n".join(texts[name] for name in sorted(texts)), encoding="utf-8")
+    return {"data.train": [str(path)]}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of runs: what they are, and when faults begin in them."""
+
+    name: str
+    text: str
+    seeds: tuple[int, ...]
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    first: int = 200  # a fault begins at one of `within` steps from here on, or from `late` on; the seed draws it
+    late: int = 300
+    within: int = 80
+    others: bool = False  # whether faults have their `other` sizes
+    files: Callable[[Path, int], Mapping[str, Any]] | None = None  # as a case's
+    cases: tuple[tuple[str, str], ...] = ()  # with their kinds; empty: all, of all kinds
+    sigma: Mapping[str, float] = field(default_factory=dict)  # nats, by kind, where no more healthy runs are taken
+
+    def begins(self, case: Case, seed: int) -> int:
+        """The step at which a case begins."""
+        return (self.late if case.late else self.first) + seed * 37 % self.within
+
+    def size(self, case: Case) -> float:
+        """How much is done."""
+        return case.other if self.others and case.other is not None else case.size
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+LONG = {"train.steps": 1900}  # what is wrong for good shows slowly, and whoever mends it has to show it, too
+# An expert takes its fair share at most, as in Switch Transformers: without, `tiny` does as well on two experts.
+LIMITED = LONG | {"model.moe.capacity": 1.0}
+HEALTHY = Case("healthy", "nothing is done")
+HEALTHY_LONG = Case("healthy long", "the same for longer", keys=LONG, against="healthy long")
+HEALTHY_LIMITED = Case(
+    "healthy limited",
+    "the same for longer, experts limited",
+    kinds=("moe",),
+    keys=LIMITED,
+    against="healthy limited",
+)
+SOUND = {case.name: case for case in (HEALTHY, HEALTHY_LONG, HEALTHY_LIMITED)}
+
+
+def _soon(
+    name: str,
+    text: str,
+    plant: Plant,
+    size: float,
+    other: float | None,
+    heard: Heard,
+    *causes: str,
+    stops: bool = False,
+) -> Case:
+    return Case(name, text, plant, size, other, frozenset(causes), heard, stops=stops)
+
+
+def _slow(
+    name: str,
+    text: str,
+    plant: Plant,
+    size: float,
+    other: float | None,
+    heard: Heard,
+    cause: str,
+    against: Case,
+    *of: str,
+) -> Case:
+    """Wrong from then on, and heard by what it does: a longer run, for the way back is tried before it is gone."""
+    kinds = of or against.kinds
+    causes = frozenset({cause})
+    return Case(name, text, plant, size, other, causes, heard, kinds, against.keys, late=True, against=against.name)
+
+
+BOTH = {"data.train": ["sample", "sample_chat"]}
+FAULTS = (
+    _slow("lr high", "F1: {size:g} times the learning rate is planned", faults.rate, 10, 6, "divergence",
+          "learning rate", HEALTHY_LONG),
+    _soon("lr burst", "F2: one step at {size:g} times the learning rate", faults.rate_burst, 100, 150, "divergence",
+          "learning rate"),
+    _soon("junk", "F3: {size:g} batches of random bytes", faults.junk, 150, 110, "divergence", "data"),
+    _soon("nan gradient", "F4a: one gradient is NaN once", faults.nan_gradient, 1, None, "hard", "numerics",
+          "hardware"),
+    _soon("inf weight", "F4b: one weight becomes infinite", faults.inf_weight, 1, None, "hard", "numerics", "hardware"),
+    _soon("shifted targets", "F5: all targets lie {size:g} further on", faults.shifted_targets, 1, 2, "drift", "data",
+          stops=True),
+    _soon("stuck loader", "F6: the same four batches again and again", faults.stuck_loader, 4, None, "divergence",
+          "data"),
+    _soon("sharp attention", "F7: gains of queries and keys of one layer {size:g} times as large",
+          faults.sharp_attention, 6, 8, "divergence", "hardware", "numerics"),
+    _slow("lr low", "F8: a fraction of {size:g} of the learning rate is planned", faults.rate, 0.02, 0.05, "drift",
+          "learning rate", HEALTHY_LONG),
+    _soon("wrong decay", "F9: weights decay {size:g} times as much as planned", faults.wrong_decay, 300, 200, "drift",
+          "config"),
+    _soon("wrong eps", "F9: AdamW's epsilon is {size:g}", faults.wrong_eps, 1e-2, 5e-3, "drift", "config"),
+    _slow("unbalanced", "F10: nothing balances, and a router row {size:g} times as large wants every token",
+          faults.unbalanced, 20, 15, "drift", "router", HEALTHY_LIMITED),
+    _slow("dead experts", "F11: router rows of {size:g} experts are zero, their biases -5", faults.dead_experts, 2,
+          None, "drift", "router", HEALTHY_LIMITED),
+    _slow("over-balance", "F12: the balance loss weighs {size:g} times the usual", faults.over_balance, 1000, 500,
+          "drift", "router", HEALTHY_LIMITED),
+    _slow("frozen predictor", "F15: the depth predictors are turned around, and learn no more", faults.frozen_predictor,
+          1, None, "drift", "depth", HEALTHY_LONG, "mod"),
+)  # fmt: skip
+TRAPS = (
+    Case("cosine", "H1: a plain cosine", keys={"train.schedule": "cosine"}),
+    Case("sharp decay", "H2: the rate falls to zero in the last 5 %", keys={"train.decay": 0.05}),
+    Case("two sequences", "H3: batches of two sequences", keys={"train.batch_tokens": 128}),
+    Case("rate doubled", "H4, but for the batch, which no phase can change: a planned change to twice the rate", keys={
+        "train.phases": [{"at": 0}, {"at": 0.5, "lr": 6e-3, "warmup": 0.05}]}),
+    Case("other text", "H5: a planned change from texts to conversations", keys={
+        "data.mode": "hybrid_sequential", "data.base_ratio": 0.5} | BOTH),
+    Case("one junk batch", "H6: one batch of random bytes", faults.junk, 1),
+    Case("five junk batches", "H6: {size:g} batches of random bytes", faults.junk, 5, 3),
+    Case("large gradient", "H6: gradients {size:g} times in one step, clipped", faults.large_gradient, 1000, 300),
+    Case("small lr burst", "H6: one step at {size:g} times the learning rate", faults.rate_burst, 10, 6),
+    Case("copies", "H7: nothing is learned for long, then much at once", files=faults.copy_task),
+    Case("moments lost", "H8: the optimizer's moments are zero once", faults.zero_moments),
+    Case("domains", "H9: batches of one domain at a time", faults.domains, kinds=("moe",), keys={
+        "data.mode": "hybrid_interleaved"} | BOTH),
+)  # fmt: skip
+CASES = {case.name: case for case in (*SOUND.values(), *FAULTS, *TRAPS)}
+
+TUNED = Suite("tuned", "the runs that the orchestrator was made on", (80, 81, 82))
+HELD_OUT = Suite(
+    "held-out",
+    "a model half as wide again, another text (the reference of the Python language), other seeds, steps and sizes",
+    (500, 501, 502),
+    {"model.width": 96, "model.ffn": 192},
+    first=285,
+    late=400,
+    within=50,
+    others=True,
+    files=topics,
+)
+# Small enough for every change of the code: what goes back is the healthy run to the bit, whatever the machine.
+CI = Suite(
+    "ci",
+    "a few cases in short runs",
+    (7,),
+    {"train.steps": 400},
+    first=110,
+    within=80,
+    cases=(
+        ("inf weight", "dense"), ("lr burst", "moe"), ("stuck loader", "mod"), ("wrong eps", "dense"),
+        ("one junk batch", "dense"), ("moments lost", "moe"), ("small lr burst", "mod"),
+    ),
+    sigma={"dense": 0.004, "moe": 0.011, "mod": 0.010},  # of runs of 600 steps: benchmarks/orchestrator, 2026-11-26
+)  # fmt: skip
+SUITES = {suite.name: suite for suite in (TUNED, HELD_OUT, CI)}

@@ -1,0 +1,288 @@
+"""What the gauntlet's runs came to, as tables for people and as plain values for programs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
+from typing import Any
+
+from lumina.bench.report import table
+from lumina.verify.gauntlet.arms import KEYS, PRESET, STEPS, TOKENS, Result
+from lumina.verify.gauntlet.cases import CASES, SOUND, SUITES, WITHIN, Suite
+from lumina.verify.gauntlet.scoring import (
+    HURTS,
+    SIGMAS,
+    Measures,
+    Score,
+    Share,
+    measures,
+    regret,
+    scores,
+    sigmas,
+    soon,
+    sound,
+    wilson,
+)
+from lumina.verify.report import about, circumstances
+
+Table = tuple[list[str], list[list[str]]]
+
+MEANING = (
+    f"A run is `{PRESET}`, {STEPS} steps of {TOKENS} tokens, WSD with a decay of 20 %, unless a case says otherwise. "
+    "Every arm is forked from one healthy run of its kind, seed and settings, at the last restore point (they are made "
+    f"every {KEYS['orchestrator.snapshot_every']} steps) before what is planted, from outside, in memory, at a step "
+    "that the seed draws; a trap that is another run from its start on is taken from there. The orchestrator cannot "
+    "see what it is. Losses are final, causal and held-out. *above healthy*: above the healthy run of the same seed, "
+    "for each seed, in sigma, the standard deviation of the final losses of healthy runs of that kind and these "
+    "settings over seeds, and the most in nats; inf: it was stopped, or is not finite. *alone*: the same of the run "
+    f"that nobody watched: a fault hurts if that is more than {HURTS:g}; one that does not hurt most of its runs "
+    "counts as healthy, where nothing may be done. *rescued*: of the runs that are hurt, how many ended at most "
+    f"{SIGMAS:g} above; of targets that are shifted, which nothing mends, how many were stopped with a right "
+    "diagnosis. *avoided*: 1 - above / alone, median of those. *heard*: steps from the fault to the first decision "
+    "about it. *diagnosed*: the causes that were named, of the decision that was acted on if there was one. *done*: "
+    "what changed the run, without what the guard skipped. *something won*: runs in which an intervention won a trial "
+    "and was kept; *cost*: what trials took, probation and evaluations included, over the steps of the run. A trap is "
+    "*left alone* if nothing was done and the run is to the bit the one that nobody watched."
+)
+
+
+def faults(found: Sequence[Score]) -> Table:
+    """Of each fault, kind and mode."""
+    rows = []
+    for one in found:
+        if one.case.fault:
+            avoided = f"{statistics.median(one.avoided):.3f}" if one.avoided and not one.case.stops else "-"
+            causes = ", ".join(f"{cause or 'none'} {n}" for cause, n in Counter(one.causes).items())
+            right = f"{one.right} of {len(one.causes)}"
+            within = f"{sum(value <= SIGMAS for value in one.excess)} of {len(one.runs)}"
+            hurt = f"{sum(one.rescued)} of {len(one.rescued)}"
+            cells = [_sigmas(one.excess), f"{max(one.nats):.4f}", within, _sigmas(one.away), hurt, avoided]
+            rows.append([one.case.name, one.kind, one.mode, *cells, _delays(one), causes, right, _done(one)])
+    header = ["fault", "kind", "mode", "above healthy, sigma", "most, nats", f"within {SIGMAS:g} sigma", "alone, sigma"]
+    return [*header, "rescued", "avoided", "heard", "diagnosed", "right", "done"], rows
+
+
+def traps(found: Sequence[Score]) -> Table:
+    """Of each trap, kind and mode."""
+    rows = [
+        [one.case.name, one.kind, one.mode, f"{sum(one.good)} of {len(one.good)}", _done(one)]
+        for one in found
+        if not one.case.fault
+    ]
+    return ["trap", "kind", "mode", "left alone", "done"], rows
+
+
+def trials(found: Sequence[Score]) -> Table:
+    """Of each case and kind for which something was tried."""
+    rows = []
+    for one in found:
+        won, spent = [run.won for run in one.runs], [run.spent for run in one.runs]
+        if any(spent) or one.refused:
+            names = Counter(action for actions in won for action in actions)
+            told = ", ".join(f"{action} {n}" for action, n in names.items()) or "nothing"
+            rescued = sum(good for good, actions in zip(one.good, won, strict=True) if actions)
+            cost = f"{100 * statistics.median(spent):.0f} % ({100 * max(spent):.0f})"
+            cells = [f"{sum(map(bool, won))} of {len(won)}", told, str(rescued), cost, str(len(one.refused))]
+            rows.append([one.case.name, one.kind, one.mode, *cells])
+    return ["case", "kind", "mode", "something won", "what", "rescued by it", "cost, median (most)", "refused"], rows
+
+
+def watchers(found: Sequence[Score]) -> Table:
+    """Of each mode, all measures; over what all of them watched, so that they can be compared."""
+    modes = list(dict.fromkeys(one.mode for one in found))
+    if len(modes) > 1:
+        pairs = [{(one.case.name, one.kind) for one in found if one.mode == mode} for mode in modes]
+        seeds = [{(r.arm.case, r.arm.kind, r.arm.seed) for o in found if o.mode == m for r in o.runs} for m in modes]
+        common, shown = set.intersection(*pairs), set.intersection(*seeds)
+        found = [_only(one, shown) for one in found if (one.case.name, one.kind) in common]
+    rows = []
+    for one in measures(found):
+        avoided = "-" if one.avoided is None else f"{one.avoided:.3f}"
+        cost = f"{100 * statistics.median(one.extra):.0f} %" if one.extra else "-"
+        rows.append([one.mode, _share(one.rescued), avoided, _share(one.stopped), _share(one.touched), cost])
+    return [
+        "who",
+        "rescued",
+        "avoided, median",
+        "stopped rightly",
+        "healthy runs acted on",
+        "steps beyond, median",
+    ], rows
+
+
+def _only(one: Score, shown: set[tuple[str, str, int]]) -> Score:
+    keep = [(r.arm.case, r.arm.kind, r.arm.seed) in shown for r in one.runs]
+
+    runs, alone, healthy = (
+        list(compress(one.runs, keep)),
+        list(compress(one.alone, keep)),
+        list(compress(one.healthy, keep)),
+    )
+    return replace(one, runs=runs, alone=alone, healthy=healthy)
+
+
+def latencies(found: Sequence[Score]) -> Table:
+    """Of faults that hurt."""
+    rows = []
+    for one in measures(found):
+        for heard, delays in one.delays.items():
+            if delays:
+                figures = [f"{statistics.median(delays):g}", str(max(delays))]
+                rows.append([heard, one.mode, str(WITHIN[heard]), f"{_of(soon(one, heard))}", *figures])
+    return ["kind of fault", "mode", "has to be heard within", "was", "median", "most"], rows
+
+
+def confusion(found: Sequence[Score], mode: str = "act") -> Table:
+    """Right causes against the named ones, of faults that hurt."""
+    named = next((one.named for one in measures(found) if one.mode == mode), {})
+    columns = sorted({cause for _, cause in named})
+    rows = [
+        [right, *(str(named.get((right, cause), "")) for cause in columns)] for right in sorted({r for r, _ in named})
+    ]
+    return ["right", *columns], rows
+
+
+def page(results: Sequence[Result], command: str, calibration: str = "") -> str:
+    """The dated report. `calibration` says where the runs alone are from, if not taken with the others."""
+    found, runs = scores(results), sound(results)
+    spread = ", ".join(f"{' '.join(of)} {value:.4f} ({len(runs[of])} runs)" for of, value in sigmas(results).items())
+    suites = [SUITES[name] for name in dict.fromkeys(result.arm.suite for result in results)]
+    title = "# The gauntlet" + "".join(f": {suite.name}" for suite in suites)
+    said = summary(found)
+    lines = [title, "", *([f"**{said}** {circumstances()}."] if found else [f"{circumstances()}."]), "", MEANING, ""]
+    lines += [f"The runs: {suite.text}{_keys(suite)}." for suite in suites]
+    lines += ["", calibration] if calibration else []
+    lines += ["", f"Sigma, nats: {spread}.", ""] if spread else [""]
+    lines += [f"    {command}", "", "Raw: every run is a line of the file beside this."]
+    planted = ["", "## What was planted", ""]
+    for name in dict.fromkeys(result.arm.case for result in results if result.arm.case not in SOUND):
+        for suite in suites:
+            planted += _told(name, suite)
+    shown = [table(title, *made) for title, made in tables(found, results) if made[1]]
+    return "\n".join([*lines, *planted]) + "\n" + "".join(shown) + _regret(found) + _ended(results)
+
+
+def tables(found: Sequence[Score], results: Sequence[Result]) -> list[tuple[str, Table]]:
+    """All tables, with their titles."""
+    tables = [("Who watches", watchers(found)), ("Faults", faults(found)), ("Trials", trials(found))]
+    tables += [("Latency, steps", latencies(found)), ("Diagnoses of `act`", confusion(found)), ("Traps", traps(found))]
+    return tables if found else [("Alone", alone(results))]
+
+
+def alone(results: Sequence[Result]) -> Table:
+    """The runs that nobody watched, where nobody watched any."""
+    of = {(r.arm.case, r.arm.kind, r.arm.seed): r.loss for r in results}
+    spread, rows = sigmas(results), []
+    for case, kind in dict.fromkeys((r.arm.case, r.arm.kind) for r in results):
+        mine = [r for r in results if (r.arm.case, r.arm.kind) == (case, kind)]
+        known = CASES[case]
+        if known.fault:
+            sigma = spread.get((known.against, kind), math.nan)
+            away = [(r.loss - of[known.against, kind, r.arm.seed]) / sigma for r in mine]
+            hurt = sum(not value <= HURTS for value in away)
+            counts = "fault" if 2 * hurt > len(mine) else "healthy"
+            rows.append([case, kind, _sigmas(away), f"{hurt} of {len(mine)}", counts])
+    return ["fault", "kind", "above healthy, sigma", "hurt", "counts as"], rows
+
+
+def _keys(suite: Suite) -> str:
+    parts = [f"`{key}={value}`" for key, value in suite.keys.items()]
+    return "".join(f", {part}" for part in [*parts, f"seeds {', '.join(map(str, suite.seeds))} unless said otherwise"])
+
+
+def _told(name: str, suite: Suite) -> list[str]:
+    """What it is, when it begins, and what else is otherwise."""
+    case = CASES[name]
+    first = suite.late if case.late else suite.first
+    begins = [f"from one of steps {first} to {first + suite.within - 1} on"] if case.plant and case.forked else []
+    setting = "".join(f", {part}" for part in [*begins, *(f"`{key}={value}`" for key, value in case.keys.items())])
+    causes = f" A right diagnosis: {' or '.join(sorted(case.causes))}." if case.fault else ""
+    return [f"- **{case.name}**: {case.text.format(size=suite.size(case))}{setting}.{causes}"]
+
+
+def _regret(found: Sequence[Score]) -> str:
+    known = regret(found)
+    if known is None:
+        return ""
+    both = known.against, known.least
+    parts = [f"{statistics.median(values):.2f} in the median, {max(values):.2f} at most" for values in both]
+    text = (
+        f"Over {len(known.against)} runs that faults hurt and that fixed policies were shown, excess in sigma beyond "
+        f"that of the best fixed policy in hindsight ({known.best}): {parts[0]}. Beyond the best of them for each "
+        f"single run: {parts[1]}."
+    )
+    return f"\n## Regret\n\n{text}\n"
+
+
+def _ended(results: Sequence[Result]) -> str:
+    """The runs that did not come to their end, or whose orchestrator did not."""
+    bad = [r for r in results if r.failed or r.stopped]
+    told = [f"- {r.arm.case}, {r.arm.kind}, seed {r.arm.seed}, {r.arm.mode}: {r.failed or r.stopped}" for r in bad]
+    return "\n".join(["", "## Stopped or failed", "", *told, ""]) if bad else ""
+
+
+def summary(found: Sequence[Score]) -> str:
+    """What each mode did, with Wilson's 95 % intervals."""
+    return "; ".join(part for one in measures(found) for part in _summary(one)) + "."
+
+
+def _summary(one: Measures) -> list[str]:
+    parts = []
+    for what, share in (
+        ("runs that faults hurt rescued", one.rescued),
+        ("that nothing mends stopped with a right diagnosis", one.stopped),
+        ("right diagnoses", one.right),
+        ("healthy runs acted on", one.touched),
+        ("traps left alone, to the bit", one.exact),
+    ):
+        if share[1]:
+            parts.append(f"{one.mode}: {_share(share, what)}")
+    if one.avoided is not None:
+        parts.append(f"{one.mode}: {one.avoided:.3f} of the damage avoided in the median")
+    return parts
+
+
+def as_json(results: Sequence[Result]) -> dict[str, Any]:
+    """Everything, each run's decisions included."""
+    found = []
+    for one in scores(results):
+        names = ("mode", "kind", "sigma", "excess", "nats", "away", "hurt", "hurts", "good", "avoided", "delays")
+        found.append(
+            {"case": one.case.name} | {name: getattr(one, name) for name in (*names, "causes", "right", "acted")}
+        )
+    spread = {" ".join(of): value for of, value in sigmas(results).items()}
+    known = regret(scores(results))
+    return {
+        "about": about(),
+        "sigma": spread,
+        "scores": found,
+        "regret": vars(known) if known else None,
+        "runs": [r.plain() for r in results],
+    }
+
+
+def _sigmas(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.1f}" for value in values)
+
+
+def _of(share: Share) -> str:
+    return f"{share[0]} of {share[1]}"
+
+
+def _share(share: Share, what: str = "") -> str:
+    if not share[1]:
+        return "-"
+    low, high = wilson(*share)
+    return f"{_of(share)}{what and ' '}{what} ({100 * low:.0f} to {100 * high:.0f} %)"
+
+
+def _delays(one: Score) -> str:
+    return f"{statistics.median(one.delays):g}" if one.delays else "-"
+
+
+def _done(one: Score) -> str:
+    return ", ".join(f"{action} {n}" for action, n in Counter(one.acted).items()) or "nothing"

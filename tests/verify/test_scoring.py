@@ -1,0 +1,121 @@
+"""Scores say what happened: what hurts, what was rescued, who is best, and how sure that is."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from lumina.verify.gauntlet import page
+from lumina.verify.gauntlet.arms import Arm, Result
+from lumina.verify.gauntlet.cases import HEALTHY
+from lumina.verify.gauntlet.scoring import measures, regret, scores, sigmas, soon, wilson
+
+
+def made(case: str, seed: int, loss: float, mode: str = "act", *actions: str, **more: Any) -> Result:
+    arm = Arm(case, more.pop("kind", "dense"), seed, mode)
+    said = {"step": arm.step + 3, "kind": "act", "rule": "r", "cause": more.pop("cause", "data")}
+    decisions = [said | {"action": action} for action in actions]
+    return Result(arm, loss, decisions=decisions, **more)
+
+
+def healthy(case: str = HEALTHY.name, kind: str = "dense") -> list[Result]:
+    return [made(case, seed, 2.0 + 0.1 * seed, "off", kind=kind) for seed in (1, 2, 3)]
+
+
+def test_faults_are_scored_above_the_healthy_run_of_the_same_seed_if_they_hurt() -> None:
+    results = healthy() + [made("junk", seed, loss, "off") for seed, loss in ((1, 2.7), (2, 2.7), (3, math.nan))]
+    results += [made("junk", 1, 2.29, "act", "rewind_skip"), made("junk", 2, 2.41), made("junk", 3, math.inf)]
+    (junk,) = scores(results)
+    assert sigmas(results) == {(HEALTHY.name, "dense"): pytest.approx(0.1)}
+    assert junk.excess == [pytest.approx(1.9), pytest.approx(2.1), math.inf]
+    assert (junk.good, junk.right, junk.delays) == ([True, False, False], 1, [3])
+    assert (junk.hurt, junk.hurts) == ([True, True, True], True)
+    assert junk.avoided == [pytest.approx(1 - 1.9 / 6), pytest.approx(1 - 2.1 / 5), 0.0]
+    text = page.page(results, "lumina gauntlet")
+    assert "1.9 2.1 inf" in text
+    assert "act: 1 of 3 runs that faults hurt rescued (6 to 79 %)" in text
+    assert json.loads(json.dumps(page.as_json(results)))["scores"][0]["hurt"] == [True, True, True]
+
+
+def test_what_does_not_hurt_most_of_its_runs_is_healthy() -> None:
+    results = healthy() + [
+        made("junk", seed, 2.0 + 0.1 * seed + over, "off") for seed, over in ((1, 0.5), (2, 0), (3, 0))
+    ]
+    results += [made("junk", 1, 2.1, "act", "rewind_skip"), made("junk", 2, 2.2), made("junk", 3, 2.3)]
+    (one,) = measures(scores(results))
+    assert (one.rescued, one.touched) == ((0, 0), (1, 3))
+    assert "| junk | dense | 5.0 0.0 0.0 | 1 of 3 | healthy |" in page.page(results[:6], "")
+
+
+def test_a_trap_is_left_alone_if_nothing_was_done_to_the_bit() -> None:
+    results = [made("cosine", seed, 2.2, "off") for seed in (1, 2, 3, 4)]
+    results += [made("cosine", 1, 2.2), made("cosine", 2, 2.2, "act", "rewind_replay", "skip_step")]
+    results += [made("cosine", 3, 2.2000001), made("cosine", 4, 2.2, failed="ValueError: planted")]
+    (cosine,) = scores(results)
+    assert (cosine.good, cosine.acted) == ([True, False, False, False], ["rewind_replay"])
+    (one,) = measures([cosine])
+    assert (one.touched, one.exact) == ((1, 4), (1, 4))
+    assert "- cosine, dense, seed 4, act: ValueError: planted" in page.page(results, "")
+
+
+def test_what_nothing_mends_is_to_be_stopped_with_the_right_cause() -> None:
+    results = healthy() + [made("shifted targets", seed, 4.0, "off") for seed in (1, 2, 3)]
+    results += [made("shifted targets", 1, math.inf, "act", "stop", stopped="looked")]
+    results += [made("shifted targets", 2, math.inf, "act", "stop", stopped="looked", cause="router")]
+    results += [made("shifted targets", 3, 2.3, "act", "rewind_skip")]
+    (one,) = measures(scores(results))
+    assert (one.stopped, one.rescued) == ((1, 3), (0, 0))
+
+
+def test_latency_and_attribution_are_of_faults_that_hurt() -> None:
+    results = healthy() + [made("junk", seed, 4.0, "off") for seed in (1, 2, 3)]
+    results += [made("junk", 1, 2.1, "act", "rewind_skip"), made("junk", 2, 2.1, "act", "stop", cause="router")]
+    results += [made("junk", 3, 4.0)]
+    (one,) = measures(scores(results))
+    assert (one.right, one.unheard) == ((1, 3), 1)
+    assert dict(one.named) == {("data", "data"): 1, ("data", "router"): 1, ("data", "none"): 1}
+    assert one.delays == {"divergence": [3, 3]}
+    assert (soon(one, "divergence"), soon(one, "hard")) == ((2, 2), (0, 0))
+
+
+def test_regret_is_against_the_policy_that_rescues_most() -> None:
+    results = healthy() + [made("junk", seed, 4.0, "off") for seed in (1, 2, 3)]
+    ends = {"act": (2.15, 2.2, 2.3), "halve": (2.1, 2.9, 3.9), "rewind": (2.2, 2.2, 2.35), "zclip": (4.0, 4.0, 9.0)}
+    results += [made("junk", seed, ends[mode][seed - 1], mode) for mode in ends for seed in (1, 2, 3)]
+    found = regret(scores(results))
+    assert found
+    assert found.best == "rewind"
+    assert found.against == [pytest.approx(-0.5), pytest.approx(0.0), pytest.approx(-0.5)]
+    assert found.least == [pytest.approx(0.5), pytest.approx(0.0), pytest.approx(-0.5)]
+    assert regret(scores([r for r in results if r.arm.mode in ("off", "act")])) is None
+    assert "hindsight (rewind): -0.50 in the median, 0.00 at most" in page.page(results, "")
+
+
+def test_who_watches_is_compared_on_what_all_of_them_watched() -> None:
+    results = [one for kind in ("dense", "moe") for one in healthy(kind=kind)]
+    results += [made("junk", seed, 4.0, "off", kind=kind) for seed in (1, 2, 3) for kind in ("dense", "moe")]
+    results += [made("junk", seed, 2.3, "act", kind=kind) for seed in (1, 2, 3) for kind in ("dense", "moe")]
+    results += [made("junk", 1, 4.0, "zclip")]
+    header, rows = page.watchers(scores(results))
+    assert header[:2] == ["who", "rescued"]
+    assert [row[1].split(" (")[0] for row in rows] == ["1 of 1", "0 of 1"]
+
+
+def test_a_longer_case_is_held_against_healthy_runs_as_long() -> None:
+    results = healthy("healthy limited", "moe") + [
+        made(HEALTHY.name, seed, 1.0, "off", kind="moe") for seed in (1, 2, 3)
+    ]
+    results += [made("dead experts", 1, 2.6, "off", kind="moe"), made("dead experts", 1, 2.3, kind="moe")]
+    (dead,) = scores(results)
+    assert (dead.away, dead.excess) == ([pytest.approx(5.0)], [pytest.approx(2.0)])
+    text = page.page(results, "")
+    assert "healthy limited moe 0.1000 (3 runs)" in text
+    assert "from one of steps 300 to 379 on, `train.steps=1900`, `model.moe.capacity=1.0`. A right diagnosis" in text
+
+
+def test_wilsons_interval() -> None:
+    assert wilson(9, 10) == (pytest.approx(0.5958, abs=1e-4), pytest.approx(0.9821, abs=1e-4))
+    assert wilson(60, 60)[1] == pytest.approx(1.0)
