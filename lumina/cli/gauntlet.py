@@ -17,7 +17,7 @@ from lumina.errors import UserError
 if TYPE_CHECKING:
     from lumina.verify.gauntlet.arms import Result
 
-Subset = Annotated[str, typer.Option(help="Which runs: tuned, held-out, or ci, a few in about a minute.")]
+Subset = Annotated[str, typer.Option(help="Which runs: tuned, held-out, long, or ci, a few in about a minute.")]
 Case = Annotated[list[str] | None, typer.Option(help="This fault or trap alone; may be repeated.", show_default=False)]
 Kind = Annotated[list[str] | None, typer.Option(help="This kind alone; may be repeated.", show_default=False)]
 Mode = Annotated[
@@ -63,7 +63,7 @@ def gauntlet(
     if score:
         _show([result for path in score for result in _read(path)], json)
         return
-    names, kinds, modes = case or running.case_names(), kind or list(KINDS), mode or ["act"]
+    names, kinds, modes = case or list(CASES), kind or list(KINDS), mode or ["act"]
     for given, there_are, what in (
         ([subset], list(SUITES), "subset"),
         (names, list(CASES), "case"),

@@ -16,7 +16,18 @@ import lumina
 from lumina.cli import main
 from lumina.orchestrator import diagnosis, ledger, orchestrator, policy, signals, windows
 from lumina.orchestrator.actions import ACTIONS
-from lumina.orchestrator.detectors import data, depth, divergence, experts, forecast, invariants, numerics, pace, spike
+from lumina.orchestrator.detectors import (
+    attention,
+    data,
+    depth,
+    divergence,
+    experts,
+    forecast,
+    invariants,
+    numerics,
+    pace,
+    spike,
+)
 from lumina.orchestrator.detectors.table import DETECTORS
 from lumina.orchestrator.diagnosis import INVARIANTS
 from lumina.orchestrator.robust import DELAY, WINDOW
@@ -41,6 +52,7 @@ NUMBERS: dict[str, tuple[float, ...]] = {
         windows.SMOOTH, windows.SEVERE, windows.SEVERE_SIGMA, divergence.LASTS, divergence.PATIENCE,
         divergence.GUESSING,
     ),
+    "attention": (attention.TAU, attention.JUMPS),
     "golden": (data.APART, data.SIGMAS, data.LEAST),
     "explosion": (spike.EXPLODES, spike.ALONE, spike.LASTS),
     "spike": (WINDOW, spike.ALONE, spike.TOGETHER),

@@ -298,6 +298,10 @@ def test_sets_differ_in_seeds_steps_sizes_model_and_text(tmp_path: Path) -> None
     ci = running.arms(SUITES["ci"], list(CASES.values()), KINDS, [7])
     assert {(arm.case, arm.kind) for arm in ci if arm.case not in SOUND} == set(SUITES["ci"].cases)
     assert len(ci) < 20  # none for sigma alone
+    long = running.arms(SUITES["long"], list(CASES.values()), ["dense"], [1])
+    assert [(arm.case, arm.mode) for arm in long] == [("lr high", "act"), ("healthy", "act")]
+    assert long[0].root.steps == 10_025
+    assert arms.keys(SUITES["long"], CASES["lr high"], "dense", 1, tmp_path)["train.steps"] == 40_000
 
 
 def test_all_are_taken_behind_the_run_they_are_forked_from(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +369,7 @@ def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["gauntlet", "--case", "junks"]) == 2
     assert "known: healthy, healthy long, healthy limited, lr high" in capsys.readouterr().err
     assert main(["gauntlet", "--subset", "all"]) == 2
-    assert "known: tuned, held-out, ci" in capsys.readouterr().err
+    assert "known: tuned, held-out, ci, long" in capsys.readouterr().err
     assert main(["gauntlet", "--mode", "nobody"]) == 2
     assert "fixed clip" in capsys.readouterr().err
 

@@ -143,10 +143,10 @@ class Result:
 
 def keys(suite: Suite, case: Case, kind: str, seed: int, folder: Path) -> dict[str, Any]:
     """The settings of a run; texts of its own are written below `folder`."""
-    found = KEYS | {"model.kind": kind, "train.seed": seed, "orchestrator.mode": "act"} | dict(suite.keys)
+    found = KEYS | {"model.kind": kind, "train.seed": seed, "orchestrator.mode": "act"}
     for files in (suite.files, case.files):
         found.update(files(folder, seed) if files else {})
-    return found | dict(case.keys)
+    return found | dict(case.keys) | dict(suite.keys)
 
 
 # -- the healthy run ---------------------------------------------------------------------------------------------------

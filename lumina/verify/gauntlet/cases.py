@@ -70,6 +70,7 @@ class Suite:
     others: bool = False  # whether faults have their `other` sizes
     files: Callable[[Path, int], Mapping[str, Any]] | None = None  # as a case's
     cases: tuple[tuple[str, str], ...] = ()  # with their kinds; empty: all, of all kinds
+    alone: bool = True  # whether runs are taken alone, too, to be held against
     sigma: Mapping[str, float] = field(default_factory=dict)  # nats, by kind, where no more healthy runs are taken
 
     def begins(self, case: Case, seed: int) -> int:
@@ -203,4 +204,15 @@ CI = Suite(
     ),
     sigma={"dense": 0.004, "moe": 0.011, "mod": 0.010},  # of runs of 600 steps: benchmarks/orchestrator, 2026-11-26
 )  # fmt: skip
-SUITES = {suite.name: suite for suite in (TUNED, HELD_OUT, CI)}
+# What interventions cost of a run that is long enough to afford them: a trial takes 1,870 steps' worth.
+LONG_RUNS = Suite(
+    "long",
+    "runs in which a trial takes the share that it may",
+    (1,),
+    {"train.steps": 40_000, "orchestrator.trial.budget": 0.05},
+    late=10_000,
+    within=500,
+    alone=False,
+    cases=tuple((name, kind) for name in ("lr high", "healthy") for kind in KINDS),
+)
+SUITES = {suite.name: suite for suite in (TUNED, HELD_OUT, CI, LONG_RUNS)}

@@ -91,6 +91,18 @@ def trials(found: Sequence[Score]) -> Table:
     return ["case", "kind", "mode", "something won", "what", "rescued by it", "cost, median (most)", "refused"], rows
 
 
+def costs(found: Sequence[Score]) -> Table:
+    """What it took to watch and to act, over the steps of the run, where it took anything."""
+    rows = []
+    for one in found:
+        extra, spent = [run.extra for run in one.runs], [run.spent for run in one.runs]
+        if any(extra) or not SUITES[one.runs[0].arm.suite].alone:
+            steps = f"{max(run.steps for run in one.runs):,}"
+            cells = [f"{100 * statistics.median(values):.2f} % ({100 * max(values):.2f})" for values in (spent, extra)]
+            rows.append([one.case.name, one.kind, one.mode, steps, *cells, _done(one)])
+    return ["case", "kind", "mode", "steps", "trials, median (most)", "steps beyond, median (most)", "done"], rows
+
+
 def watchers(found: Sequence[Score]) -> Table:
     """Of each mode, all measures; over what all of them watched, so that they can be compared."""
     modes = list(dict.fromkeys(one.mode for one in found))
@@ -170,6 +182,7 @@ def tables(found: Sequence[Score], results: Sequence[Result]) -> list[tuple[str,
     """All tables, with their titles."""
     tables = [("Who watches", watchers(found)), ("Faults", faults(found)), ("Trials", trials(found))]
     tables += [("Latency, steps", latencies(found)), ("Diagnoses of `act`", confusion(found)), ("Traps", traps(found))]
+    tables += [("Cost", costs(found))]
     return tables if found else [("Alone", alone(results))]
 
 

@@ -26,9 +26,13 @@ def arms(
     suite: Suite, cases: Sequence[Case], kinds: Sequence[str], seeds: Sequence[int], modes: Sequence[str] = ("act",)
 ) -> list[Arm]:
     """All of them, each alone, too, and as many healthy runs of each kind as scoring faults needs."""
-    pairs = [(case, kind) for case in cases for kind in case.kinds if kind in kinds]
-    if suite.cases:
-        pairs = [(case, kind) for case, kind in pairs if (case.name, kind) in suite.cases]
+    names = {case.name for case in cases}
+    every = suite.cases or [(case.name, kind) for case in cases for kind in case.kinds if case.name not in SOUND]
+    pairs = [(CASES[name], kind) for name, kind in every if name in names and kind in kinds]
+    if not suite.alone:
+        return [
+            Arm(case.name, kind, seed, mode, suite.name) for case, kind in pairs for seed in seeds for mode in modes
+        ]
     faulty = dict.fromkeys((case.against, kind) for case, kind in pairs if case.fault)
     wanted = [Arm(against, kind, seed, "off", suite.name) for against, kind in faulty for seed in seeds]
     for case, kind in pairs:
@@ -95,8 +99,3 @@ def earlier(out: Path, subset: str, wanted: Sequence[Arm]) -> list[Result]:
     rows = [row for log in sorted(out.glob(f"*-{subset}*.jsonl")) for row in report.earlier(log)]
     found = {result.arm: result for result in map(Result.of, rows)}
     return [found[arm] for arm in wanted if arm in found]
-
-
-def case_names() -> list[str]:
-    """Of all but the healthy ones."""
-    return [name for name in CASES if name not in SOUND]

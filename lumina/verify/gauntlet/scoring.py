@@ -110,10 +110,15 @@ def scores(results: Sequence[Result]) -> list[Score]:
     for name, kind, mode in watched:
         case = CASES[name]
         mine = [r for r in results if (r.arm.case, r.arm.kind, r.arm.mode) == (name, kind, mode)]
-        alone = [of[name, kind, r.arm.seed, "off"].loss for r in mine]
-        healthy = [of[case.against, kind, r.arm.seed, "off"].loss for r in mine] if case.fault else alone
+        alone = [_loss(of.get((name, kind, r.arm.seed, "off"))) for r in mine]
+        healthy = [_loss(of.get((case.against, kind, r.arm.seed, "off"))) for r in mine] if case.fault else alone
         found.append(Score(case, kind, mode, mine, alone, healthy, spread.get((case.against, kind), math.nan)))
     return found
+
+
+def _loss(result: Result | None) -> float:
+    """NaN where it was not taken."""
+    return result.loss if result else math.nan
 
 
 def sigmas(results: Sequence[Result]) -> dict[tuple[str, str], float]:
@@ -171,7 +176,7 @@ def measures(found: Sequence[Score]) -> list[Measures]:
 def _measures(mode: str, mine: Sequence[Score]) -> Measures:
     faults = [one for one in mine if one.hurts]
     mended = [one for one in faults if not one.case.stops]
-    benign = [one for one in mine if not one.hurts]
+    benign = [one for one in mine if not one.hurts and (one.hurt or not one.case.fault)]
     rescued = [good for one in mended for good in one.rescued]
     avoided = [share for one in mended for share in one.avoided]
     stopped = [good for one in faults if one.case.stops for good in one.good]
