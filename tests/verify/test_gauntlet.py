@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,13 @@ def test_what_heals_by_itself_is_left_alone(name: str, taken: Take) -> None:
     found = taken(name)
     assert found.acted == []
     assert found.loss != taken(HEALTHY.name, mode="off").loss  # something was done to it
+
+
+def test_what_is_undone_by_hand_is_the_healthy_run_to_the_bit(taken: Take) -> None:
+    found = taken("undone", mode="advise")
+    assert next(one["action"] for one in found.decisions if one["rule"] == "hand") == "lr.scale=0.5"
+    assert found.loss == taken(HEALTHY.name, mode="off").loss
+    assert (found.acted, found.taken) == ([], 90 + 40)
 
 
 def test_a_run_that_is_stopped_is_not_rescued(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,3 +397,23 @@ def test_results_of_any_trainer_are_scored(tmp_path: Path, capsys: pytest.Captur
     path.write_text('{"case": "junk"}')
     assert main(["gauntlet", "--score", str(path)]) == 2
     assert "case, kind, seed, mode and loss" in capsys.readouterr().err
+
+
+def test_a_run_is_broken_and_rescued_in_front_of_the_user(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SUITES, "ci", replace(SUITES["ci"], keys={}, first=AT, within=1))
+    assert main(["rescue", "--case", "inf weight", "--kind", "dense", "--root", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    titles = [line for line in out.splitlines() if re.match(r"\d\. ", line)]
+    assert [title[0] for title in titles] == list("12345")
+    assert "3. From step 60 on: one weight becomes infinite. Nobody watches." in titles
+    assert out.index("go back and replay (done)") > out.index("5. What it says of it.")
+    ends = dict(re.findall(r"(healthy|rescued) (\d\.\d+)", out.splitlines()[-2]))
+    assert ends["healthy"] == ends["rescued"]
+    (run,) = tmp_path.glob("tiny-*")
+    assert f"lumina decisions {run}" in out.splitlines()[-1]
+    assert main(["rescue", "--case", "lr high"]) == 2
+    assert "no fault of a short run" in capsys.readouterr().err
+    assert main(["rescue", "--kind", "hybrid"]) == 2
+    assert "known: dense, moe, mod" in capsys.readouterr().err

@@ -88,8 +88,10 @@ class Result:
 
     @property
     def acted(self) -> list[dict[str, Any]]:
-        """Decisions that changed the state, or ended the run; the guard's own, in the step itself, changed nothing."""
-        return [one for one in self.decisions if one["kind"] == "act" and one["action"] != "skip_step"]
+        """Decisions that changed the state, or ended the run; the guard's own, in the step itself, changed nothing, and
+        what was done by hand was not decided."""
+        done = [one for one in self.decisions if one["kind"] == "act" and one["rule"] != "hand"]
+        return [one for one in done if one["action"] != "skip_step"]
 
     @property
     def about(self) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ class Case:
     files: Callable[[Path, int], Mapping[str, Any]] | None = None  # keys whose data is written into a folder, by a seed
     late: bool = False  # whether it begins where routers are even by then
     against: str = "healthy"  # the case that it is held against: the same keys, and nothing is done
+    undone: bool = False  # it takes itself back: what is left is the healthy run, to the bit
     stops: bool = False  # nothing mends it: to stop with a right diagnosis is what has to be done
 
     @property
@@ -173,12 +174,13 @@ TRAPS = (
     Case("small lr burst", "H6: one step at {size:g} times the learning rate", faults.rate_burst, 10, 6),
     Case("copies", "H7: nothing is learned for long, then much at once", files=faults.copy_task),
     Case("moments lost", "H8: the optimizer's moments are zero once", faults.zero_moments),
+    Case("undone", "by hand: half the rate for {size:g} steps, then undone", faults.undone, 40, 55, undone=True),
     Case("domains", "H9: batches of one domain at a time", faults.domains, kinds=("moe",), keys={
         "data.mode": "hybrid_interleaved"} | BOTH),
 )  # fmt: skip
 CASES = {case.name: case for case in (*SOUND.values(), *FAULTS, *TRAPS)}
 
-TUNED = Suite("tuned", "the runs that the orchestrator was made on", (80, 81, 82))
+TUNED = Suite("tuned", "the runs that the orchestrator was made on", (30, 31, 32))
 HELD_OUT = Suite(
     "held-out",
     "a model half as wide again, another text (the reference of the Python language), other seeds, steps and sizes",

@@ -27,6 +27,8 @@ from lumina.data.mixture import Blend, Draw, Ids
 from lumina.data.windows import NOT_COUNTED
 from lumina.model.attention import Attention
 from lumina.model.router import Router
+from lumina.orchestrator.protocol import Decision
+from lumina.training.controls import SessionControls
 from lumina.training.session import Session
 
 Plant = Callable[[Session, int, int, float], None]  # session, step at which it begins, seed, how much
@@ -149,6 +151,22 @@ def zero_moments(session: Session, step: int, seed: int, size: float) -> None:
         return take()
 
     _once(session, step, around)
+
+
+def undone(session: Session, step: int, seed: int, size: float) -> None:
+    """What a person lays over the plan, and takes back `size` steps later: the rate is halved in between."""
+    inner, laid = session.oversight.after_step, list[str]()
+
+    def after_step() -> None:
+        inner()
+        controls = SessionControls(session)
+        if controls.step == step and not laid:
+            laid.append(controls.overlay(Decision("hand", "lr.scale=0.5"), "lr.scale", 0.5).id)
+        elif controls.step == step + size and len(laid) == 1:
+            laid.append("")
+            controls.undo(Decision("hand", f"undo {laid[0]}"), laid[0])
+
+    session.oversight.after_step = after_step  # type: ignore[method-assign]
 
 
 # -- what is wrong with data -------------------------------------------------------------------------------------------

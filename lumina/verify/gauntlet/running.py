@@ -34,7 +34,8 @@ def arms(
             Arm(case.name, kind, seed, mode, suite.name) for case, kind in pairs for seed in seeds for mode in modes
         ]
     faulty = dict.fromkeys((case.against, kind) for case, kind in pairs if case.fault)
-    wanted = [Arm(against, kind, seed, "off", suite.name) for against, kind in faulty for seed in seeds]
+    beside = dict.fromkeys((case.against, kind) for case, kind in pairs if case.fault or case.undone)
+    wanted = [Arm(against, kind, seed, "off", suite.name) for against, kind in beside for seed in seeds]
     for case, kind in pairs:
         wanted += [Arm(case.name, kind, seed, mode, suite.name) for seed in seeds for mode in ("off", *modes)]
     more = [] if suite.sigma else range(1000, 1000 + max(0, HEALTHY_RUNS - len(set(seeds))))

@@ -26,7 +26,7 @@ class Score:
     mode: str
     runs: list[Result]
     alone: list[float]  # loss of the run that nobody watched, nats
-    healthy: list[float]  # of the one that nothing was done to; of a trap: alone
+    healthy: list[float]  # of the one that nothing was done to; of a trap that is another run: alone
     sigma: float  # standard deviation of healthy runs over seeds, nats; NaN if too few are known
 
     @property
@@ -62,8 +62,8 @@ class Score:
             return [bool(run.stopped) and run.last_cause in self.case.causes for run in self.runs]
         if self.case.fault:
             return [value <= SIGMAS and not run.failed for value, run in zip(self.excess, self.runs, strict=True)]
-        pairs = zip(self.runs, self.alone, strict=True)
-        return [not run.acted and not run.failed and run.loss == alone for run, alone in pairs]
+        pairs = zip(self.runs, self.healthy, strict=True)
+        return [not run.acted and not run.failed and run.loss == healthy for run, healthy in pairs]
 
     @property
     def rescued(self) -> list[bool]:
@@ -111,7 +111,8 @@ def scores(results: Sequence[Result]) -> list[Score]:
         case = CASES[name]
         mine = [r for r in results if (r.arm.case, r.arm.kind, r.arm.mode) == (name, kind, mode)]
         alone = [_loss(of.get((name, kind, r.arm.seed, "off"))) for r in mine]
-        healthy = [_loss(of.get((case.against, kind, r.arm.seed, "off"))) for r in mine] if case.fault else alone
+        healthy = [_loss(of.get((case.against, kind, r.arm.seed, "off"))) for r in mine]
+        healthy = healthy if case.fault or case.undone else alone
         found.append(Score(case, kind, mode, mine, alone, healthy, spread.get((case.against, kind), math.nan)))
     return found
 
