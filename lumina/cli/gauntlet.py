@@ -5,9 +5,9 @@ from __future__ import annotations
 import json as json_
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ from lumina.cli.output import Json, print_json, print_table
 from lumina.errors import UserError
 
 if TYPE_CHECKING:
-    from lumina.verify.gauntlet.arms import Result
+    from lumina.verify.gauntlet.arms import Arm, Result
 
 Subset = Annotated[str, typer.Option(help="Which runs: tuned, held-out, long, or ci, a few in about a minute.")]
 Case = Annotated[list[str] | None, typer.Option(help="This fault or trap alone; may be repeated.", show_default=False)]
@@ -78,19 +78,18 @@ def gauntlet(
     of = range(begin, begin + count)
     arms = running.arms(suite, [CASES[name] for name in names], kinds, of, [one for one in modes if one != "off"])
     if not arms:
-        fits = ", ".join(CASES[names[0]].kinds)
-        raise UserError(f"--case {names[0]}: not for --kind {', '.join(kinds)}", fix=f"it is for {fits}")
+        told = "the healthy runs are taken with the faults that are held against them, and a set may have few cases"
+        raise UserError(f"--case {', '.join(names)}: none for these kinds in {subset}: {told}", "name others")
     arms += [arm for arm in running.others(arms, of) if arm not in arms] if others else []
-    alone = "-alone" if set(modes) == {"off"} else ""
-    path = out / f"{time.strftime('%Y-%m-%d')}-{subset}{alone}.md" if out else None
+    frozen = {one.arm: one for one in _read(calibration, frozen=True)} if calibration else {}
+    path = out / f"{'-'.join(_stem(subset, case, modes))}.md" if out else None
     raw = path.with_suffix(".jsonl") if path else None
-    frozen = {one.arm: one for one in _read(calibration) if one.arm.mode == "off"} if calibration else {}
-    known = running.earlier(out, subset, arms) if out else []
-    log, there = report.Raw(raw, keep=bool(report.earlier(raw))), report.earlier(raw)
+    known = [frozen[arm] for arm in arms if arm in frozen]
+    known += [one for one in (running.earlier(out, arms) if out else []) if one.arm not in frozen]
+    log, there = report.Raw(raw, keep=bool(report.earlier(raw))), {_arm(row) for row in report.earlier(raw)}
     for one in known:
-        if one.plain() not in there and one.arm not in frozen:  # of another day
+        if one.arm not in there and one.arm not in frozen:  # of another day
             log(one.plain())
-    known += [frozen[arm] for arm in arms if arm in frozen and arm not in {one.arm for one in known}]
     done = len(known)
     with Console(1, quiet=json) as console:
         console.progress("runs", done, len(arms))
@@ -108,12 +107,34 @@ def gauntlet(
         options += [f"--mode {shlex.quote(one)}" for one in mode or []] + (["--others"] if others else [])
         options += [f"--seeds {seeds}"] * bool(seeds) + [f"--first {first}"] * (first >= 0)
         options += [f"--calibration {calibration}"] if calibration else []
-        told = f"Runs that nobody watched, and healthy ones, are those of `{calibration}`." if calibration else ""
+        used = sum(arm in frozen for arm in arms)
+        told = f"{used} of the {len(arms)} runs, which nobody watched, are those of `{calibration}`." if used else ""
         with report.refusing(path):
             path.write_text(page.page(results, " ".join(["lumina gauntlet", *options]), told), encoding="utf-8")
     _show(results, json)
     if path and not json:
         typer.echo(f"wrote  {path} and .jsonl")
+    if crashed := [one for one in results if one.crashed]:
+        raise UserError(
+            f"{len(crashed)} runs crashed, the first: {crashed[0].crashed}", "run it again: the others are kept"
+        )
+
+
+def _stem(subset: str, case: Sequence[str] | None, modes: Sequence[str]) -> Iterator[str]:
+    """Of the file's name: reports of other commits, and of a part, lie beside it."""
+    from lumina.training.host import commit
+
+    yield time.strftime("%Y-%m-%d")
+    yield subset
+    yield from (name.replace(" ", "_") for name in case or ())
+    yield from ["alone"] if set(modes) == {"off"} else []
+    yield from [said.rstrip("+")] if (said := commit()) else []
+
+
+def _arm(row: dict[str, Any]) -> Arm:
+    from lumina.verify.gauntlet.arms import Result
+
+    return Result.of(row).arm
 
 
 def _show(results: Sequence[Result], json: bool) -> None:
@@ -132,15 +153,34 @@ def _show(results: Sequence[Result], json: bool) -> None:
         typer.echo(f"\n{page.summary(found)}")
 
 
-def _read(path: Path) -> list[Result]:
-    """The results of a raw file; its first line says what it is of."""
+def _read(path: Path, frozen: bool = False) -> list[Result]:
+    """The results of a raw file, whose first line may say what it is of; `frozen` ones are of nobody watching, and
+    refused where what is done to a run is not what it was."""
     from lumina.verify.gauntlet.arms import Result
+    from lumina.verify.gauntlet.cases import CASES, SUITES
 
     try:
-        rows = [json_.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-        return [Result.of(row) for row in rows if row.get("t", "arm") == "arm"]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}", "name a .jsonl file of `--out`") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        wrong = f"{path}: not results of a gauntlet: {type(error).__name__}: {error}"
-        raise UserError(wrong, "each line is an object with case, kind, seed, mode and loss") from error
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}", "name a .jsonl file of `--out`") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json_.loads(line)
+            if row.get("t", "arm") != "arm":
+                continue
+            result = Result.of(row)
+            for name, known in ((result.arm.case, CASES), (result.arm.suite, SUITES)):
+                if name not in known:
+                    raise ValueError(f"{name}: known are {', '.join(known)}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            wrong = f"{path}:{number}: not a result of a gauntlet: {type(error).__name__}: {error}"
+            raise UserError(wrong, "each line is an object with case, kind, seed, mode and loss") from error
+        if frozen and result.arm.mode == "off" and not result.crashed:
+            if row.get("terms") != result.arm.terms:
+                wrong = f"{path}:{number}: {result.arm.case} is not what it was when this was taken"
+                raise UserError(wrong, "take the runs alone again: --mode off")
+            found.append(result)
+        elif not frozen:
+            found.append(result)
+    return found

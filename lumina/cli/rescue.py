@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,8 @@ def rescue(
     """
     from lumina.byhand import open_run
     from lumina.cli.act import report
+    from lumina.events import as_plain
+    from lumina.run.lock import RunLock
     from lumina.telemetry.console import Console
     from lumina.training.endings import Stopped
     from lumina.verify.gauntlet.arms import Arm, begin, lead
@@ -45,16 +48,13 @@ def rescue(
         told(f"1. A healthy run, {arms['act'].root.steps} steps of it.\n")
         with Console(LOG_EVERY, _nowhere if json else None) as console:
             healthy = lead(arms["act"].root, Path(folder) / "healthy", [console])
-        assert healthy
 
         def train(title: str, arm: Arm, where: Path, name: str) -> Path:
             told(f"\n{title}\n")
             with Console(LOG_EVERY, _nowhere if json else _short) as console:
                 session = begin(arm, healthy, where, [console])
-                try:
+                with suppress(Stopped), RunLock(session.run.lock):  # which the console has said
                     session.train()
-                except Stopped as stopped:
-                    told(f"stopped by {stopped.signal}")
             losses = [event["loss"] for event in session.run.events() if event["t"] == "eval"]
             ends[name] = losses[-1] if losses else None
             return session.run.path
@@ -65,7 +65,9 @@ def rescue(
         path = train("4. The same once more, and the orchestrator watches.", arms["act"], root, "rescued")
     opened = open_run(str(path), root)
     if json:
-        print_json({"run": str(path), "fault": case, "step": step, "loss": ends, "decisions": opened.decisions()})
+        print_json(
+            as_plain({"run": str(path), "fault": case, "step": step, "loss": ends, "decisions": opened.decisions()})
+        )
         return
     told("\n5. What it says of it.\n")
     report(opened)

@@ -61,6 +61,8 @@ def fault(finding: Finding, why: Diagnosis) -> str:
     """The class of faults that a finding is of: what helped one of them may help another."""
     if finding.rule in OVER:
         return OVER[0]
+    if finding.rule == "attention":
+        return finding.rule
     return finding.rule if why.cause == "none" else why.cause
 
 
@@ -186,7 +188,7 @@ _LADDERS: dict[str, Sequence[_Rung]] = {
     "learning rate": (_rates, _rates_again),
     "optimizer state": (_state, _rates_again),
     "drift": (_state, _rates_again),
-    "attention": (_logits, _state),
+    "attention": (_logits, _rates_again),
     "router": (_routers, _routers_again),
     "over_balance": (_even,),
     "depth": (_depth,),

@@ -110,7 +110,9 @@ def earlier(path: Path | None) -> list[Event]:
     if path is None or not path.exists():
         return []
     with refusing(path):
-        first, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A kill may have torn the last line.
+    first, *rest = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()] or [{}]
     now = commit()
     return rest if now and not now.endswith("+") and first.get("commit") == now else []
 

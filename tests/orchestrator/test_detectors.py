@@ -309,15 +309,20 @@ def test_the_golden_batch_apart_from_held_out_text_is_heard() -> None:
 
 
 def test_attention_beyond_its_bound_is_heard_and_hard_if_it_jumped() -> None:
-    signals = watched(100)
+    signals, last = watched(19), None
     for step, largest, hard in ((20, 30.0, None), (40, 99.0, None), (60, 120.0, False), (80, 370.0, True)):
         signals.looked(look(step, attention=largest))
-        found = heard(signals).get("attention")
-        assert (found and found.hard) == hard
-    assert found
-    assert (found.since, found.values["last"], found.values["threshold"]) == (61, 120.0, 100.0)
-    alone = watched(100)
+        assert "attention" not in heard(signals)  # the look's own step is not observed yet
+        for at in range(step, step + 20):
+            signals.observe(seen(at))
+            found = heard(signals).get("attention")
+            assert (found and found.hard) == (hard if at == step else None)
+            last = found or last
+    assert last
+    assert (last.since, last.values["last"], last.values["threshold"]) == (61, 120.0, 100.0)
+    alone = watched(19)
     alone.looked(look(20, attention=500.0))
+    alone.observe(seen(20))
     assert not heard(alone)["attention"].hard  # nobody knows whether it jumped
 
 

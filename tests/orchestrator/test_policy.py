@@ -120,7 +120,7 @@ def test_logits_that_jumped_are_undone_if_that_came_from_outside_and_tried_for_i
     jumped = finding("attention")
     undone = policy().decide(jumped, because("hardware", "differs"), CALM, (100,))
     assert (undone.action, undone.act, undone.to) == ("rewind_replay", True, 100)
-    grown = policy().decide(jumped, because("none", "any batch"), CALM, (100,))
+    grown = policy().decide(jumped, because("optimizer state", "any batch"), CALM, (100,))
     assert (grown.action, [one.text for one in grown.tries]) == ("trial", ["qk_clip=100"])
 
 

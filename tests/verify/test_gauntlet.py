@@ -36,7 +36,7 @@ SHORT = arms.KEYS | {
     "train.steps": 140, "train.batch_tokens": 256, "model.layers": 2, "checkpoint.every": 70,
     "orchestrator.snapshot_every": 25, "orchestrator.probe_every": 20,
 }  # fmt: skip
-AT = 60  # where the fault begins; the healthy run comes to 50
+AT = 60  # where the fault begins; the healthy run comes to 25
 
 Take = Callable[..., Result]
 
@@ -107,16 +107,15 @@ def test_an_arm_is_the_run_that_was_never_forked(taken: Take) -> None:
     whole = Arm("cosine", "dense", 3, "off").root
     assert whole.steps == 0
     alone, forked = take(Arm(HEALTHY.name, "dense", 3, "off")), taken(HEALTHY.name, mode="off")
-    assert Arm(HEALTHY.name, "dense", 3, "off").root.steps == 50
+    assert Arm(HEALTHY.name, "dense", 3, "off").root.steps == 25
     assert alone.loss == forked.loss == taken(HEALTHY.name, mode="act").loss
-    assert (alone.taken, forked.taken) == (140, 90)
+    assert alone.digest == forked.digest
+    assert (alone.taken, forked.taken) == (140, 115)
     assert forked.extra == 0
-    junk = take(Arm("junk", "dense", 3, "act"))
-    assert junk.loss == taken("junk").loss
-    seen = ("step", "kind", "rule", "action", "cause")
-    assert [[one[name] for name in seen] for one in junk.decisions] == [
-        [one[name] for name in seen] for one in taken("junk").decisions
-    ]
+    for case, kind in (("junk", "dense"), ("shifted targets", "moe"), ("wrong decay", "mod")):
+        whole = take(Arm(case, kind, 3, "act"))
+        assert whole.same(taken(case, kind))
+        assert whole.decisions == taken(case, kind).decisions
 
 
 def test_bad_batches_are_left_out_as_far_as_they_go(taken: Take) -> None:
@@ -145,7 +144,8 @@ def test_what_is_undone_by_hand_is_the_healthy_run_to_the_bit(taken: Take) -> No
     found = taken("undone", mode="advise")
     assert next(one["action"] for one in found.decisions if one["rule"] == "hand") == "lr.scale=0.5"
     assert found.loss == taken(HEALTHY.name, mode="off").loss
-    assert (found.acted, found.taken) == ([], 90 + 40)
+    assert (found.acted, found.taken) == ([], 115 + 40)
+    assert found.same(taken(HEALTHY.name, mode="off"))
 
 
 def test_a_run_that_is_stopped_is_not_rescued(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_an_orchestrator_that_died_leaves_nothing_alone(monkeypatch: pytest.Monk
 
 def test_a_run_that_crashes_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "PRESET", "nothing")
-    assert take(Arm("cosine", "dense", 3, "act")).stopped.startswith("crashed: UserError: ")
+    assert take(Arm("cosine", "dense", 3, "act")).crashed.startswith("UserError: ")
 
 
 def test_what_was_said_before_the_fault_is_not_about_it() -> None:
@@ -215,7 +215,7 @@ def test_skip_step_leaves_out_what_is_far_beyond(
     monkeypatch.setattr(policies, "FEWEST", 32)
     session = begin(Arm("large gradient", "dense", 3, "skip-step"), healthy(taken, known), tmp_path)
     steps, inner = dict[int, float](), session.parts.optimizer.muon.step
-    number = [50]
+    number = [25]
 
     def stepping(lr: float, decay: float, skip: Any) -> None:
         number[0] += 1
@@ -226,6 +226,16 @@ def test_skip_step_leaves_out_what_is_far_beyond(
     session.train()
     assert steps[AT] == 1.0
     assert sum(steps.values()) < 5  # and few others
+
+
+def test_a_policy_that_wraps_the_step_still_does_behind_a_burst(
+    taken: Take, known: dict[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "FEWEST", 32)
+    session = begin(Arm("lr burst", "dense", 3, "skip-step"), healthy(taken, known), tmp_path)
+    wrapped = session.parts.optimizer.step
+    session.train()
+    assert session.parts.optimizer.step is wrapped
 
 
 @pytest.mark.parametrize(("mode", "action"), [("halve", "lr.scale=0.5"), ("rewind", "rewind_skip")])
@@ -321,13 +331,13 @@ def test_all_are_taken_behind_the_run_they_are_forked_from(monkeypatch: pytest.M
     results = running.take_all(wanted, 2, told.append, [Result(wanted[0], 7.0)])
     assert [result.arm for result in results] == wanted
     assert (results[0].loss, len(told)) == (7.0, len(wanted) - 1)
-    assert results[2].stopped == "crashed: seed 9: planted"
-    assert [results[index].steps for index in (1, 3, 6)] == [50, 275, 0]
+    assert [results[index].crashed for index in (2, 5)] == ["seed 9: planted", "RuntimeError: planted"]
+    assert [results[index].steps for index in (1, 3, 6)] == [25, 275, 0]
 
 
 def leading(root: Any, folder: Path) -> Path:
-    if root.seed == 9 and root.settings == HEALTHY.name:
-        raise UserError("seed 9: planted", "")
+    if root.seed == 9 and root.steps:
+        raise UserError("seed 9: planted", "") if root.settings == HEALTHY.name else RuntimeError("planted")
     return Path(str(root.steps))
 
 
@@ -360,10 +370,10 @@ def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixt
         patch.setattr(report, "commit", lambda: "abc1234")
         assert main(["gauntlet", *of, "--mode", "off", "--seeds", "2", *out]) == 0
         assert "counts as" in capsys.readouterr().out
-        (alone,) = tmp_path.glob("*-tuned-alone.jsonl")
+        (alone,) = tmp_path.glob("*-tuned-junk-alone-abc1234.jsonl")
         assert main(["gauntlet", *of, "--seeds", "2", *out]) == 0
         assert "act: 2 of 2 runs that faults hurt rescued" in capsys.readouterr().out
-        page, raw = (next(tmp_path.glob(f"*-tuned.{end}")).read_text() for end in ("md", "jsonl"))
+        page, raw = (next(tmp_path.glob(f"*-tuned-junk-abc1234.{end}")).read_text() for end in ("md", "jsonl"))
         assert "lumina gauntlet --case junk --kind dense --seeds 2" in page
         assert [json.loads(line)["t"] for line in raw.splitlines()] == ["about"] + ["arm"] * 12
         assert main(["gauntlet", *of, "--seeds", "3", *out]) == 0
@@ -371,15 +381,25 @@ def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixt
         patch.setattr(report, "commit", lambda: "def5678")
         assert main(["gauntlet", *of, "--seeds", "2", "--calibration", str(alone), *out]) == 0
         assert taken[-1] == 2
-        assert f"are those of `{alone}`" in next(tmp_path.glob("*-tuned.md")).read_text()
+        assert f"10 of the 12 runs, which nobody watched, are those of `{alone}`" in report_of(tmp_path, "def5678")
+        patch.setitem(CASES, "junk", replace(CASES["junk"], size=46))
+        assert main(["gauntlet", *of, "--seeds", "2", "--calibration", str(alone), *out]) == 2
+        assert "junk is not what it was when this was taken" in capsys.readouterr().err
+        with next(tmp_path.glob("*-def5678.jsonl")).open("a") as torn:
+            torn.write('{"t": "ar')
+        assert len(report.earlier(next(tmp_path.glob("*-def5678.jsonl")))) == 2
     assert main(["gauntlet", "--case", "domains", "--kind", "dense"]) == 2
-    assert "it is for moe" in capsys.readouterr().err
+    assert "--case domains: none for these kinds" in capsys.readouterr().err
     assert main(["gauntlet", "--case", "junks"]) == 2
     assert "known: healthy, healthy long, healthy limited, lr high" in capsys.readouterr().err
     assert main(["gauntlet", "--subset", "all"]) == 2
     assert "known: tuned, held-out, ci, long" in capsys.readouterr().err
     assert main(["gauntlet", "--mode", "nobody"]) == 2
     assert "fixed clip" in capsys.readouterr().err
+
+
+def report_of(folder: Path, commit: str) -> str:
+    return next(folder.glob(f"*-{commit}.md")).read_text()
 
 
 def test_results_of_any_trainer_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -394,6 +414,14 @@ def test_results_of_any_trainer_are_scored(tmp_path: Path, capsys: pytest.Captur
     path.write_text("\n".join(json.dumps(row) for row in rows))
     assert main(["gauntlet", "--score", str(path)]) == 0
     assert "theirs: 3 of 3 runs that faults hurt rescued" in capsys.readouterr().out
+    assert main(["gauntlet", "--score", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"][0]["mode"] == "theirs"
+    path.write_text('{"case": "junk", "kind": "dense", "seed": 1, "mode": "theirs", "loss": null}')
+    assert main(["gauntlet", "--score", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["loss"] == "inf"
+    path.write_text('{"case": "mine", "kind": "dense", "seed": 1, "mode": "theirs", "loss": 1}')
+    assert main(["gauntlet", "--score", str(path)]) == 2
+    assert ":1: not a result of a gauntlet: ValueError: mine: known are" in capsys.readouterr().err
     path.write_text('{"case": "junk"}')
     assert main(["gauntlet", "--score", str(path)]) == 2
     assert "case, kind, seed, mode and loss" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lumina.errors import UserError
 from lumina.verify.gauntlet import page
 from lumina.verify.gauntlet.arms import Arm, Result
 from lumina.verify.gauntlet.cases import HEALTHY
@@ -26,18 +27,19 @@ def healthy(case: str = HEALTHY.name, kind: str = "dense") -> list[Result]:
 
 
 def test_faults_are_scored_above_the_healthy_run_of_the_same_seed_if_they_hurt() -> None:
-    results = healthy() + [made("junk", seed, loss, "off") for seed, loss in ((1, 2.7), (2, 2.7), (3, math.nan))]
+    results = healthy() + [made("junk", seed, loss, "off") for seed, loss in ((1, 2.7), (2, 2.7), (3, math.inf))]
     results += [made("junk", 1, 2.29, "act", "rewind_skip"), made("junk", 2, 2.41), made("junk", 3, math.inf)]
     (junk,) = scores(results)
     assert sigmas(results) == {(HEALTHY.name, "dense"): pytest.approx(0.1)}
     assert junk.excess == [pytest.approx(1.9), pytest.approx(2.1), math.inf]
-    assert (junk.good, junk.right, junk.delays) == ([True, False, False], 1, [3])
+    assert (junk.good, junk.right, junk.delays) == ([True, False, False], 1, [3, math.inf, math.inf])
     assert (junk.hurt, junk.hurts) == ([True, True, True], True)
     assert junk.avoided == [pytest.approx(1 - 1.9 / 6), pytest.approx(1 - 2.1 / 5), 0.0]
     text = page.page(results, "lumina gauntlet")
     assert "1.9 2.1 inf" in text
     assert "act: 1 of 3 runs that faults hurt rescued (6 to 79 %)" in text
-    assert json.loads(json.dumps(page.as_json(results)))["scores"][0]["hurt"] == [True, True, True]
+    plain = json.loads(json.dumps(page.as_json(results), allow_nan=False))
+    assert (plain["scores"][0]["hurt"], plain["scores"][0]["excess"][2]) == ([True, True, True], "inf")
 
 
 def test_what_does_not_hurt_most_of_its_runs_is_healthy() -> None:
@@ -57,7 +59,7 @@ def test_a_trap_is_left_alone_if_nothing_was_done_to_the_bit() -> None:
     (cosine,) = scores(results)
     assert (cosine.good, cosine.acted) == ([True, False, False, False], ["rewind_replay"])
     (one,) = measures([cosine])
-    assert (one.touched, one.exact) == ((1, 4), (1, 4))
+    assert (one.touched, one.exact) == ((2, 4), (1, 4))
     assert "- cosine, dense, seed 4, act: ValueError: planted" in page.page(results, "")
 
 
@@ -75,10 +77,10 @@ def test_latency_and_attribution_are_of_faults_that_hurt() -> None:
     results += [made("junk", 1, 2.1, "act", "rewind_skip"), made("junk", 2, 2.1, "act", "stop", cause="router")]
     results += [made("junk", 3, 4.0)]
     (one,) = measures(scores(results))
-    assert (one.right, one.unheard) == ((1, 3), 1)
+    assert one.right == (1, 3)
     assert dict(one.named) == {("data", "data"): 1, ("data", "router"): 1, ("data", "none"): 1}
-    assert one.delays == {"divergence": [3, 3]}
-    assert (soon(one, "divergence"), soon(one, "hard")) == ((2, 2), (0, 0))
+    assert one.delays == {"divergence": [3, 3, math.inf]}
+    assert (soon(one, "divergence"), soon(one, "hard")) == ((2, 3), (0, 0))
 
 
 def test_regret_is_against_the_policy_that_rescues_most() -> None:
@@ -91,7 +93,8 @@ def test_regret_is_against_the_policy_that_rescues_most() -> None:
     assert found.against == [pytest.approx(-0.5), pytest.approx(0.0), pytest.approx(-0.5)]
     assert found.least == [pytest.approx(0.5), pytest.approx(0.0), pytest.approx(-0.5)]
     assert regret(scores([r for r in results if r.arm.mode in ("off", "act")])) is None
-    assert "hindsight (rewind): -0.50 in the median, 0.00 at most" in page.page(results, "")
+    assert "hindsight (rewind): -0.33 in the mean, 0.00 at most" in page.page(results, "")
+    assert "| regret against rewind, sigma | <= 1 | -0.33 in the mean, 0.00 at most | yes |" in page.page(results, "")
 
 
 def test_who_watches_is_compared_on_what_all_of_them_watched() -> None:
@@ -102,6 +105,8 @@ def test_who_watches_is_compared_on_what_all_of_them_watched() -> None:
     header, rows = page.watchers(scores(results))
     assert header[:2] == ["who", "rescued"]
     assert [row[1].split(" (")[0] for row in rows] == ["1 of 1", "0 of 1"]
+    header, rows = page.watchers(scores(results, alone=True))
+    assert {row[0]: row[1].split(" (")[0] for row in rows} == {"off": "0 of 1", "act": "1 of 1", "zclip": "0 of 1"}
 
 
 def test_a_longer_case_is_held_against_healthy_runs_as_long() -> None:
@@ -114,6 +119,39 @@ def test_a_longer_case_is_held_against_healthy_runs_as_long() -> None:
     text = page.page(results, "")
     assert "healthy limited moe 0.1000 (3 runs)" in text
     assert "from one of steps 300 to 379 on, `train.steps=1900`, `model.moe.capacity=1.0`. A right diagnosis" in text
+
+
+def test_what_is_not_there_says_nothing() -> None:
+    """Neither a run that crashed, nor one that was not taken, nor healthy ones that came to no end."""
+    results = [*healthy(), made(HEALTHY.name, 4, math.inf, "off"), made("junk", 1, 2.1), made("cosine", 1, 2.1)]
+    results += [made("cosine", 2, math.inf, crashed="planted"), made("cosine", 2, math.inf, "off", crashed="planted")]
+    assert sigmas(results) == {(HEALTHY.name, "dense"): pytest.approx(0.1)}
+    (one,) = measures(scores(results))
+    assert (one.rescued, one.exact, one.avoided) == ((0, 0), (0, 0), None)
+    assert "- cosine, dense, seed 2, act: planted" in page.page(results, "")
+    with pytest.raises(UserError, match="not to be mixed"):
+        scores([*results, Result(Arm("junk", "dense", 1, "act", "held-out"), 2.0)])
+
+
+def test_a_run_that_was_done_something_to_is_not_left_alone_whatever_it_says() -> None:
+    """A policy that writes no decisions is known by its losses; and equal ends are not yet equal runs."""
+    results = [made("cosine", seed, 2.2, "off", digest="a") for seed in (1, 2, 3)]
+    results += [
+        made("cosine", 1, 2.3, "zclip"),
+        made("cosine", 2, 2.2, "zclip", digest="b"),
+        made("cosine", 3, 2.2, "zclip"),
+    ]
+    (one,) = measures(scores(results))
+    assert (one.touched, one.exact) == ((2, 3), (1, 3))
+
+
+def test_the_first_decision_says_how_soon_it_was_heard() -> None:
+    """Also where what follows is behind a way back, at an earlier step."""
+    arm = Arm("lr high", "dense", 1, "act")
+    heard = {"step": arm.step + 120, "kind": "act", "rule": "pace", "action": "rewind_replay", "cause": "learning rate"}
+    found = Result(arm, 2.0, decisions=[heard, heard | {"step": arm.step - 40, "action": "lr.scale=0.1"}])
+    assert (found.delay, len(found.about)) == (120, 2)
+    assert Result(arm, 2.0, decisions=[heard], fault=arm.step + 100).delay == 20
 
 
 def test_wilsons_interval() -> None:

@@ -10,9 +10,13 @@ JUMPS = 3.0  # times that of the look before: training moves it by less than a t
 
 
 def attention(signals: Signals) -> Finding | None:
-    """The largest attention logit is beyond `TAU`; hard if it came there since the last look, and not by growing."""
+    """The largest attention logit is beyond `TAU`; hard if it came there since the last look, and not by growing.
+
+    A look is heard before the step that it is behind, and a replay takes again what was observed last: so it is judged
+    with that step.
+    """
     *before, now = signals.logits or [0.0]
-    if signals.look is None or not now > TAU:
+    if signals.look is None or signals.look.step != signals.step or not now > TAU:
         return None
     last = before[-1] if before else 0.0
     jumped = bool(before) and now > JUMPS * last

@@ -23,7 +23,7 @@ DETECTORS = (
     Detector("non_finite", numerics.non_finite, hard=True),
     Detector("loader", data.loader, hard=True),
     Detector("divergence", divergence.divergence, hard=True),
-    Detector("attention", attention.attention, hard=True, on="look"),
+    Detector("attention", attention.attention, hard=True),
     Detector("golden", data.golden, on="look"),
     Detector("explosion", spike.explosion),
     Detector("spike", spike.spike),

@@ -13,14 +13,16 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from xxhash import xxh3_64_hexdigest
+
 from lumina.errors import UserError
-from lumina.events import Listener, merged, read_events
+from lumina.events import Event, Listener, merged, read_events
 from lumina.orchestrator.confidence import fallen_trial
 from lumina.verify.gauntlet.cases import CASES, SUITES, TUNED, Case, Suite
 from lumina.verify.gauntlet.policies import MODES, POLICIES, Policy
@@ -65,11 +67,18 @@ class Arm:
 
     @property
     def root(self) -> Root:
-        """Up to the last restore point before the fault."""
+        """Up to the last restore point but one before the fault: a run that was never forked has both in memory."""
         case, every = CASES[self.case], int(KEYS["orchestrator.snapshot_every"])
         if not case.forked or not every:
             return Root(self.suite, self.case, self.kind, self.seed, 0)
-        return Root(self.suite, case.against, self.kind, self.seed, (self.step - 1) // every * every)
+        return Root(self.suite, case.against, self.kind, self.seed, max(0, ((self.step - 1) // every - 1) * every))
+
+    @property
+    def terms(self) -> str:
+        """A hash of what is done to which run: results of other terms are of another arm."""
+        case, suite = CASES[self.case], SUITES[self.suite]
+        keys = sorted((KEYS | dict(case.keys) | dict(suite.keys)).items())
+        return xxh3_64_hexdigest(repr([keys, suite.size(case), self.step]).encode())[:8]
 
 
 @dataclass(frozen=True)
@@ -80,23 +89,30 @@ class Result:
     loss: float  # final, held-out, nats a token; infinite if it was stopped or is not finite
     steps: int = 0  # that it came to
     stopped: str = ""  # by whom; empty if it came to its end
+    crashed: str = ""  # why there is no result
     failed: str = ""  # what ended the orchestrator itself
     decisions: list[dict[str, Any]] = field(default_factory=list)  # step, kind, rule, action, cause, reason, outcome
     trials: list[dict[str, Any]] = field(default_factory=list)  # verdicts and refusals, as the log has them
-    taken: int = 0  # steps that were computed, since the fork: also twice, on trial, or to look at one again
+    taken: float = 0.0  # steps' worth that were computed since the fork: also twice, on trial, or to look at one again
+    digest: str = ""  # of the loss and the gradient norm of every step that counts
+    fault: int | None = None  # step at which it began, if not that of `arm`
     seconds: float = 0.0
+
+    @property
+    def began(self) -> int:
+        return self.arm.step if self.fault is None else self.fault
 
     @property
     def acted(self) -> list[dict[str, Any]]:
         """Decisions that changed the state, or ended the run; the guard's own, in the step itself, changed nothing, and
         what was done by hand was not decided."""
-        done = [one for one in self.decisions if one["kind"] == "act" and one["rule"] != "hand"]
+        done = [one for one in self.decisions if one["kind"] == "act" and one.get("rule") != "hand"]
         return [one for one in done if one["action"] != "skip_step"]
 
     @property
     def about(self) -> list[dict[str, Any]]:
         """Decisions since the fault, also behind a way back; a look is heard before the step that it is behind."""
-        return list(dropwhile(lambda one: one["step"] < self.arm.step - 1, self.decisions))
+        return list(dropwhile(lambda one: one["step"] < self.began - 1, self.decisions))
 
     @property
     def cause(self) -> str:
@@ -117,7 +133,7 @@ class Result:
 
     @property
     def spent(self) -> float:
-        """On trials, steps' worth of compute over the steps of the run."""
+        """On trials, but for their probations, steps' worth of compute over the steps of the run."""
         return sum(float(trial.get("spent", 0.0)) for trial in self.trials) / max(1, self.steps)
 
     @property
@@ -128,17 +144,23 @@ class Result:
     @property
     def delay(self) -> int | None:
         """Steps from the fault to the first decision about it."""
-        return min((max(0, one["step"] - self.arm.step) for one in self.about), default=None)
+        return max(0, self.about[0]["step"] - self.began) if self.about else None
+
+    def same(self, other: Result) -> bool:
+        """Whether both are the same run, to the bit, as far as both say."""
+        digests = {self.digest, other.digest} - {""}
+        return self.loss == other.loss and len(digests) < 2
 
     def plain(self) -> dict[str, Any]:
         found = asdict(self)
-        return {"t": "arm", **found.pop("arm"), "fault": self.arm.step, **found}
+        return {"t": "arm", **found.pop("arm"), "terms": self.arm.terms, **found, "fault": self.began}
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Result:
         """The inverse of `plain`. Only arm and loss have to be there: so another trainer's results can be read."""
         known = {one.name for one in fields(cls)}
         values = {name: value for name, value in row.items() if name in known}
+        values["loss"] = math.inf if row["loss"] is None else float(row["loss"])
         arm = Arm(**{one.name: row[one.name] for one in fields(Arm) if one.name in row})
         return cls(arm, **values)
 
@@ -168,7 +190,6 @@ def lead(root: Root, folder: Path, listeners: Sequence[Listener] = ()) -> Path |
     suite, settings = SUITES[root.suite], CASES[root.settings]
     folder.mkdir(parents=True, exist_ok=True)
     wanted = keys(suite, settings, root.kind, root.seed, folder)
-    wanted |= {"checkpoint.every": wanted["orchestrator.snapshot_every"]}  # they take the place of those in memory
     session = stand(PRESET, wanted, folder)
 
     def stop(event: dict[str, Any]) -> None:
@@ -199,8 +220,8 @@ def take(arm: Arm, healthy: Path | None = None) -> Result:
     try:
         return _take(arm, healthy, start)
     except Exception as error:  # one run that breaks is a result, and no reason to lose the others
-        said = f"crashed: {type(error).__name__}: {error}"
-        return Result(arm, math.inf, stopped=said, seconds=round(time.perf_counter() - start, 1))
+        said = f"{type(error).__name__}: {error}"
+        return Result(arm, math.inf, crashed=said, seconds=round(time.perf_counter() - start, 1))
 
 
 def watcher(mode: str) -> Policy:
@@ -229,8 +250,7 @@ def begin(arm: Arm, healthy: Path | None, folder: Path, listeners: Sequence[List
     suite, case, policy = SUITES[arm.suite], CASES[arm.case], watcher(arm.mode)
     if healthy:
         run = Run(Path(shutil.copytree(healthy, folder / healthy.name, symlinks=True)))
-        mode = {"orchestrator.mode": policy.mode, "checkpoint.every": KEYS["checkpoint.every"]}
-        session = stand_again(run, mode, listeners)
+        session = stand_again(run, {"orchestrator.mode": policy.mode}, listeners)
     else:
         wanted = keys(suite, case, arm.kind, arm.seed, folder)
         session = stand(PRESET, wanted | {"orchestrator.mode": policy.mode}, folder, listeners)
@@ -244,26 +264,42 @@ def begin(arm: Arm, healthy: Path | None, folder: Path, listeners: Sequence[List
 def _take(arm: Arm, healthy: Path | None, start: float) -> Result:
     from lumina.training.endings import Stopped
 
-    stopped, taken = "", 0
+    stopped = ""
     with tempfile.TemporaryDirectory(prefix="lumina-gauntlet-") as folder:
         session = begin(arm, healthy, Path(folder))
-        since, inner = len(list(session.run.events())), session.course.fitting.step
-
-        def counting(*args: Any) -> Any:
-            nonlocal taken
-            taken += 1
-            return inner(*args)
-
-        session.course.fitting.step = counting  # type: ignore[method-assign, assignment]
+        since, count = len(list(session.run.events())), counting(session)
         try:
             session.train()
         except Stopped as error:
             stopped = error.signal
         told = list(read_events(session.run.event_log))
-    return result(arm, told, since, stopped, taken, time.perf_counter() - start)
+    return result(arm, told, since, stopped, count(), time.perf_counter() - start)
 
 
-def result(arm: Arm, told: Sequence[dict[str, Any]], since: int, stopped: str, taken: int, seconds: float) -> Result:
+def counting(session: Session) -> Callable[[], float]:
+    """How many steps' worth of compute the fitting of a session has taken since: a loss of which the gradients are
+    thrown away counts as a step, a token that an arm is evaluated on as a third of one that is trained."""
+    fitting, config = session.course.fitting, session.config
+    step, loss, evaluate, taken = fitting.step, fitting.loss, fitting.evaluate, 0.0
+
+    def counted(work: Callable[..., Any]) -> Callable[..., Any]:
+        def working(*args: Any) -> Any:
+            nonlocal taken
+            taken += 1
+            return work(*args)
+
+        return working
+
+    def evaluating(kind: Any, capacity: Any, most: int | None = None) -> Any:
+        nonlocal taken
+        taken += (most or 0) / 3 / config.train.batch_tokens  # all of it: as every run is at its end
+        return evaluate(kind, capacity, most)
+
+    fitting.step, fitting.loss, fitting.evaluate = counted(step), counted(loss), evaluating  # type: ignore[method-assign]
+    return lambda: round(taken, 1)
+
+
+def result(arm: Arm, told: Sequence[Event], since: int, stopped: str, taken: float, seconds: float) -> Result:
     """What the log of a run says of it, which is forked behind its first `since` events."""
     from lumina.orchestrator.ledger import entries
     from lumina.training.oversight import KIND
@@ -276,11 +312,13 @@ def result(arm: Arm, told: Sequence[dict[str, Any]], since: int, stopped: str, t
         loss if not stopped and loss is not None and math.isfinite(loss) else math.inf,
         max(event["step"] for event in events if event["t"] == "step"),
         stopped,
+        "",
         next((event["error"] for event in told if event["t"] == "incident" and event["kind"] == KIND), ""),
         [{name: getattr(one, name) for name in names} for one in entries(told[since:])],
         _trials(told),
         taken,
-        round(seconds, 1),
+        xxh3_64_hexdigest(repr([(e["step"], e["loss"], e["grad_norm"]) for e in events if e["t"] == "step"]).encode()),
+        seconds=round(seconds, 1),
     )
 
 

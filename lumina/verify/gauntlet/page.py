@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from itertools import compress
 from typing import Any
 
 from lumina.bench.report import table
+from lumina.events import as_plain
 from lumina.verify.gauntlet.arms import KEYS, PRESET, STEPS, TOKENS, Result
 from lumina.verify.gauntlet.cases import CASES, SOUND, SUITES, WITHIN, Suite
 from lumina.verify.gauntlet.scoring import (
@@ -45,8 +45,10 @@ MEANING = (
     "diagnosis. *avoided*: 1 - above / alone, median of those. *heard*: steps from the fault to the first decision "
     "about it. *diagnosed*: the causes that were named, of the decision that was acted on if there was one. *done*: "
     "what changed the run, without what the guard skipped. *something won*: runs in which an intervention won a trial "
-    "and was kept; *cost*: what trials took, probation and evaluations included, over the steps of the run. A trap is "
-    "*left alone* if nothing was done and the run is to the bit the one that nobody watched."
+    "and was kept; *cost*: what trials took, evaluations included, over the steps of the run; *steps beyond*: all that "
+    "was computed beyond the run's own steps, as replays, probations and steps taken again, in steps' worth. A trap is "
+    "*left alone* if nothing was done and the run is to the bit (loss and gradient norm of every step) the one that "
+    "nobody watched; what was done by hand and undone, if it is the healthy one."
 )
 
 
@@ -69,7 +71,7 @@ def faults(found: Sequence[Score]) -> Table:
 def traps(found: Sequence[Score]) -> Table:
     """Of each trap, kind and mode."""
     rows = [
-        [one.case.name, one.kind, one.mode, f"{sum(one.good)} of {len(one.good)}", _done(one)]
+        [one.case.name, one.kind, one.mode, f"{sum(map(bool, one.good))} of {len(one.good)}", _done(one)]
         for one in found
         if not one.case.fault
     ]
@@ -84,7 +86,7 @@ def trials(found: Sequence[Score]) -> Table:
         if any(spent) or one.refused:
             names = Counter(action for actions in won for action in actions)
             told = ", ".join(f"{action} {n}" for action, n in names.items()) or "nothing"
-            rescued = sum(good for good, actions in zip(one.good, won, strict=True) if actions)
+            rescued = sum(bool(good) for good, actions in zip(one.good, won, strict=True) if actions)
             cost = f"{100 * statistics.median(spent):.0f} % ({100 * max(spent):.0f})"
             cells = [f"{sum(map(bool, won))} of {len(won)}", told, str(rescued), cost, str(len(one.refused))]
             rows.append([one.case.name, one.kind, one.mode, *cells])
@@ -104,26 +106,17 @@ def costs(found: Sequence[Score]) -> Table:
 
 
 def watchers(found: Sequence[Score]) -> Table:
-    """Of each mode, all measures; over what all of them watched, so that they can be compared."""
+    """Of each mode, and of nobody, all measures; over what all of them watched, so that they can be compared."""
     modes = list(dict.fromkeys(one.mode for one in found))
-    if len(modes) > 1:
-        pairs = [{(one.case.name, one.kind) for one in found if one.mode == mode} for mode in modes]
-        seeds = [{(r.arm.case, r.arm.kind, r.arm.seed) for o in found if o.mode == m for r in o.runs} for m in modes]
-        common, shown = set.intersection(*pairs), set.intersection(*seeds)
-        found = [_only(one, shown) for one in found if (one.case.name, one.kind) in common]
+    seeds = [{(r.arm.case, r.arm.kind, r.arm.seed) for o in found if o.mode == m for r in o.runs} for m in modes]
+    shown = set.intersection(*seeds) if seeds else set()
     rows = []
-    for one in measures(found):
+    for one in measures([part for one in found if (part := _only(one, shown)).runs]):
         avoided = "-" if one.avoided is None else f"{one.avoided:.3f}"
         cost = f"{100 * statistics.median(one.extra):.0f} %" if one.extra else "-"
         rows.append([one.mode, _share(one.rescued), avoided, _share(one.stopped), _share(one.touched), cost])
-    return [
-        "who",
-        "rescued",
-        "avoided, median",
-        "stopped rightly",
-        "healthy runs acted on",
-        "steps beyond, median",
-    ], rows
+    header = ["who", "rescued", "avoided, median", "stopped rightly", "healthy runs acted on", "steps beyond, median"]
+    return header, rows
 
 
 def _only(one: Score, shown: set[tuple[str, str, int]]) -> Score:
@@ -142,10 +135,52 @@ def latencies(found: Sequence[Score]) -> Table:
     rows = []
     for one in measures(found):
         for heard, delays in one.delays.items():
-            if delays:
-                figures = [f"{statistics.median(delays):g}", str(max(delays))]
-                rows.append([heard, one.mode, str(WITHIN[heard]), f"{_of(soon(one, heard))}", *figures])
+            figures = [f"{statistics.median(delays):g}", f"{max(delays):g}"]
+            rows.append([heard, one.mode, str(WITHIN[heard]), _of(soon(one, heard)), *figures])
     return ["kind of fault", "mode", "has to be heard within", "was", "median", "most"], rows
+
+
+def bars(found: Sequence[Score], mode: str = "act") -> Table:
+    """What is asked of the orchestrator, and what it came to."""
+    mine = next((one for one in measures(found) if one.mode == mode), None)
+    if mine is None or not mine.rescued[1] + mine.touched[1]:
+        return [], []
+    known, alone = regret(found, mode), mine.touched
+    rows = [
+        ["rescued", ">= 90 % of at least 60", _share(mine.rescued), _met(mine.rescued, 0.9, 60)],
+        ["damage avoided, median", ">= 0.9", _figure(mine.avoided), _yes((mine.avoided or 0) >= 0.9)],
+        ["stopped rightly", "all", _share(mine.stopped), _met(mine.stopped, 1.0, 1)],
+        ["healthy runs acted on", "0 of at least 60", _share(alone), _yes(not alone[0] and alone[1] >= 60)],
+        ["to the bit", "all", _share(mine.exact), _met(mine.exact, 1.0, 1)],
+        ["right diagnoses", ">= 80 %", _share(mine.right), _met(mine.right, 0.8, 1)],
+    ]  # fmt: skip
+    for heard, delays in mine.delays.items():
+        within = soon(mine, heard)
+        rows.append(
+            [
+                f"heard, {heard}",
+                f"<= {WITHIN[heard]} steps",
+                f"{_of(within)}, most {max(delays):g}",
+                _met(within, 1.0, 1),
+            ]
+        )
+    if known:
+        mean = statistics.fmean(known.against)
+        told = f"{mean:.2f} in the mean, {max(known.against):.2f} at most"
+        rows.append([f"regret against {known.best}, sigma", "<= 1", told, _yes(mean <= 1)])
+    return ["measure", "bar", "is", "met"], rows
+
+
+def _met(share: Share, least: float, of: int) -> str:
+    return _yes(share[1] >= of and share[0] >= least * share[1])
+
+
+def _yes(met: bool) -> str:
+    return "yes" if met else "no"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def confusion(found: Sequence[Score], mode: str = "act") -> Table:
@@ -180,25 +215,22 @@ def page(results: Sequence[Result], command: str, calibration: str = "") -> str:
 
 def tables(found: Sequence[Score], results: Sequence[Result]) -> list[tuple[str, Table]]:
     """All tables, with their titles."""
-    tables = [("Who watches", watchers(found)), ("Faults", faults(found)), ("Trials", trials(found))]
-    tables += [("Latency, steps", latencies(found)), ("Diagnoses of `act`", confusion(found)), ("Traps", traps(found))]
-    tables += [("Cost", costs(found))]
-    return tables if found else [("Alone", alone(results))]
+    if not found:
+        return [("Alone", alone(results))]
+    tables = [("Bars", bars(found)), ("Who watches", watchers(scores(results, alone=True))), ("Faults", faults(found))]
+    tables += [("Trials", trials(found)), ("Latency, steps", latencies(found))]
+    tables += [("Diagnoses of `act`", confusion(found)), ("Traps", traps(found)), ("Cost", costs(found))]
+    return tables
 
 
 def alone(results: Sequence[Result]) -> Table:
     """The runs that nobody watched, where nobody watched any."""
-    of = {(r.arm.case, r.arm.kind, r.arm.seed): r.loss for r in results}
-    spread, rows = sigmas(results), []
-    for case, kind in dict.fromkeys((r.arm.case, r.arm.kind) for r in results):
-        mine = [r for r in results if (r.arm.case, r.arm.kind) == (case, kind)]
-        known = CASES[case]
-        if known.fault:
-            sigma = spread.get((known.against, kind), math.nan)
-            away = [(r.loss - of[known.against, kind, r.arm.seed]) / sigma for r in mine]
-            hurt = sum(not value <= HURTS for value in away)
-            counts = "fault" if 2 * hurt > len(mine) else "healthy"
-            rows.append([case, kind, _sigmas(away), f"{hurt} of {len(mine)}", counts])
+    rows = []
+    for one in scores(results, alone=True):
+        if one.case.fault:
+            counts = {True: "fault", False: "healthy", None: "?"}[one.hurts]
+            hurt = f"{sum(one.hurt)} of {len(one.runs)}"
+            rows.append([one.case.name, one.kind, _sigmas(one.away), hurt, counts])
     return ["fault", "kind", "above healthy, sigma", "hurt", "counts as"], rows
 
 
@@ -222,7 +254,7 @@ def _regret(found: Sequence[Score]) -> str:
     if known is None:
         return ""
     both = known.against, known.least
-    parts = [f"{statistics.median(values):.2f} in the median, {max(values):.2f} at most" for values in both]
+    parts = [f"{statistics.fmean(values):.2f} in the mean, {max(values):.2f} at most" for values in both]
     text = (
         f"Over {len(known.against)} runs that faults hurt and that fixed policies were shown, excess in sigma beyond "
         f"that of the best fixed policy in hindsight ({known.best}): {parts[0]}. Beyond the best of them for each "
@@ -233,9 +265,9 @@ def _regret(found: Sequence[Score]) -> str:
 
 def _ended(results: Sequence[Result]) -> str:
     """The runs that did not come to their end, or whose orchestrator did not."""
-    bad = [r for r in results if r.failed or r.stopped]
-    told = [f"- {r.arm.case}, {r.arm.kind}, seed {r.arm.seed}, {r.arm.mode}: {r.failed or r.stopped}" for r in bad]
-    return "\n".join(["", "## Stopped or failed", "", *told, ""]) if bad else ""
+    bad = [(r, r.crashed or r.failed or r.stopped) for r in results]
+    told = [f"- {r.arm.case}, {r.arm.kind}, seed {r.arm.seed}, {r.arm.mode}: {why}" for r, why in bad if why]
+    return "\n".join(["", "## Stopped, failed or crashed", "", *told, ""]) if told else ""
 
 
 def summary(found: Sequence[Score]) -> str:
@@ -260,22 +292,36 @@ def _summary(one: Measures) -> list[str]:
 
 
 def as_json(results: Sequence[Result]) -> dict[str, Any]:
-    """Everything, each run's decisions included."""
+    """Everything, each run's decisions included, as plain values."""
     found = []
     for one in scores(results):
-        names = ("mode", "kind", "sigma", "excess", "nats", "away", "hurt", "hurts", "good", "avoided", "delays")
-        found.append(
-            {"case": one.case.name} | {name: getattr(one, name) for name in (*names, "causes", "right", "acted")}
+        names = (
+            "mode",
+            "kind",
+            "sigma",
+            "excess",
+            "nats",
+            "away",
+            "hurt",
+            "hurts",
+            "good",
+            "avoided",
+            "delays",
+            "causes",
         )
+        found.append({"case": one.case.name} | {name: getattr(one, name) for name in (*names, "right", "acted")})
     spread = {" ".join(of): value for of, value in sigmas(results).items()}
     known = regret(scores(results))
-    return {
-        "about": about(),
-        "sigma": spread,
-        "scores": found,
-        "regret": vars(known) if known else None,
-        "runs": [r.plain() for r in results],
-    }
+    told: dict[str, Any] = as_plain(
+        {
+            "about": about(),
+            "sigma": spread,
+            "scores": found,
+            "regret": dict(vars(known)) if known else None,
+            "runs": [r.plain() for r in results],
+        }
+    )
+    return told
 
 
 def _sigmas(values: Sequence[float]) -> str:

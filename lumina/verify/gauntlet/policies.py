@@ -6,6 +6,7 @@ own detectors, so that the tables compare what is done about an alarm, not how i
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -17,19 +18,19 @@ from torch import Tensor
 from lumina.errors import UserError
 from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.orchestrator import Orchestrator
-from lumina.orchestrator.protocol import Controls, Decision
+from lumina.orchestrator.protocol import Controls, Data, Decision
 from lumina.orchestrator.signals import Facts
 
 if TYPE_CHECKING:
     from lumina.training.session import Session
 
 Install = Callable[["Session", int], None]  # the second is the seed
-React = Callable[[Finding, Controls, random.Random], None]
+React = Callable[["Reflex", Finding, Controls], None]
 
 MODES = ("off", "advise", "act")  # of the orchestrator
 CLIP = 0.1  # science of stability: the strongest that is in use; the plan clips at 1
 ALPHA, Z, WARM = 0.97, 2.5, 25  # ZClip (2504.02507): decay of mean and variance, threshold, steps before it acts
-WINDOW, FEWEST, SIGMAS = 128, 64, 6.0  # OLMo's skip-step: the last so many steps, at least, standard deviations
+WINDOW, FEWEST, SIGMAS = 128, 64, 6.0  # OLMo's skip-step: so many steps, at least, standard deviations
 REST, MOST = 100, 6  # steps after an action, ways back
 
 
@@ -82,7 +83,8 @@ def zclip(session: Session, seed: int) -> None:
             to = mean + Z**2 / z * sigma
             torch._foreach_mul_(optimizer.gradients(optimizer.groups.clipped), to / norm)
             norms, norm = norms * (to / norm), to
-        learn(norm)
+        if math.isfinite(norm):
+            learn(norm)
         return norms
 
     if len(seen) >= WARM:
@@ -93,10 +95,13 @@ def zclip(session: Session, seed: int) -> None:
 
 
 def skip_step(session: Session, seed: int) -> None:
-    """OLMo's: a step whose loss or gradient norm is beyond 6 deviations of the last 128 moves nothing."""
+    """OLMo's: a step whose loss or gradient norm is beyond 6 deviations of the last 128 moves nothing.
+
+    What is not finite is no part of them, which in theirs makes it skip for as long.
+    """
     optimizer, model = session.parts.optimizer, session.parts.model
     inner, norms, zero = optimizer.step, optimizer.norms, optimizer.zero_grad
-    seen: deque[tuple[float, float]] = deque(_before(session), WINDOW)
+    seen: deque[tuple[float, float]] = deque(_before(session), WINDOW - 1)
     nats, found = list[Tensor](), dict[str, float]()
 
     def hook(module: Any, inputs: Any, output: Any) -> None:
@@ -115,8 +120,9 @@ def skip_step(session: Session, seed: int) -> None:
     def stepping(lr: float, skip: Tensor) -> None:
         loss = torch.stack(nats).sum(0) if nats else torch.ones(2)
         now = float(loss[0] / loss[1]), found.get("norm", 0.0)
-        strange = len(seen) >= FEWEST and any(map(_beyond, zip(*seen, strict=True), now))
-        seen.append(now)  # also of a step that moves nothing, as there
+        strange = len(seen) + 1 >= FEWEST and any(map(_beyond, zip(*seen, strict=True), now))
+        if all(map(math.isfinite, now)):
+            seen.append(now)  # also of a step that moves nothing, as there
         inner(lr, torch.ones_like(skip) if strange else skip)
 
     model.register_forward_hook(hook)
@@ -133,17 +139,28 @@ class Reflex(Orchestrator):
 
     def __init__(self, session: Session, react: React, seed: int) -> None:
         super().__init__("act", Facts.of(session.config), session._emit)
-        self.react, self.seed, self.rests = react, seed, 0
+        self.react, self.seed, self.rests, self.backs = react, seed, 0, 0
 
     def _handle(self, finding: Finding, controls: Controls) -> bool:
         if finding.step < self.rests:
             return False
         self.rests = finding.step + REST
         try:
-            self.react(finding, controls, random.Random(f"{self.seed} {finding.step}"))
+            self.react(self, finding, controls)
         except UserError as error:  # it cannot be done here
             self.emit("incident", step=finding.step, kind="refused", error=error.message)
         return True
+
+    def draw(self, finding: Finding) -> random.Random:
+        """The same again for the same finding."""
+        return random.Random(f"{self.seed} {finding.step}")
+
+    def go_back(self, finding: Finding, controls: Controls, data: Data) -> None:
+        """To before it, at most `MOST` times."""
+        points = [step for step in controls.points() if step < finding.before]
+        if points and self.backs < MOST:
+            self.backs += 1
+            controls.rollback(_why(finding, f"rewind_{data}"), max(points), data)
 
 
 def _reflex(react: React) -> Policy:
@@ -153,40 +170,37 @@ def _reflex(react: React) -> Policy:
     return Policy(install, "act")
 
 
-def _lay(controls: Controls, finding: Finding, key: str, value: float) -> None:
-    controls.overlay(Decision(finding.rule, f"{key}={value:g}", reason=finding.text), key, value)
+def _why(finding: Finding, action: str) -> Decision:
+    return Decision(finding.rule, action, {"step": finding.step}, finding.text)
 
 
-def _go_back(finding: Finding, controls: Controls, data: Any) -> None:
-    points = [step for step in controls.points() if step < finding.before]
-    gone = len([one for one in controls.overlays if one.key == "data.skip"])
-    if points and gone < MOST:
-        controls.rollback(Decision(finding.rule, f"rewind_{data}", reason=finding.text), max(points), data)
+def _lay(finding: Finding, controls: Controls, key: str, value: float) -> None:
+    controls.overlay(_why(finding, f"{key}={value:g}"), key, value)
 
 
-def halve(finding: Finding, controls: Controls, draw: random.Random) -> None:
+def halve(reflex: Reflex, finding: Finding, controls: Controls) -> None:
     """Half the learning rate, each time."""
-    _lay(controls, finding, "lr.scale", 0.5)
+    _lay(finding, controls, "lr.scale", 0.5)
 
 
-def rewind(finding: Finding, controls: Controls, draw: random.Random) -> None:
-    """Back to before it, and past the batches since (PaLM), at most `MOST` times."""
-    _go_back(finding, controls, "skip")
+def rewind(reflex: Reflex, finding: Finding, controls: Controls) -> None:
+    """Back to before it, and past the batches since (PaLM)."""
+    reflex.go_back(finding, controls, "skip")
 
 
-def at_random(finding: Finding, controls: Controls, draw: random.Random) -> None:
+def at_random(reflex: Reflex, finding: Finding, controls: Controls) -> None:
     """One of what could be done."""
     ways: list[Callable[[], None]] = [
         lambda: None,
-        lambda: _lay(controls, finding, "lr.scale", 0.5),
-        lambda: _lay(controls, finding, "lr.scale", 2.0),
-        lambda: _lay(controls, finding, "clip", CLIP),
-        lambda: _lay(controls, finding, "weight_decay", 0.0),
-        lambda: _lay(controls, finding, "optimizer.reset", 1),
-        lambda: _go_back(finding, controls, "replay"),
-        lambda: _go_back(finding, controls, "skip"),
+        lambda: _lay(finding, controls, "lr.scale", 0.5),
+        lambda: _lay(finding, controls, "lr.scale", 2.0),
+        lambda: _lay(finding, controls, "clip", CLIP),
+        lambda: _lay(finding, controls, "weight_decay", 0.0),
+        lambda: _lay(finding, controls, "optimizer.reset", 1),
+        lambda: reflex.go_back(finding, controls, "replay"),
+        lambda: reflex.go_back(finding, controls, "skip"),
     ]
-    draw.choice(ways)()
+    reflex.draw(finding).choice(ways)()
 
 
 POLICIES = {

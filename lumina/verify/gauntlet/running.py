@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lumina.verify.gauntlet.arms import Arm, Result, Root, lead, take
 from lumina.verify.gauntlet.cases import CASES, SOUND, Case, Suite
 from lumina.verify.gauntlet.policies import POLICIES
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # who stopped a run that has to be taken again
 HEALTHY_RUNS = 8  # of a kind, at least: their losses' standard deviation is sigma
 WATCHED_ALONE = ("dense",)  # the kinds on which other policies are shown
 SEEDS_OF_OTHERS = 2
@@ -69,34 +70,44 @@ def take_all(
         tell(result)
 
     context = multiprocessing.get_context("forkserver")
-    with (
-        tempfile.TemporaryDirectory(prefix="lumina-healthy-") as folder,
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
-    ):
+    with tempfile.TemporaryDirectory(prefix="lumina-healthy-") as folder:
+        pool = ProcessPoolExecutor(workers, mp_context=context)
         leads: dict[Future[Path | None], Root] = {}
         running: set[Future[Result]] = set()
-        while waiting or leads or running:
-            roots = iter([root for root in waiting if root not in leads.values()])
-            while len(leads) + len(running) < 2 * workers and (root := next(roots, None)):
-                leads[pool.submit(lead, root, Path(folder) / str(hash(root)))] = root
-            ready, _ = wait(leads, timeout=0)
-            for healthy in ready:
-                mine = waiting.pop(leads.pop(healthy))
-                if isinstance(error := healthy.exception(), UserError):
-                    for arm in mine:
-                        done(Result(arm, math.inf, stopped=f"crashed: {error.message}"))
-                else:
-                    running |= {pool.submit(take, arm, healthy.result()) for arm in mine}
-            under_way: list[Future[Any]] = [*leads, *running]
-            wait(under_way, return_when=FIRST_COMPLETED)
-            for one in [one for one in running if one.done()]:
-                running.discard(one)
-                done(one.result())
+        try:
+            while waiting or running:
+                roots = iter([root for root in waiting if root not in leads.values()])
+                while len(leads) + len(running) < 2 * workers and (root := next(roots, None)):
+                    leads[pool.submit(lead, root, Path(folder) / str(hash(root)))] = root
+                ready, _ = wait(leads, timeout=0)
+                for healthy in ready:
+                    mine, error = waiting.pop(leads.pop(healthy)), healthy.exception()
+                    if isinstance(error, BrokenExecutor):
+                        raise error
+                    if error:
+                        said = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                        for arm in mine:
+                            done(Result(arm, math.inf, crashed=said))
+                    else:
+                        running |= {pool.submit(take, arm, healthy.result()) for arm in mine}
+                under_way: list[Future[Any]] = [*leads, *running]
+                wait(under_way, return_when=FIRST_COMPLETED)
+                for one in [one for one in running if one.done()]:
+                    running.discard(one)
+                    done(one.result())
+        finally:  # an interrupted one waits for what is being trained, and not for all that is to come
+            pool.shutdown(cancel_futures=True)
     return [found[arm] for arm in wanted]
 
 
-def earlier(out: Path, subset: str, wanted: Sequence[Arm]) -> list[Result]:
-    """The results of these arms in raw files of this commit."""
-    rows = [row for log in sorted(out.glob(f"*-{subset}*.jsonl")) for row in report.earlier(log)]
-    found = {result.arm: result for result in map(Result.of, rows)}
+def earlier(out: Path, wanted: Sequence[Arm]) -> list[Result]:
+    """The results of these arms in raw files of this commit; what crashed, was stopped by a signal, or is another
+    policy's, which may be another by now, is taken again."""
+    found: dict[Arm, Result] = {}
+    for log in sorted(out.glob("*.jsonl")):
+        for row in report.earlier(log):
+            if row.get("t") == "arm" and not row.get("crashed") and ":" not in row["mode"]:
+                result = Result.of(row)
+                if row.get("terms") == result.arm.terms and result.stopped not in SIGNALS:
+                    found[result.arm] = result
     return [found[arm] for arm in wanted if arm in found]

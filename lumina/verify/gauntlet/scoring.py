@@ -6,8 +6,9 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from lumina.errors import UserError
 from lumina.verify.gauntlet.arms import Result
 from lumina.verify.gauntlet.cases import CASES, SOUND, SUITES, WITHIN, Case, Heard
 from lumina.verify.gauntlet.policies import FIXED
@@ -25,14 +26,15 @@ class Score:
     kind: str
     mode: str
     runs: list[Result]
-    alone: list[float]  # loss of the run that nobody watched, nats
-    healthy: list[float]  # of the one that nothing was done to; of a trap that is another run: alone
+    alone: list[Result | None]  # that nobody watched; None: not taken
+    healthy: list[Result | None]  # that nothing was done to; of a trap that is another run: alone
     sigma: float  # standard deviation of healthy runs over seeds, nats; NaN if too few are known
+    hurts: bool | None  # whether it is a fault: it hurts most runs alone; None: nobody knows
 
     @property
     def nats(self) -> list[float]:
-        """Excess."""
-        return [run.loss - base for run, base in zip(self.runs, self.healthy, strict=True)]
+        """Excess; NaN where there is nothing to hold it against."""
+        return [_less(run, healthy) for run, healthy in zip(self.runs, self.healthy, strict=True)]
 
     @property
     def excess(self) -> list[float]:
@@ -42,41 +44,48 @@ class Score:
     @property
     def away(self) -> list[float]:
         """In sigma, of the run that nobody watched."""
-        return [(value - base) / self.sigma for value, base in zip(self.alone, self.healthy, strict=True)]
+        pairs = zip(self.alone, self.healthy, strict=True)
+        return [_less(alone, healthy) / self.sigma for alone, healthy in pairs]
 
     @property
     def hurt(self) -> list[bool]:
-        """Whether the fault hurts the run alone, of which one that is not finite is hurt; empty if nobody knows."""
-        return [self.case.fault and not value <= HURTS for value in self.away] if self.sigma > 0 else []
+        """Whether the fault hurts the run alone."""
+        return [self.case.fault and value > HURTS for value in self.away]
 
     @property
-    def hurts(self) -> bool:
-        """Whether it is a fault: it hurts most runs alone. Else it is one of the healthy set, whatever it is called."""
-        return 2 * sum(self.hurt) > len(self.runs)
-
-    @property
-    def good(self) -> list[bool]:
+    def good(self) -> list[bool | None]:
         """Of a fault: within `SIGMAS`, or stopped with a right diagnosis where nothing else mends it. Of a trap: left
-        alone, to the bit."""
+        alone, to the bit. None where there is nothing to hold it against."""
         if self.case.stops:
             return [bool(run.stopped) and run.last_cause in self.case.causes for run in self.runs]
         if self.case.fault:
-            return [value <= SIGMAS and not run.failed for value, run in zip(self.excess, self.runs, strict=True)]
-        pairs = zip(self.runs, self.healthy, strict=True)
-        return [not run.acted and not run.failed and run.loss == healthy for run, healthy in pairs]
+            pairs = zip(self.excess, self.runs, strict=True)
+            return [None if math.isnan(value) else value <= SIGMAS and not run.failed for value, run in pairs]
+        both = zip(self.runs, self.healthy, strict=True)
+        return [
+            None if base is None else not (run.acted or run.failed or run.stopped) and run.same(base)
+            for run, base in both
+        ]
 
     @property
     def rescued(self) -> list[bool]:
         """Of the runs that are hurt alone, whether they were good."""
-        return [good for good, hurt in zip(self.good, self.hurt, strict=False) if hurt]
+        return [bool(good) for good, hurt in zip(self.good, self.hurt, strict=True) if hurt]
 
     @property
     def avoided(self) -> list[float]:
-        """Share of the damage that was avoided, where there was any: 1 is none of it left."""
-        pairs = (
-            [pair for *pair, hurt in zip(self.excess, self.away, self.hurt, strict=True) if hurt] if self.hurt else []
-        )
-        return [1 - excess / away if math.isfinite(away) else float(excess <= HURTS) for excess, away in pairs]
+        """Share of the damage that was avoided, where there was any: 1 is none of it left.
+
+        Of a run that alone comes to no end: 1 if it is within `SIGMAS`, else 0.
+        """
+        pairs = [pair for *pair, hurt in zip(self.excess, self.away, self.hurt, strict=True) if hurt]
+        return [1 - excess / away if math.isfinite(away) else float(excess <= SIGMAS) for excess, away in pairs]
+
+    @property
+    def touched(self) -> list[bool]:
+        """Whether anything was done to it: decided, or seen by its losses."""
+        pairs = zip(self.runs, self.alone, strict=True)
+        return [bool(run.acted or run.stopped or (alone and not run.same(alone))) for run, alone in pairs]
 
     @property
     def causes(self) -> list[str]:
@@ -89,8 +98,9 @@ class Score:
         return sum(cause in self.case.causes for cause in self.causes)
 
     @property
-    def delays(self) -> list[int]:
-        return [run.delay for run in self.runs if run.delay is not None]
+    def delays(self) -> list[float]:
+        """Infinite where it was never heard."""
+        return [math.inf if run.delay is None else run.delay for run in self.runs]
 
     @property
     def acted(self) -> list[str]:
@@ -102,24 +112,41 @@ class Score:
         return [one["reason"] for run in self.runs for one in run.trials if one["kind"] == "refused"]
 
 
-def scores(results: Sequence[Result]) -> list[Score]:
-    """One for each case, kind and mode that watches."""
-    of = {(r.arm.case, r.arm.kind, r.arm.seed, r.arm.mode): r for r in results}
-    watched = dict.fromkeys((r.arm.case, r.arm.kind, r.arm.mode) for r in results if r.arm.mode != "off")
+def _less(run: Result | None, base: Result | None) -> float:
+    return run.loss - base.loss if run and base else math.nan
+
+
+def scores(results: Sequence[Result], alone: bool = False) -> list[Score]:
+    """One for each case, kind and mode that watches, and with `alone` of those that nobody does; what crashed is no
+    result.
+
+    Raises `UserError` if they are of several sets.
+    """
+    if len(suites := {result.arm.suite for result in results}) > 1:
+        raise UserError(f"results of the sets {', '.join(sorted(suites))}: not to be mixed", fix="score each by itself")
+    of = {r.arm: r for r in results if not r.crashed}
+    watched = dict.fromkeys((arm.case, arm.kind, arm.mode) for arm in of if alone or arm.mode != "off")
     spread, found = sigmas(results), []
+    known: dict[tuple[str, str], bool | None] = {}
+
+    def score(runs: list[Result], mode: str, hurts: bool | None) -> Score:
+        case, kind = CASES[runs[0].arm.case], runs[0].arm.kind
+        off = [of.get(replace(run.arm, mode="off")) for run in runs]
+        base = [of.get(replace(run.arm, mode="off", case=case.against)) for run in runs]
+        sigma = spread.get((case.against, kind), math.nan)
+        return Score(case, kind, mode, runs, off, base if case.fault or case.undone else off, sigma, hurts)
+
     for name, kind, mode in watched:
-        case = CASES[name]
-        mine = [r for r in results if (r.arm.case, r.arm.kind, r.arm.mode) == (name, kind, mode)]
-        alone = [_loss(of.get((name, kind, r.arm.seed, "off"))) for r in mine]
-        healthy = [_loss(of.get((case.against, kind, r.arm.seed, "off"))) for r in mine]
-        healthy = healthy if case.fault or case.undone else alone
-        found.append(Score(case, kind, mode, mine, alone, healthy, spread.get((case.against, kind), math.nan)))
+        case, sigma = CASES[name], spread.get((CASES[name].against, kind), math.nan)
+        if alone and mode == "off" and name in SOUND:
+            continue
+        if (name, kind) not in known:
+            every = [r for arm, r in of.items() if (arm.case, arm.kind, arm.mode) == (name, kind, "off")]
+            hurt = score(every, "off", None).hurt if every and sigma > 0 else []
+            known[name, kind] = 2 * sum(hurt) > len(hurt) if hurt else None  # once, for whoever watches
+        hurts = False if not case.fault else known[name, kind]
+        found.append(score([r for a, r in of.items() if (a.case, a.kind, a.mode) == (name, kind, mode)], mode, hurts))
     return found
-
-
-def _loss(result: Result | None) -> float:
-    """NaN where it was not taken."""
-    return result.loss if result else math.nan
 
 
 def sigmas(results: Sequence[Result]) -> dict[tuple[str, str], float]:
@@ -131,16 +158,16 @@ def sigmas(results: Sequence[Result]) -> dict[tuple[str, str], float]:
     for (case, kind), losses in sound(results).items():
         known = {SUITES[r.arm.suite].sigma.get(kind) for r in results if r.arm.case == case}
         given = next((value for value in known if value is not None), None)
-        if given is not None or len(losses) > 1:
+        if given is not None or len(losses) > 2:
             found[case, kind] = statistics.stdev(losses) if given is None else given
-    return found
+    return {of: value for of, value in found.items() if value > 0}
 
 
 def sound(results: Sequence[Result]) -> dict[tuple[str, str], list[float]]:
-    """Final losses of the healthy runs of each case and kind."""
+    """Final losses of the healthy runs of each case and kind that came to an end."""
     losses: dict[tuple[str, str], list[float]] = {}
-    for result in results:
-        if result.arm.case in SOUND and result.arm.mode == "off":
+    for result in {result.arm: result for result in results}.values():
+        if result.arm.case in SOUND and result.arm.mode == "off" and math.isfinite(result.loss):
             losses.setdefault((result.arm.case, result.arm.kind), []).append(result.loss)
     return losses
 
@@ -160,32 +187,26 @@ class Measures:
     exact: Share  # of traps, how many are to the bit the run that nobody watched
     right: Share  # of the diagnoses of faults that hurt
     named: Mapping[tuple[str, str], int]  # right causes, the named one: how often
-    delays: Mapping[Heard, list[int]]  # steps until the first decision, of faults that hurt
-    unheard: int  # of these
-    spent: list[float] = field(default_factory=list)  # on trials, over the steps of the run, of faults that hurt
-    extra: list[float] = field(default_factory=list)  # steps computed beyond the run's own, likewise
-    idle: list[float] = field(default_factory=list)  # the same of healthy runs
+    delays: Mapping[Heard, list[float]]  # steps until the first decision, of faults that hurt; infinite: never
+    extra: list[float] = field(default_factory=list)  # steps computed beyond the run's own, of faults that hurt
 
 
 def measures(found: Sequence[Score]) -> list[Measures]:
     """Of each mode."""
-    return [
-        _measures(mode, [one for one in found if one.mode == mode]) for mode in dict.fromkeys(s.mode for s in found)
-    ]
+    modes = dict.fromkeys(one.mode for one in found)
+    return [_measures(mode, [one for one in found if one.mode == mode]) for mode in modes]
 
 
 def _measures(mode: str, mine: Sequence[Score]) -> Measures:
     faults = [one for one in mine if one.hurts]
     mended = [one for one in faults if not one.case.stops]
-    benign = [one for one in mine if not one.hurts and (one.hurt or not one.case.fault)]
     rescued = [good for one in mended for good in one.rescued]
     avoided = [share for one in mended for share in one.avoided]
-    stopped = [good for one in faults if one.case.stops for good in one.good]
-    touched = [bool(run.acted) for one in benign for run in one.runs]
-    exact = [good for one in mine if not one.case.fault for good in one.good]
+    stopped = [bool(good) for one in faults if one.case.stops for good in one.good]
+    touched = [run for one in mine if one.hurts is False and not one.case.undone for run in one.touched]
+    exact = [good for one in mine if not one.case.fault for good in one.good if good is not None]
     named = Counter((" or ".join(sorted(one.case.causes)), cause or "none") for one in faults for cause in one.causes)
-    runs = [run for one in faults for run in one.runs]
-    delays: dict[Heard, list[int]] = {}
+    delays: dict[Heard, list[float]] = {}
     for one in faults:
         delays.setdefault(one.case.heard, []).extend(one.delays)
     return Measures(
@@ -195,13 +216,10 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
         (sum(stopped), len(stopped)),
         (sum(touched), len(touched)),
         (sum(exact), len(exact)),
-        (sum(one.right for one in faults), len(runs)),
+        (sum(one.right for one in faults), sum(len(one.runs) for one in faults)),
         named,
         delays,
-        sum(run.delay is None for run in runs),
-        [run.spent for run in runs],
-        [run.extra for run in runs],
-        [run.extra for one in benign for run in one.runs],
+        [run.extra for one in faults for run in one.runs],
     )
 
 
@@ -213,7 +231,7 @@ def soon(measured: Measures, heard: Heard) -> Share:
 
 @dataclass(frozen=True)
 class Regret:
-    """Of `mode` against fixed policies that are known to be best in hindsight: excess in sigma, of each run."""
+    """Of `mode` against fixed policies, best in hindsight: excess in sigma, of each run that a fault hurts."""
 
     mode: str
     best: str  # the policy that rescues most, and of equal ones the one with the least median excess
@@ -224,32 +242,27 @@ class Regret:
 def regret(found: Sequence[Score], mode: str = "act") -> Regret | None:
     """None where no fixed policy was taken."""
     fixed = [name for name in FIXED if name == "off" or any(one.mode == name for one in found)]
-    mine = [one for one in found if one.mode == mode and one.hurts and not one.case.stops]
-    theirs = {(one.case.name, one.kind, one.mode): one for one in found}
-    shown = [one for one in mine if all((one.case.name, one.kind, name) in theirs for name in fixed[1:])]
+    table: dict[str, dict[tuple[str, str, int], float]] = {name: {} for name in (*fixed, mode)}
+    for one in found:
+        if one.hurts and not one.case.stops and one.mode in table:
+            for run, value, away, hurt in zip(one.runs, one.excess, one.away, one.hurt, strict=True):
+                of = one.case.name, one.kind, run.arm.seed
+                if hurt and not math.isnan(value):
+                    table[one.mode][of], table["off"][of] = value, away
+    shown = sorted(set.intersection(*(set(rows) for rows in table.values())))
     if len(fixed) < 2 or not shown:
         return None
-    table: dict[str, list[float]] = {name: [] for name in (*fixed, mode)}
-    for one in shown:
-        rows = {run.arm.seed: value for run, value in zip(one.runs, one.excess, strict=True)}
-        away = {run.arm.seed: value for run, value in zip(one.runs, one.away, strict=True)}
-        others = {name: theirs[one.case.name, one.kind, name] for name in fixed[1:]}
-        for seed in (run.arm.seed for run in next(iter(others.values())).runs if run.arm.seed in rows):
-            table[mode].append(rows[seed])
-            table["off"].append(away[seed])
-            for name, other in others.items():
-                table[name].append(next(v for r, v in zip(other.runs, other.excess, strict=True) if r.arm.seed == seed))
+    columns = {name: [rows[of] for of in shown] for name, rows in table.items()}
 
     def quality(name: str) -> tuple[int, float]:
-        return -sum(value <= SIGMAS for value in table[name]), statistics.median(table[name])
+        return -sum(value <= SIGMAS for value in columns[name]), statistics.median(columns[name])
 
-    best = min(fixed, key=quality)
-    least = [min(values) for values in zip(*(table[name] for name in fixed), strict=True)]
-    own = table[mode]
-    return Regret(mode, best, _less(own, table[best]), _less(own, least))
+    best, own = min(fixed, key=quality), columns[mode]
+    least = [min(values) for values in zip(*(columns[name] for name in fixed), strict=True)]
+    return Regret(mode, best, _beyond(own, columns[best]), _beyond(own, least))
 
 
-def _less(values: Sequence[float], base: Sequence[float]) -> list[float]:
+def _beyond(values: Sequence[float], base: Sequence[float]) -> list[float]:
     """Differences; where the other one is infinite there is nothing to regret."""
     return [value - other if math.isfinite(other) else 0.0 for value, other in zip(values, base, strict=True)]
 
