@@ -122,13 +122,13 @@ def gauntlet(
 
 def _stem(subset: str, case: Sequence[str] | None, modes: Sequence[str]) -> Iterator[str]:
     """Of the file's name: reports of other commits, and of a part, lie beside it."""
-    from lumina.training.host import commit
+    from lumina.verify.report import about
 
     yield time.strftime("%Y-%m-%d")
     yield subset
     yield from (name.replace(" ", "_") for name in case or ())
     yield from ["alone"] if set(modes) == {"off"} else []
-    yield from [said.rstrip("+")] if (said := commit()) else []
+    yield from [said.rstrip("+")] if (said := about()["commit"]) else []
 
 
 def _arm(row: dict[str, Any]) -> Arm:

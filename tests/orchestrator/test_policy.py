@@ -113,7 +113,8 @@ def test_what_lasts_is_tried_in_act_and_told_in_advise(rule: str) -> None:
         for mode in ("advise", "act"):
             choice = policy(mode).decide(finding(rule, hard=hard), because("router"), CALM, (100,))
             assert choice[:2] == ("trial", mode == "act")
-            assert choice.reason.startswith("to be tried: b")
+            first = "qk_clip" if rule == "attention" else "b"  # of bias_rate and balance
+            assert choice.reason.startswith(f"to be tried: {first}")
 
 
 def test_logits_that_jumped_are_undone_if_that_came_from_outside_and_tried_for_if_they_grew() -> None:
