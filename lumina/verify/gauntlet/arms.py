@@ -137,9 +137,9 @@ class Result:
         return sum(float(trial.get("spent", 0.0)) for trial in self.trials) / max(1, self.steps)
 
     @property
-    def extra(self) -> float:
+    def extra(self) -> float | None:
         """Steps that were computed beyond those of the run, over these: trials, replays, and what was taken again."""
-        return (self.taken + self.arm.root.steps - self.steps) / max(1, self.steps)
+        return (self.taken + self.arm.root.steps - self.steps) / self.steps if self.taken else None
 
     @property
     def delay(self) -> int | None:

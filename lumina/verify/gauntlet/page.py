@@ -97,8 +97,9 @@ def costs(found: Sequence[Score]) -> Table:
     """What it took to watch and to act, over the steps of the run, where it took anything."""
     rows = []
     for one in found:
-        extra, spent = [run.extra for run in one.runs], [run.spent for run in one.runs]
-        if any(extra) or not SUITES[one.runs[0].arm.suite].alone:
+        runs = [run for run in one.runs if run.extra is not None]
+        extra, spent = [run.extra or 0.0 for run in runs], [run.spent for run in runs]
+        if any(extra) or (runs and not SUITES[one.runs[0].arm.suite].alone):
             steps = f"{max(run.steps for run in one.runs):,}"
             cells = [f"{100 * statistics.median(values):.2f} % ({100 * max(values):.2f})" for values in (spent, extra)]
             rows.append([one.case.name, one.kind, one.mode, steps, *cells, _done(one)])
@@ -168,7 +169,7 @@ def bars(found: Sequence[Score], mode: str = "act") -> Table:
         mean = statistics.fmean(known.against)
         told = f"{mean:.2f} in the mean, {max(known.against):.2f} at most"
         rows.append([f"regret against {known.best}, sigma", "<= 1", told, _yes(mean <= 1)])
-    return ["measure", "bar", "is", "met"], rows
+    return ["measure", "bar", "is", "met"], [row for row in rows if row[2] != "-"]
 
 
 def _met(share: Share, least: float, of: int) -> str:

@@ -219,7 +219,7 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
         (sum(one.right for one in faults), sum(len(one.runs) for one in faults)),
         named,
         delays,
-        [run.extra for one in faults for run in one.runs],
+        [run.extra for one in faults for run in one.runs if run.extra is not None],
     )
 
 
