@@ -25,7 +25,7 @@ def test_its_numbers_are_the_code() -> None:
         f"more than {scoring.HURTS:g} standard deviations",
         f"at most {scoring.SIGMAS:g} standard deviations above",
         f"| {WITHIN['hard']}, {WITHIN['divergence']}, {WITHIN['drift']} |",
-        f"a fixed clip of {policies.CLIP:g}, ZClip, OLMo's skip-step at {policies.SIGMAS:g}",
+        f"a fixed clip of {policies.CLIP:g} from the fork on, ZClip, OLMo's skip-step at {policies.SIGMAS:g}",
         f"{WORDS[running.HEALTHY_RUNS]} at least for the standard deviation",
         f"{WORDS[len(CI.cases)]} cases",
     ]
