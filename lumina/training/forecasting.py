@@ -35,12 +35,14 @@ class Forecaster:
     They are a function of the events that count: a run that goes on says what it would have said.
     """
 
-    def __init__(self, run: Run, parts: Parts, rate: float, emit: Emit) -> None:
-        """`rate` is that of one process's matmuls, in FLOP/s."""
+    def __init__(self, run: Run, parts: Parts, rate: float, emit: Emit, apart: bool = False) -> None:
+        """`rate` is that of one process's matmuls, in FLOP/s; a run that stands `apart` learns nothing of finished
+        ones, and teaches later ones nothing."""
         self.run, self.parts, self.rate, self.emit = run, parts, rate, emit
         self.every = every(parts.steps, parts.config.telemetry.log_every)
         self.before = _held_before(parts)
         self.view: _View | None = None
+        self.apart = apart
         self.broken = self.shortened = False
 
     def __call__(self, event: Event) -> None:
@@ -58,7 +60,7 @@ class Forecaster:
     def keep(self) -> None:
         """Keeps what a finished run teaches; called before its last event."""
         try:
-            if not (self.broken or self.shortened):
+            if not (self.broken or self.shortened or self.apart):
                 keeping.keep(self.run.path)
         except (UserError, OSError, ValueError, LookupError, TypeError) as error:
             why = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -86,7 +88,8 @@ class Forecaster:
     def _write_plan(self, begun: Event) -> None:
         config, facts = self.parts.config, begun["machine"]
         fleet = Fleet(_device(config.parallel.device, facts, config.precision.mode, self.rate), self.parts.world.size)
-        plan = outset.outset(config, begun, fleet, calibration.load(), law_in_use(), self.before)
+        known = calibration.Store() if self.apart else calibration.load()
+        plan = outset.outset(config, begun, fleet, known, law_in_use(), self.before)
         try:
             write_json(self.run.path / outset.NAME, plan)
         except OSError as error:

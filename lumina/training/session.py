@@ -65,7 +65,9 @@ class Session:
         listeners: Sequence[Listener],
         told: Tell,
         changed: dict[str, list[Any]] | None = None,
+        apart: bool = False,
     ) -> None:
+        """`apart`: something is done to it from outside, so it teaches other runs nothing, and is taught nothing."""
         self.run, self.config, self.parts, self.listeners = run, parts.config, parts, listeners
         self.world, self.watchdog = parts.world, Watchdog(run.log, self._tell_hang)
         self.told = self.watchdog.hear(told if parts.world.main else silent)
@@ -78,7 +80,7 @@ class Session:
         self.peak = rate * self.world.size  # FLOP/s of square matmuls, of all processes: what MFU is measured against
         self.course = Course(run, resolved, parts, self.peak, self._emit, self.told, self.watchdog.step)
         self.state = self.course.state
-        self.forecaster = Forecaster(run, parts, rate, self._emit)
+        self.forecaster = Forecaster(run, parts, rate, self._emit, apart)
         self.experience = Experience(run, self.config, self._emit)
         recast = resolved.origins["precision.mode"] == RESUME
         self.saver = Saver(run, parts, self.state, self.told, self._emit, recast)

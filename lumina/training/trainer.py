@@ -115,7 +115,7 @@ class Trainer:
 def stand(source: str | Path, keys: Mapping[str, Any], root: Path, listeners: Sequence[Listener] = ()) -> Session:
     """A session of a new run below `root`, before its first step: for whoever drives or disturbs it from outside.
 
-    Benchmarks and verification do; `Session.train` takes its steps.
+    Benchmarks and verification do; `Session.train` takes its steps. Later plans learn nothing of it.
     """
     resolved = resolve(source, dict(keys))
     corpus = setup.load_data(resolved.config)
@@ -124,7 +124,7 @@ def stand(source: str | Path, keys: Mapping[str, Any], root: Path, listeners: Se
     run = Run.create(root, settled.source)
     meta = {"request": "", "data": corpus.fingerprint, "started_in": str(Path.cwd()), "processes": 1}
     _write(run, settled, corpus, meta)
-    return Session(run, settled, parts, rate, listeners, silent)
+    return Session(run, settled, parts, rate, listeners, silent, apart=True)
 
 
 def _write(run: Run, settled: Resolved, corpus: Corpus, meta: dict[str, Any]) -> None:
@@ -173,11 +173,17 @@ def resume(
 def stand_again(run: Run, settings: Mapping[str, Any], listeners: Sequence[Listener] = ()) -> Session:
     """As `stand`, of a run that stopped: a session that goes on with it, with `settings` as of `resume`."""
     world, before = join(), read(run.config)
-    return _again(run, before, _changed(run, before, settings, world), world, listeners, silent)
+    return _again(run, before, _changed(run, before, settings, world), world, listeners, silent, apart=True)
 
 
 def _again(
-    run: Run, before: Resolved, resolved: Resolved, world: World, listeners: Sequence[Listener], progress: Tell
+    run: Run,
+    before: Resolved,
+    resolved: Resolved,
+    world: World,
+    listeners: Sequence[Listener],
+    progress: Tell,
+    apart: bool = False,
 ) -> Session:
     """The session that goes on with a run, which was resolved `before`."""
     meta = world.each(run.read_meta)
@@ -189,7 +195,7 @@ def _again(
     with oom.beyond_repair(BUILDING, TOO_LARGE), whole(BUILDING, progress):
         parts = setup.build(config, corpus, world)
     changed = differences(before, resolved)
-    return Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress, changed)
+    return Session(run, resolved, parts, setup.matmul_rate(config, world), listeners, progress, changed, apart)
 
 
 def _undone(run: Run, back: Back | None) -> list[Path]:

@@ -16,6 +16,7 @@ import pytest
 from lumina.cli import main
 from lumina.errors import UserError
 from lumina.orchestrator.signals import Signals
+from lumina.planner import calibration, outset
 from lumina.training.session import Session
 from lumina.verify import report
 from lumina.verify.gauntlet import arms, policies, running
@@ -116,6 +117,16 @@ def test_an_arm_is_the_run_that_was_never_forked(taken: Take) -> None:
         whole = take(Arm(case, kind, 3, "act"))
         assert whole.same(taken(case, kind))
         assert whole.decisions == taken(case, kind).decisions
+
+
+def test_a_broken_run_teaches_no_plan(taken: Take, known: dict[Any, Any], tmp_path: Path) -> None:
+    """Forecasts of later runs would expect what it came to, and so would the detectors that judge them."""
+    before = calibration.load().entries
+    take(Arm("junk", "dense", 3, "off"), healthy(taken, known))
+    assert calibration.load().entries == before
+    session = begin(Arm(HEALTHY.name, "dense", 3, "off"), healthy(taken, known), tmp_path)
+    assert outset.read(session.run.path)
+    assert not outset.reference(outset.read(session.run.path))
 
 
 def test_bad_batches_are_left_out_as_far_as_they_go(taken: Take) -> None:
