@@ -18,7 +18,7 @@ LOG_EVERY = 50
 def rescue(
     case: Annotated[str, typer.Option(help="What is done to it: a fault of `lumina gauntlet`.")] = "junk",
     kind: Annotated[str, typer.Option(help="dense, moe or mod.")] = "moe",
-    seed: Annotated[int, typer.Option(min=0)] = 7,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the weights, the data, and when it is broken.")] = 7,
     root: Annotated[Path, typer.Option(help="Folder for the run that is rescued.")] = Path("runs"),
     json: Json = False,
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lumina.cli import main
+from lumina.config.resolve import resolve
 from lumina.errors import UserError
 from lumina.orchestrator.signals import Signals
 from lumina.planner import calibration, outset
@@ -331,6 +332,15 @@ def test_sets_differ_in_seeds_steps_sizes_model_and_text(tmp_path: Path) -> None
     assert [(arm.case, arm.mode) for arm in long] == [("lr high", "act"), ("healthy", "act")]
     assert long[0].root.steps == 10_000
     assert arms.keys(SUITES["long"], CASES["lr high"], "dense", 1, tmp_path)["train.steps"] == 40_000
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_run_of_every_set_can_be_configured(suite: str, tmp_path: Path) -> None:
+    """Keys of another kind would be an error, hours later."""
+    for case in CASES.values():
+        for kind in case.kinds:
+            wanted = arms.keys(SUITES[suite], case, kind, 1, tmp_path)
+            assert resolve(arms.PRESET, wanted).config.model.kind == kind
 
 
 def test_all_are_taken_behind_the_run_they_are_forked_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,8 @@ class Arm:
     def terms(self) -> str:
         """A hash of what is done to which run: results of other terms are of another arm."""
         case, suite = CASES[self.case], SUITES[self.suite]
-        keys = sorted((KEYS | dict(case.keys) | dict(suite.keys)).items())
+        own = dict(suite.of_kind.get(self.kind, {}))
+        keys = sorted((KEYS | dict(case.keys) | dict(suite.keys) | own).items())
         return xxh3_64_hexdigest(repr([keys, suite.size(case), self.step]).encode())[:8]
 
 
@@ -170,7 +171,7 @@ def keys(suite: Suite, case: Case, kind: str, seed: int, folder: Path) -> dict[s
     found = KEYS | {"model.kind": kind, "train.seed": seed, "orchestrator.mode": "act"}
     for files in (suite.files, case.files):
         found.update(files(folder, seed) if files else {})
-    return found | dict(case.keys) | dict(suite.keys)
+    return found | dict(case.keys) | dict(suite.keys) | dict(suite.of_kind.get(kind, {}))
 
 
 # -- the healthy run ---------------------------------------------------------------------------------------------------

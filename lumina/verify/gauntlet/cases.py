@@ -7,7 +7,7 @@ not made for: seeds, steps, sizes of faults, the model's size, its text. It was 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,7 @@ class Suite:
     text: str
     seeds: tuple[int, ...]
     keys: Mapping[str, Any] = field(default_factory=dict)
+    of_kind: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # more of them
     first: int = 200  # a fault begins at one of `within` steps from here on, or from `late` on; the seed draws it
     late: int = 300
     within: int = 80
@@ -113,27 +114,15 @@ def _soon(
     return Case(name, text, plant, size, other, frozenset(causes), heard, stops=stops)
 
 
-def _slow(
-    name: str,
-    text: str,
-    plant: Plant,
-    size: float,
-    other: float | None,
-    heard: Heard,
-    cause: str,
-    against: Case,
-    *of: str,
-) -> Case:
+def _slow(fault: Case, like: Case, *kinds: str) -> Case:
     """Wrong from then on, and heard by what it does: a longer run, for the way back is tried before it is gone."""
-    kinds = of or against.kinds
-    causes = frozenset({cause})
-    return Case(name, text, plant, size, other, causes, heard, kinds, against.keys, late=True, against=against.name)
+    return replace(fault, kinds=kinds or like.kinds, keys=like.keys, late=True, against=like.name)
 
 
 BOTH = {"data.train": ["sample", "sample_chat"]}
 FAULTS = (
-    _slow("lr high", "F1: {size:g} times the learning rate is planned", faults.rate, 10, 6, "divergence",
-          "learning rate", HEALTHY_LONG),
+    _slow(_soon("lr high", "F1: {size:g} times the learning rate is planned", faults.rate, 10, 6, "divergence",
+          "learning rate"), HEALTHY_LONG),
     _soon("lr burst", "F2: one step at {size:g} times the learning rate", faults.rate_burst, 100, 150, "divergence",
           "learning rate"),
     _soon("junk", "F3: {size:g} batches of random bytes", faults.junk, 150, 110, "divergence", "data"),
@@ -146,19 +135,19 @@ FAULTS = (
           "data"),
     _soon("sharp attention", "F7: gains of queries and keys of one layer {size:g} times as large",
           faults.sharp_attention, 6, 8, "drift", "hardware", "numerics"),
-    _slow("lr low", "F8: a fraction of {size:g} of the learning rate is planned", faults.rate, 0.02, 0.05, "drift",
-          "learning rate", HEALTHY_LONG),
+    _slow(_soon("lr low", "F8: a fraction of {size:g} of the learning rate is planned", faults.rate, 0.02, 0.05,
+                "drift", "learning rate"), HEALTHY_LONG),
     _soon("wrong decay", "F9: weights decay {size:g} times as much as planned", faults.wrong_decay, 300, 200, "drift",
           "config"),
     _soon("wrong eps", "F9: AdamW's epsilon is {size:g}", faults.wrong_eps, 1.0, 0.3, "drift", "config"),
-    _slow("unbalanced", "F10: nothing balances, and a router row {size:g} times as large wants every token",
-          faults.unbalanced, 20, 15, "drift", "router", HEALTHY_LIMITED),
-    _slow("dead experts", "F11: router rows of {size:g} experts are zero, their biases -5", faults.dead_experts, 2,
-          None, "drift", "router", HEALTHY_LIMITED),
-    _slow("over-balance", "F12: the balance loss weighs {size:g} times the usual", faults.over_balance, 1000, 500,
-          "drift", "router", HEALTHY_LIMITED),
-    _slow("frozen predictor", "F15: the depth predictors are turned around, and learn no more", faults.frozen_predictor,
-          1, None, "drift", "depth", HEALTHY_LONG, "mod"),
+    _slow(_soon("unbalanced", "F10: nothing balances, and a router row {size:g} times as large wants every token",
+          faults.unbalanced, 20, 15, "drift", "router"), HEALTHY_LIMITED),
+    _slow(_soon("dead experts", "F11: router rows of {size:g} experts are zero, their biases -5", faults.dead_experts,
+                2, None, "drift", "router"), HEALTHY_LIMITED),
+    _slow(_soon("over-balance", "F12: the balance loss weighs {size:g} times the usual", faults.over_balance, 1000, 500,
+          "drift", "router"), HEALTHY_LIMITED),
+    _slow(_soon("frozen predictor", "F15: the depth predictors are turned around, and learn no more",
+                faults.frozen_predictor, 1, None, "drift", "depth"), HEALTHY_LONG, "mod"),
 )  # fmt: skip
 TRAPS = (
     Case("cosine", "H1: a plain cosine", keys={"train.schedule": "cosine"}),
@@ -185,7 +174,8 @@ HELD_OUT = Suite(
     "held-out",
     "a model half as wide again, another text (the reference of the Python language), other seeds, steps and sizes",
     (500, 501, 502),
-    {"model.width": 96, "model.ffn": 192},
+    {"model.width": 96},
+    {"dense": {"model.ffn": 192}, "moe": {"model.moe.ffn": 96}, "mod": {"model.ffn": 192}},
     first=285,
     late=400,
     within=50,

@@ -121,14 +121,10 @@ def watchers(found: Sequence[Score]) -> Table:
 
 
 def _only(one: Score, shown: set[tuple[str, str, int]]) -> Score:
+    """A score of those runs alone."""
     keep = [(r.arm.case, r.arm.kind, r.arm.seed) in shown for r in one.runs]
-
-    runs, alone, healthy = (
-        list(compress(one.runs, keep)),
-        list(compress(one.alone, keep)),
-        list(compress(one.healthy, keep)),
-    )
-    return replace(one, runs=runs, alone=alone, healthy=healthy)
+    runs, alone = list(compress(one.runs, keep)), list(compress(one.alone, keep))
+    return replace(one, runs=runs, alone=alone, healthy=list(compress(one.healthy, keep)))
 
 
 def latencies(found: Sequence[Score]) -> Table:
@@ -236,7 +232,8 @@ def alone(results: Sequence[Result]) -> Table:
 
 
 def _keys(suite: Suite) -> str:
-    parts = [f"`{key}={value}`" for key, value in suite.keys.items()]
+    keys = dict(suite.keys) | {key: value for more in suite.of_kind.values() for key, value in more.items()}
+    parts = [f"`{key}={value}`" for key, value in keys.items()]
     return "".join(f", {part}" for part in [*parts, f"seeds {', '.join(map(str, suite.seeds))} unless said otherwise"])
 
 
