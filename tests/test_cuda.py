@@ -17,13 +17,16 @@ from support import KINDS, history, model_config, same_tensors, settings, tensor
 from lumina.checkpoint.phases import Buffers
 from lumina.config.resolve import read, resolve
 from lumina.data.loader import Batch
+from lumina.events import read_events
 from lumina.model.transformer import Transformer
+from lumina.orchestrator.ledger import entries
 from lumina.run.folder import Run
 from lumina.training.endings import Stopped
 from lumina.training.optim import Optimizer
 from lumina.training.precision import LossScale, Precision
 from lumina.training.step import METRICS, Step, train_step
-from lumina.training.trainer import Trainer, resume
+from lumina.training.trainer import Trainer, resume, stand
+from lumina.verify.gauntlet.faults import inf_weight
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="runs where there is a CUDA device: docs/hardware.md says where and when"
@@ -222,3 +225,35 @@ def test_memory_that_runs_out_splits_the_batch_and_changes_nothing_else(tmp_path
     assert "out of memory" in incidents[0]["said"]
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
     assert read(run.config).config.train.micro_batch in (16, 32)
+
+
+WATCHED = {
+    "orchestrator__mode": "act", "orchestrator__snapshot_every": 8, "orchestrator__probe_every": 10,
+    "train__steps": 40, "checkpoint__every": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_is_watched_is_who_is_not(kind: str, tmp_path: Path) -> None:
+    """Figures of every step, looks and restore points change no bit of training."""
+    act, off = (
+        trained(tmp_path, kind, mode, **WATCHED | EXACT | {"orchestrator__mode": mode}) for mode in ("act", "off")
+    )
+    assert [event["loss"] for event in act.events() if event["t"] == "step"] == losses(off)
+    weights = [{name: one for name, one in tensors(run).items() if "probe" not in name} for run in (act, off)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_weight_is_taken_back(kind: str, deterministic: bool, tmp_path: Path) -> None:
+    """The steps again are the same to the bit where the device's are, and as good where they are not."""
+    keys = settings(tmp_path, kind, **WATCHED | EXACT | {"train__deterministic": deterministic})
+    healthy = stand("tiny", keys, tmp_path / "healthy")
+    healthy.train()
+    broken = stand("tiny", keys, tmp_path / "broken")
+    inf_weight(broken, 28, 0, 1)
+    broken.train()
+    acted = [one.action for one in entries(list(read_events(broken.run.event_log))) if one.kind == "act"]
+    assert acted[-1] == "rewind_replay"  # the guard left some steps out before it
+    assert losses(broken.run) == pytest.approx(losses(healthy.run), abs=0.0 if deterministic else 0.05)

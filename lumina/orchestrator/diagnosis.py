@@ -7,6 +7,7 @@ gone; what comes out the same is the data if other batches are fine on the same 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,6 +63,7 @@ def diagnose(finding: Finding, replay: Replay | None, signals: Signals) -> Diagn
     if replay:
         values["replay"] = {"loss": replay.loss, "again": replay.again, "same": replay.same}
         values["replay"] |= {"others": list(replay.others), "heldout": replay.heldout, "ahead": replay.ahead}
+        values["replay"] |= {"before": replay.before, "others_before": list(replay.others_before)}
     text = " ".join(sentence for sentence in told if sentence)
     lost = _lost(replay, signals) if replay and verdict == "differs" else None
     return Diagnosis(cause, text, verdict, replay.ahead if replay else 0, lost, values)
@@ -75,18 +77,29 @@ def _lost(replay: Replay, signals: Signals) -> float | None:
 
 
 def judge(replay: Replay) -> Verdict:
-    """What the step taken again says; `any batch` if others are as bad as it, or not finite."""
+    """What the step taken again says; `any batch` if others are as bad as it, or not finite.
+
+    Bad data soon spoils weights for all data; so the restore point's, which it has not yet spoiled, are asked, too.
+    """
     if not replay.same:
         return "differs"
-    others = [loss for loss in replay.others if math.isfinite(loss)]
     if not replay.others:
         return ""
-    if len(others) < len(replay.others):
+    if not all(map(math.isfinite, replay.others)):
         return "any batch"
-    if not math.isfinite(replay.again):
-        return "data"
-    margin = max(SEVERE, RANGES * (max(others) - min(others)))
-    return "data" if replay.again - max(others) > margin else "any batch"
+    return "data" if _alone(replay.again, replay.others) or _was_alone(replay) else "any batch"
+
+
+def _alone(loss: float, others: Sequence[float]) -> bool:
+    """Whether a batch is far worse than others are: another kind of data."""
+    if not math.isfinite(loss):
+        return True
+    return loss - max(others) > max(SEVERE, RANGES * (max(others) - min(others)))
+
+
+def _was_alone(replay: Replay) -> bool:
+    others = replay.others_before
+    return bool(others) and all(map(math.isfinite, others)) and _alone(replay.before, others)
 
 
 def shows(finding: Finding, signals: Signals) -> dict[Cause, tuple[int, str]]:
@@ -148,9 +161,15 @@ def _told(verdict: Verdict, replay: Replay | None, finding: Finding) -> str:
     first = f"Taken again from the restore point, step {replay.step} came to {replay.again:.4g}"
     if verdict == "differs":
         return f"{first} instead of {replay.loss:.4g}: it does not come out the same."
-    others = ", ".join(f"{loss:.3g}" for loss in replay.others)
-    same = f"{first}, the same to the bit; other batches on the same weights: {others}"
-    return f"{same}, and the held-out text: {replay.heldout:.3g}."
+    same = f"{first}, the same to the bit; other batches on the same weights: {_losses(replay.others)}"
+    told = f"{same}, and the held-out text: {replay.heldout:.3g}."
+    if not _was_alone(replay):
+        return told
+    return f"{told} To the restore point's weights it is {replay.before:.3g}, others {_losses(replay.others_before)}."
+
+
+def _losses(losses: Sequence[float]) -> str:
+    return ", ".join(f"{loss:.3g}" for loss in losses)
 
 
 def _broken(finding: Finding, signals: Signals) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -77,10 +78,12 @@ class Replay:
     loss: float  # as it was observed first
     again: float  # the same step once more
     same: bool  # to the bit: loss and gradient norm
-    others: tuple[float, ...]  # losses of the same weights on other batches of the training data
     heldout: float  # of the weights before the step, on the probe's text
     exact: bool = True  # whether this machine gives the same bits for the same step
-    ahead: int = 0  # batches that follow the step's without a gap and cost the same weights as much as it
+    ahead: int = 0  # batches that follow the step's without a gap and cost as much as it
+    others: tuple[float, ...] = ()  # losses of the weights before the step on other batches of the training data
+    before: float = math.nan  # loss of the restore point's weights on the batch of the step
+    others_before: tuple[float, ...] = ()  # of these weights on the other batches
 
 
 @dataclass(frozen=True)

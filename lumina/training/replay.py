@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lumina.checkpoint.snapshot import Snapshot
 from lumina.config.overlay import skipped
@@ -53,13 +53,14 @@ def _again(session: Session, seen: Observation, point: Snapshot) -> Replay:
         with course.fitting.on_trial():
             course.return_to(point)
             begin = course.state.progress.step
+            batches = _others(course, seen.step, begin)
+            before = _compared(course, seen.step, batches)
             while course.state.progress.step < seen.step - 1:
                 course.step()
                 session.heed()
             course.observe()
             heldout = course.probe.heldout()
-            others = tuple(_loss(course, batch) for batch in _others(course, seen.step, begin))
-            ahead = _ahead(course, seen.step, others)
+            now = _compared(course, seen.step, batches)
             course.step()
             assert course.state.pending
             again = dict(zip(METRICS, course.state.pending.read(), strict=False))
@@ -71,7 +72,9 @@ def _again(session: Session, seen: Observation, point: Snapshot) -> Replay:
     exact = session.config.parallel.device == "cpu" or session.config.train.deterministic
     same = str((loss, again["grad_norm"])) == str((seen.loss, seen.grad_norm))  # as texts, for NaN equals no NaN
     same = same or (not exact and abs(loss - seen.loss) <= NOISE * abs(seen.loss))
-    return Replay(seen.step, seen.loss, loss, same, others, heldout, exact, ahead)
+    ahead = max(before, now, key=lambda one: one.gap).ahead  # where the step's batch is plainer another kind of data
+    others = (now.others, before.loss, before.others)
+    return Replay(seen.step, seen.loss, loss, same, heldout, exact, ahead, *others)
 
 
 def _others(course: Course, step: int, before: int) -> list[Batch]:
@@ -84,19 +87,43 @@ def _others(course: Course, step: int, before: int) -> list[Batch]:
     return [course.parts.loader.batch(i, skipped(course.state.overlays)) for i in places]
 
 
-def _ahead(course: Course, step: int, others: Sequence[float]) -> int:
-    """How many batches after that of `step` cost the weights as much as it: doubled until one does not, then halved.
+class _Compared(NamedTuple):
+    """A step's batch beside others, as the same weights find them; losses in nats."""
+
+    loss: float
+    others: tuple[float, ...]
+    ahead: int
+
+    @property
+    def gap(self) -> float:
+        return _gap(self.loss, self.others)
+
+
+def _gap(loss: float, others: Sequence[float]) -> float:
+    """How much worse it is than the worst of the others; minus infinity if these do not say."""
+    gap = loss - max(others, default=math.nan)
+    return gap if math.isfinite(gap) else -math.inf
+
+
+def _compared(course: Course, step: int, batches: Sequence[Batch]) -> _Compared:
+    others = tuple(_loss(course, batch) for batch in batches)
+    loss = _cost(course, step)
+    return _Compared(loss, others, _ahead(course, step, loss, others))
+
+
+def _ahead(course: Course, step: int, loss: float, others: Sequence[float]) -> int:
+    """How many batches after that of `step`, which costs `loss`, cost as much: doubled until one does not, then halved.
 
     As much as it is more than half the way from the worst of `others` to it; two in a row that do not end the block.
     """
-    here, worst = _cost(course, step), max(others, default=math.nan)
-    if not here - worst > APART:
+    gap = _gap(loss, others)
+    if not gap > APART:
         return 0
     most = min(FARTHEST, course.parts.loader.phase_end(step - 1) - step)
 
     def bad(ahead: int) -> bool:
         last = min(ahead + 1, most)
-        return any(_cost(course, step + n) - worst > (here - worst) / 2 for n in range(ahead, last + 1))
+        return any(_gap(_cost(course, step + n), others) > gap / 2 for n in range(ahead, last + 1))
 
     low, high = 0, 1  # the block reaches as far as `low`, and not as far as `high`
     while high <= most and bad(high):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,6 +41,16 @@ def test_the_same_result_on_batches_that_others_are_better_than_is_the_data() ->
     finding, signals = diverged()
     found = diagnose(finding, replay(420, 5.5, 2.3, 2.2, 2.4), signals)
     assert (found.cause, found.verdict) == ("data", "data")
+
+
+def test_data_that_spoiled_the_weights_for_all_data_is_still_the_data() -> None:
+    """The figures of 23 batches of junk, dense, after which other batches cost twice what they had."""
+    finding, signals = diverged()
+    late = replay(420, 5.599, 4.25, 4.16, 3.46)
+    assert diagnose(finding, late, signals).verdict == "any batch"
+    found = diagnose(finding, replace(late, before=7.8, others_before=(2.1, 2.0, 2.2)), signals)
+    assert (found.cause, found.verdict) == ("data", "data")
+    assert "To the restore point's weights it is 7.8, others 2.1, 2, 2.2." in found.text
 
 
 def test_the_same_result_on_any_batch_is_the_state() -> None:

@@ -50,7 +50,7 @@ def look(step: int, **changes: Any) -> Look:
 def replay(
     step: int, loss: float, *others: float, same: bool = True, again: float | None = None, ahead: int = 0
 ) -> Replay:
-    return Replay(step, loss, loss if again is None else again, same, others, 2.0, ahead=ahead)
+    return Replay(step, loss, loss if again is None else again, same, 2.0, ahead=ahead, others=others)
 
 
 class Door:

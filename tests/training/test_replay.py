@@ -86,6 +86,8 @@ def test_data_hardware_and_state_look_different(tmp_path: Path, monkeypatch: pyt
     assert hardware
     assert data.same
     assert data.loss > 2 * max(*data.others, data.heldout)
+    assert data.before > 1 + max(data.others_before)  # the restore point's weights have not seen any of it
+    assert hardware.before < 0.5 + max(hardware.others_before)
     assert (data.ahead, hardware.ahead) == (3, 0)  # batches 15 to 17 of the run's 20 are as bad
     assert not hardware.same
     assert hardware.again < hardware.loss - 0.5
