@@ -34,6 +34,7 @@ from lumina.training.trainer import stand
 BARE, ACT = "bare", "act"
 STEP, LOOK, POINT = "step", "look", "restore point"
 TINY, SHAPE_P = "tiny", "P"
+PRESETS = {TINY: "tiny", SHAPE_P: "debug"}
 AT_ONCE = {TINY: 10, SHAPE_P: 1}  # steps of a turn
 BARS = {TINY: 0.03, SHAPE_P: 0.01}
 HEADER = ("kind", "bare, ms", "act, ms", "a look, ms", "a restore point, ms", "act over bare", "bar", "verdict")
@@ -42,6 +43,12 @@ HEADER = ("kind", "bare, ms", "act, ms", "a look, ms", "a restore point, ms", "a
 def suite(size: str, kinds: Sequence[str] = KINDS, keys: Mapping[str, Any] | None = None) -> list[Arm]:
     """Both arms of each kind, tiny or at shape P."""
     return [_arm(size, kind, mode, keys or {}) for kind in kinds for mode in (BARE, ACT)]
+
+
+def device(size: str, keys: Mapping[str, Any]) -> str:
+    """What all arms run on."""
+    own = {key: value for key, value in keys.items() if key == "parallel.device"}
+    return machine.choose_device(resolve(PRESETS[size], own).config.parallel.device)[0]
 
 
 def harm(kind: str, steps: int, own: Mapping[str, Any] | None = None, progress: Tell = silent) -> str:
@@ -70,7 +77,7 @@ def _arm(size: str, kind: str, mode: str, keys: Mapping[str, Any]) -> Arm:
     if size == SHAPE_P:
         own |= {**speed.SHAPE, **speed.OF_KIND[kind], "model.seq_len": 512, "train.batch_tokens": 4096}
     own |= {key: value for key, value in keys.items() if kind in kinds_of(key)}
-    preset = "tiny" if size == TINY else "debug"
+    preset = PRESETS[size]
     tokens = resolve(preset, own).config.train.batch_tokens
     return Arm(f"{kind} {mode}", lambda: _stepping(preset, own, AT_ONCE[size]), amount=tokens)
 

@@ -266,7 +266,8 @@ def orchestrator(
         return
     with Console(1, quiet=json) as console:
         arms = watched.suite(size, kind or KINDS, keys)
-        measured = harness.measure(arms, rounds, progress=console.progress, settings=keys, size=size)
+        device = watched.device(size, keys)
+        measured = harness.measure(arms, rounds, device=device, progress=console.progress, settings=keys, size=size)
     found = watched.rows(measured, size)
     said = f"{report.circumstances(measured.about)}; {report.ceilings(measured)}."
     page = report.table(f"What watching costs, {size}", watched.HEADER, found, said).lstrip()
