@@ -100,7 +100,7 @@ def _stepping(preset: str, keys: Mapping[str, Any], steps: int) -> Run:
         step = timed(session._step, steps) / steps
         if not watched:
             return {STEP: step, TOTAL: step}
-        apart = {LOOK: timed(look), POINT: timed(session.take_point)}
+        apart = {LOOK: timed(look), POINT: timed(session.ways.take_point)}
         _require_alive(session)
         return {STEP: step, **apart, TOTAL: step + sum(apart[part] / every[part] for part in every)}
 

@@ -93,7 +93,7 @@ def resume(
     from lumina.run import index
     from lumina.run.inbox import Inbox
     from lumina.training import trainer
-    from lumina.training.session import Back
+    from lumina.training.ways_back import Back
 
     voice, found = Voice(quiet, json), index.find(root, run)
     if watched(supervise, restarts, processes):

@@ -87,7 +87,7 @@ class SessionControls(Controls):
         if begin > self.step:  # nothing was done with them yet
             self._lay(why, rest, overlay=", ".join(ids))
         else:
-            self.session.rollback(self.session.way_back(begin), overlays=rest, why=why)
+            self.session.ways.rollback(self.session.ways.before(begin), overlays=rest, why=why)
 
     def _lay(self, why: Decision, overlays: tuple[Overlay, ...], ahead: int = 1, **what: Any) -> None:
         """Tells what is going to be in force, then it is; `ahead`: so many steps are taken with it at once."""
@@ -148,14 +148,14 @@ class SessionControls(Controls):
     # -- going back, trying ------------------------------------------------------------------------------------------
 
     def points(self) -> tuple[int, ...]:
-        return self.session.restore_points()
+        return self.session.ways.known()
 
     def rollback(self, why: Decision, step: int, data: Data = "replay", until: int = 0) -> None:
         last = max(self.step, min(until, self.course.parts.loader.phase_end(self.step - 1)))
-        self.session.rollback(step, (step + 1, last) if data == "skip" else None, why=why)
+        self.session.ways.rollback(step, (step + 1, last) if data == "skip" else None, why=why)
 
     def snapshot(self) -> int:
-        return self.session.take_point().bytes
+        return self.session.ways.take_point().bytes
 
     @contextmanager
     def fork(self, step_seconds: float, worth: int = 0) -> Iterator[Arms]:

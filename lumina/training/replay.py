@@ -33,7 +33,7 @@ FARTHEST = 4096  # batches; a search takes 2 log2 of them
 def replay(session: Session, before: int) -> Replay | None:
     """See `orchestrator.protocol.Controls.replay`."""
     seen = session.oversight.seen
-    points = [p for p in session.points if seen and p.state["progress"].step < min(before, seen.step)]
+    points = [p for p in session.ways.points if seen and p.state["progress"].step < min(before, seen.step)]
     if seen is None or not points:
         return None
     try:

@@ -9,45 +9,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lumina.checkpoint import store
-from lumina.checkpoint.snapshot import Snapshot
 from lumina.config import overlay
 from lumina.config.change import RESUME
-from lumina.config.overlay import SKIP, Overlay, added
 from lumina.config.resolve import Resolved
-from lumina.errors import DiskRefused, UserError
+from lumina.errors import DiskRefused
 from lumina.events import EventWriter
 from lumina.orchestrator.protocol import Decision
-from lumina.planner.memory import RESTORE_POINTS
 from lumina.progress import Tell, silent
-from lumina.run import lineage, signals, supervised
+from lumina.run import signals, supervised
 from lumina.run.folder import Run
 from lumina.run.watchdog import Watchdog
 from lumina.training import machine, oom, room, setup
 from lumina.training.course import Course
-from lumina.training.endings import Interrupted, LeftHalfway, Stopped
+from lumina.training.endings import Interrupted, Stopped
 from lumina.training.experience import Experience
 from lumina.training.forecasting import Forecaster
 from lumina.training.hand import Hand
 from lumina.training.oversight import Oversight
 from lumina.training.saving import Saver
+from lumina.training.ways_back import Back, WaysBack
 
 Listener = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Back:
-    """Going back to `step`, to read what came after it again, or to leave out the batches of the steps `skip`.
-
-    `skip` are the first and the last, or "all" since `step`.
-    """
-
-    step: int
-    skip: tuple[int, int] | Literal["all"] | None = None
 
 
 class Session:
@@ -84,7 +69,7 @@ class Session:
         self.experience = Experience(run, self.config, self._emit)
         recast = resolved.origins["precision.mode"] == RESUME
         self.saver = Saver(run, parts, self.state, self.told, self._emit, recast)
-        self.points: list[Snapshot] = []  # restore points in memory, the older first
+        self.ways = WaysBack(self)
         self.hand = Hand(self)
         self.began = machine.work_began()
         self.ending = ""  # who asked to stop, if not a signal
@@ -99,19 +84,19 @@ class Session:
         self.state.attempt = self.world.decide(self.run.next_attempt)
         with ExitStack() as stack:
             stack.enter_context(self.watchdog)
-            skipped = self._begin(back)
+            skipped = self.ways.begin(back)
             if self.changed:  # by now it is certain that the attempt begins
                 self.world.decide(lambda: oom.rewrite(self.run, self.course.fitting.resolved))
             self.requests = stack.enter_context(signals.Requests())
             self.world.decide(lambda: self._open_log(stack))
             stack.enter_context(self.saver.writer)
-            self._announce("rollback" if back else "resume" if self.state.attempt else "start", skipped)
+            self.announce("rollback" if back else "resume" if self.state.attempt else "start", skipped)
             if back:
-                self._went_back(back.step)
+                self.ways.went_back(back.step)
             self.keep_ways_back()
             self._tell_restart()
             if self.state.attempt:
-                with self._refusals():  # where no save comes, at the end of a run, none would tidy either
+                with self.refusals():  # where no save comes, at the end of a run, none would tidy either
                     self.saver.tidy()
             self.course.begin()
             with suppress(Interrupted):
@@ -137,7 +122,7 @@ class Session:
             self.keep_ways_back()
         self.course.seen = self.course.looked = None
         self.course.advance()
-        with self._pausing(), self._refusals():
+        with self.pausing(), self.refusals():
             self.saver.poll(self.state.progress.step_seconds)
         self.oversight.after_step()
         step, every = self.state.progress.step, int(self.config.checkpoint.every)
@@ -150,154 +135,7 @@ class Session:
     def _take_point_if_due(self, every: int) -> None:
         wanted = self.oversight.watching and self.config.orchestrator.snapshot_every
         if wanted and self.state.progress.step % every == 0 and self.oversight.calm():
-            self.take_point()
-
-    def take_point(self) -> Snapshot:
-        """Makes this step a restore point in memory, in place of the older of two; its time is not training time."""
-        with self._pausing():
-            self.points = [point for point in self.points if _step(point) < self.state.progress.step]
-            spare = self.points.pop(0) if len(self.points) == RESTORE_POINTS else None
-            self.points.append(self.course.take(into=spare))
-            self.points[-1].state["orchestrator"] = self.state.orchestrator()
-        return self.points[-1]
-
-    # -- where it goes on from ----------------------------------------------------------------------------------------
-
-    def _begin(self, back: Back | None) -> list[tuple[Path, str]]:
-        """Stands where the attempt begins; returns damaged checkpoints that were passed over, with the reason."""
-        if self.state.attempt == 0:
-            if back:
-                raise UserError(f"{self.run.path}: has not begun, so there is nothing to go back to", "train it first")
-            return []
-        self.saver.recall()
-        overlays = self._overlays()
-        if back is None:
-            skipped = self.saver.restore()
-            self.state.overlays = self.state.overlays if overlays is None else overlays
-            return skipped
-        stood = self.world.decide(self._stood)
-        if not back.step < stood:
-            raise UserError(f"{self.run.path}: stands at step {stood}, not behind {back.step}", "name an earlier step")
-        found = self.saver.find(back.step) if back.step else None
-        self.state.overlays = self.saver.overlays() if overlays is None else overlays
-        skip = (back.step + 1, stood) if back.skip == "all" else back.skip
-        overlays = self._without(skip, back.step) if skip else self.state.overlays
-        self._go_to(found)
-        self.state.overlays = overlays
-        return []
-
-    def rollback(
-        self,
-        step: int,
-        skip: tuple[int, int] | None = None,
-        overlays: tuple[Overlay, ...] | None = None,
-        why: Decision | None = None,
-    ) -> None:
-        """Goes back to the restore point of `step`, in memory or on disk, and begins another attempt there.
-
-        The batches of steps `skip`, first and last, are quarantined; other `overlays` than those in force may be given.
-        Raises `UserError`, with nothing done, if there is no such restore point, or the disk does not take the news.
-        """
-        if not step < self.state.progress.step:
-            raise UserError(f"step {step}: the run is at step {self.state.progress.step}", "name an earlier step")
-        with self._refusals():
-            self.saver.finish()
-        at_hand = next((point for point in self.points if _step(point) == step), None)
-        found = at_hand or self.saver.find(step)
-        overlays = self.state.overlays if overlays is None else overlays
-        overlays = self._without(skip, step) if skip else overlays
-        self.world.each(self.course.observe)
-        before = self.state.attempt, self.state.overlays
-        here = self._here() if self.points else None  # then there is room for another copy
-
-        def move() -> None:
-            self._go_to(found)
-
-        def tell() -> None:  # known on the disk before a step is taken
-            self._number(self.state.attempt + 1, overlays)
-            self._announce("rollback", [], step, why)
-
-        try:
-            for work in (move, tell) if here else (tell, move):
-                work()
-        except Exception as error:
-            if here is None and work is move:
-                raise LeftHalfway(f"the way back to step {step} failed: {error}") from error
-            self._number(*before)
-            if here:
-                self._stay(*here)
-            raise
-        self.state.overlays = overlays
-        self._went_back(step)
-        self.oversight.return_to(why)
-        self.keep_ways_back()
-        self.course.last = time.perf_counter()
-
-    def _here(self) -> tuple[Snapshot, int | None, Any]:
-        """Where the run stands, to stay there after all."""
-        return self.course.take(), self.saver.saved_step, self.state.unpacked
-
-    def _stay(self, point: Snapshot, saved: int | None, known: Any) -> None:
-        self.course.return_to(point)
-        self.saver.saved_step, self.state.unpacked = saved, known
-
-    def _number(self, attempt: int, overlays: tuple[Overlay, ...]) -> None:
-        """What is told from here on is of this attempt, over whose plan these overlays lie."""
-        self.state.attempt, self.state.overlays = attempt, overlays
-        if self.world.main:
-            self.events.attempt = attempt
-
-    def way_back(self, begin: int) -> int:
-        """The newest restore point before step `begin`."""
-        return max((step for step in self.restore_points() if step < begin), default=begin - 1)
-
-    def restore_points(self) -> tuple[int, ...]:
-        """The steps that it can go back to, on disk or in memory, ascending."""
-        at_hand = [_step(point) for point in self.points]
-        points = {*self.world.decide(self.saver.saved), *at_hand}
-        return tuple(sorted(step for step in points if step < self.state.progress.step))
-
-    def _go_to(self, point: Snapshot | store.Checkpoint | None) -> None:
-        """Stands at a restore point; without one, at the start, where a session begins anyway."""
-        self.course.last_eval, self.saver.saved_step = None, None
-        if isinstance(point, Snapshot):
-            self.course.return_to(point)
-            self.state.unpacked = point.state["orchestrator"]
-        elif point:
-            self.saver.load(point)
-        else:
-            setup.load_origin(self.parts)
-
-    def _went_back(self, step: int) -> None:
-        self.points = [point for point in self.points if _step(point) <= step]
-        self.course.seen = self.course.looked = self.oversight.seen = None
-        self.saver.lineage = self.saver.lineage.after(self.state.attempt, step)
-        with self._refusals():
-            self.world.decide(self.saver.link)
-
-    def _without(self, skip: tuple[int, int], step: int) -> tuple[Overlay, ...]:
-        """What lies over the plan, and a quarantine of what steps `skip` read or would have read, all after `step`."""
-        first, last = skip
-        if not step < first <= last:
-            raise UserError(f"steps {first} to {last}: not after step {step}", "quarantine steps that are undone")
-        overlays = self.state.overlays
-        for block in self.parts.loader.blocks(first - 1, last - 1, overlay.skipped(overlays)):
-            begin = block.at + 1
-            id = f"{SKIP}@{begin}:{block.start}+{block.length}"
-            overlays = added(overlays, Overlay(id, SKIP, [block.start, block.length], begin))
-        return overlays
-
-    def _overlays(self) -> tuple[Overlay, ...] | None:
-        """What lies over the plan, as the log has it; None if the log does not say."""
-        said = self.world.decide(lambda: lineage.overlays(self.run))
-        return None if said is None else overlay.unpack(said, str(self.run.event_log))
-
-    def _stood(self) -> int:
-        """The last step that the run is known to have taken."""
-        out = self.saver.abandoned()
-        saved = [store.step_of(path) for path in store.checkpoints(self.run.checkpoints) if path not in out]
-        told = [int(event["step"]) for event in self.run.events() if "step" in event]
-        return max([0, *saved, *told])
+            self.ways.take_point()
 
     # -- saving, stopping ----------------------------------------------------------------------------------------------
 
@@ -321,21 +159,21 @@ class Session:
         """Begins to save this step, if that is not done; its time is not training time. After the `last` comes none."""
         if self.saver.saved_step == self.state.progress.step:
             return
-        with self._pausing():
-            with self._refusals():  # that of the save before is no reason not to try this one
+        with self.pausing():
+            with self.refusals():  # that of the save before is no reason not to try this one
                 self.saver.finish()
-            with self._refusals(last):
+            with self.refusals(last):
                 self.saver.save(self.course.last_eval, **why)
 
     @contextmanager
-    def _pausing(self) -> Iterator[None]:
+    def pausing(self) -> Iterator[None]:
         """The time of the block is not training time."""
         start = time.perf_counter()
         yield
         self.course.last += time.perf_counter() - start
 
     @contextmanager
-    def _refusals(self, last: bool = False) -> Iterator[None]:
+    def refusals(self, last: bool = False) -> Iterator[None]:
         """What the disk refuses inside the block is told; it ends the attempt, if the user wants that or it is the
         `last` save."""
         try:
@@ -354,7 +192,7 @@ class Session:
         if again:
             self.saver.saved_step = None
         self._save()
-        with self._pausing():
+        with self.pausing():
             self.saver.finish()
         self.saver.require_saved()
 
@@ -366,12 +204,12 @@ class Session:
         step = self.state.progress.step
         if any(step < one.begin <= step + ahead for one in self.state.overlays):
             self._save()
-        with self._pausing(), self._refusals():
+        with self.pausing(), self.refusals():
             self.world.decide(lambda: self.saver.keep_ways_back(ahead))
 
     def _settle(self) -> None:
         """Waits until the last save has lasted."""
-        with self._refusals(last=True):
+        with self.refusals(last=True):
             self.saver.finish()
         self.saver.require_saved()
 
@@ -427,7 +265,7 @@ class Session:
         if self.world.max(self.requests.stop):
             raise Interrupted
 
-    def _announce(
+    def announce(
         self, reason: str, skipped: Sequence[tuple[Path, str]], step: int | None = None, why: Decision | None = None
     ) -> None:
         """Tells that an attempt begins at `step`, by default where the state is; returns when the disk knows it.
@@ -460,8 +298,3 @@ class Session:
             )
 
         self.world.decide(tell)
-
-
-def _step(point: Snapshot) -> int:
-    step: int = point.state["progress"].step
-    return step

@@ -27,7 +27,8 @@ from lumina.run.inbox import Inbox
 from lumina.run.lineage import lineage
 from lumina.run.lock import RunLock
 from lumina.training import machine, memory, oom, room, setup
-from lumina.training.session import Back, Listener, Session
+from lumina.training.session import Listener, Session
+from lumina.training.ways_back import Back
 
 TOO_LONG = "set train.micro_batch smaller, or train.steps instead of train.time"
 BUILDING = "building the model"

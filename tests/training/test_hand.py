@@ -29,6 +29,7 @@ from lumina.training.endings import LeftHalfway, Stopped
 from lumina.training.hand import Hand
 from lumina.training.session import Session
 from lumina.training.trainer import Trainer, resume
+from lumina.training.ways_back import WaysBack
 
 Keys = dict[str, Any]
 Ask = Callable[[OpenRun], object]
@@ -401,7 +402,7 @@ def test_a_way_back_that_fails_half_way_ends_the_attempt_and_the_next_begins_the
     """Where memory holds no restore point it has none to stay at, either."""
     keys = keys | {"orchestrator.mode": "off"}
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "_go_to", planted)
+        patch.setattr(WaysBack, "_go_to", planted)
         with pytest.raises(LeftHalfway, match="planted"):
             trained(tmp_path, keys, patch, {5: asking(lambda run: run.rollback_steps(2))})
     run = resume(Run(next(tmp_path.iterdir())))

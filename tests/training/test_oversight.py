@@ -171,7 +171,7 @@ def test_an_action_that_is_refused_is_its_own_to_hear(
 def test_off_builds_none_of_it(spy: type[Spy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Spy, "__init__", crash)
     points: list[int] = []
-    at = {6: lambda controls: points.append(len(controls.session.points))}
+    at = {6: lambda controls: points.append(len(controls.session.ways.points))}
     run = trained(tmp_path, keys(tmp_path, orchestrator__mode="off"), monkeypatch, at)
     assert points == [0]
     assert spy.heard == []
@@ -194,7 +194,7 @@ def test_a_run_with_restore_points_keeps_two(tmp_path: Path, monkeypatch: pytest
     steps: dict[int, list[int]] = {}
 
     def note(step: int) -> Any:
-        return lambda c: steps.__setitem__(step, [point.state["progress"].step for point in c.session.points])
+        return lambda c: steps.__setitem__(step, [point.state["progress"].step for point in c.session.ways.points])
 
     trained(tmp_path, keys(tmp_path), monkeypatch, {step: note(step) for step in (1, 2, 5, 8)})
     assert steps == {1: [0], 2: [0, 2], 5: [2, 4], 8: [6, 8]}

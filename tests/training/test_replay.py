@@ -51,7 +51,7 @@ def test_the_point_before_the_last_lies_before_a_step_that_was_saved_as_one(
     """Step 6 is observed behind step 7, and there is a restore point of 6: the one of 3 is before it."""
 
     def look(controls: SessionControls) -> None:
-        steps = [point.state["progress"].step for point in controls.session.points]
+        steps = [point.state["progress"].step for point in controls.session.ways.points]
         assert steps == [3, 6]
         assert (found := controls.replay(controls.step))
         assert found.step == 6

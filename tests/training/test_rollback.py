@@ -20,8 +20,9 @@ from lumina.run import lineage
 from lumina.run.folder import Run
 from lumina.training.controls import SessionControls
 from lumina.training.oom import Fitting
-from lumina.training.session import Back, Session
+from lumina.training.session import Back
 from lumina.training.trainer import Trainer, resume
+from lumina.training.ways_back import WaysBack
 
 Keys = dict[str, Any]
 
@@ -106,7 +107,7 @@ def test_a_crash_right_after_going_back_keeps_to_it(
     went = trained(tmp_path / "went", keys, monkeypatch, {8: back(3, "skip")})
     with monkeypatch.context() as patch:
         act(patch, {8: back(3, "skip")})
-        patch.setattr(Session, "_went_back", crash)
+        patch.setattr(WaysBack, "went_back", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             Trainer("tiny", root=tmp_path / "cut", **keys).fit()
     (run,) = (Run(path) for path in (tmp_path / "cut").iterdir())

@@ -77,7 +77,7 @@ def test_every_setting_of_the_orchestrator_shows(
     def stepping(session: Session) -> None:
         step(session)
         if session.state.progress.step == 7:
-            points = [point.state["progress"].step for point in session.points]
+            points = [point.state["progress"].step for point in session.ways.points]
             watching = session.oversight.orchestrator
             left = watching.policy.left if watching else None
             shown = {"mode": session.course.invariants is not None, "snapshot_every": points, "budget": left}

@@ -81,7 +81,7 @@ def test_what_is_heard_before_the_first_observation_after_it_is_kept(
 
     def forecast(controls: SessionControls) -> None:
         controls.rollback(WHY, 4)
-        assert [point.state["progress"].step for point in controls.session.points] == [2, 4]
+        assert [point.state["progress"].step for point in controls.session.ways.points] == [2, 4]
         assert controls.session.oversight.calm()
         controls.session.tell("forecast", deviation=found)
 
@@ -191,14 +191,14 @@ def test_a_way_back_that_fails_on_its_way_leaves_the_run_where_it_stood(
     fault(monkeypatch)
     unwatched = trained(tmp_path / "off", keys | {"orchestrator.mode": "off"}, monkeypatch)
     fault(monkeypatch)
-    announce = Session._announce
+    announce = Session.announce
 
     def announced(session: Session, reason: str, *how: Any, **more: Any) -> None:
         if reason == "rollback":
             raise ZeroDivisionError("planted")
         announce(session, reason, *how, **more)
 
-    monkeypatch.setattr(Session, "_announce", announced)
+    monkeypatch.setattr(Session, "announce", announced)
     run = trained(tmp_path / "act", keys, monkeypatch)
     assert begun(run) == [None]
     assert [e["error"][:28] for e in run.events() if e["t"] == "incident"] == ["ZeroDivisionError: planted (i"[:28]]

@@ -39,7 +39,7 @@ MEANING = (
     "see what it is. Losses are final, causal and held-out. *above healthy*: above the healthy run of the same seed, "
     "for each seed, in sigma, the standard deviation of the final losses of healthy runs of that kind and these "
     "settings over seeds, and the most in nats; inf: it was stopped, or is not finite. *alone*: the same of the run "
-    f"that nobody watched: a fault hurts if that is more than {HURTS:g}; one that does not hurt most of its runs "
+    f"that nobody watched: a fault hurts a run if that is more than {HURTS:g}; one that is not above that on average "
     "counts as healthy, where nothing may be done. *rescued*: of the runs that are hurt, how many ended at most "
     f"{SIGMAS:g} above; of targets that are shifted, which nothing mends, how many were stopped with a right "
     "diagnosis. *avoided*: 1 - above / alone, median of those. *heard*: steps from the fault to the first decision "

@@ -29,7 +29,7 @@ class Score:
     alone: list[Result | None]  # that nobody watched; None: not taken
     healthy: list[Result | None]  # that nothing was done to; of a trap that is another run: alone
     sigma: float  # standard deviation of healthy runs over seeds, nats; NaN if too few are known
-    hurts: bool | None  # whether it is a fault: it hurts most runs alone; None: nobody knows
+    hurts: bool | None  # whether it is a fault: on average it hurts runs alone; None: nobody knows
 
     @property
     def nats(self) -> list[float]:
@@ -142,8 +142,9 @@ def scores(results: Sequence[Result], alone: bool = False) -> list[Score]:
             continue
         if (name, kind) not in known:
             every = [r for arm, r in of.items() if (arm.case, arm.kind, arm.mode) == (name, kind, "off")]
-            hurt = score(every, "off", None).hurt if every and sigma > 0 else []
-            known[name, kind] = 2 * sum(hurt) > len(hurt) if hurt else None  # once, for whoever watches
+            away = score(every, "off", None).away if every and sigma > 0 else []
+            away = [value for value in away if not math.isnan(value)]
+            known[name, kind] = statistics.fmean(away) > HURTS if away else None  # once, for whoever watches
         hurts = False if not case.fault else known[name, kind]
         found.append(score([r for a, r in of.items() if (a.case, a.kind, a.mode) == (name, kind, mode)], mode, hurts))
     return found
