@@ -19,7 +19,7 @@ from lumina.orchestrator.signals import Signals
 from lumina.orchestrator.windows import BLOCK, LEAVES, SEVERE
 
 Cause = Literal["data", "learning rate", "optimizer state", "numerics", "router", "depth", "config", "hardware", "none"]
-Verdict = Literal["differs", "data", "any batch", ""]
+Verdict = Literal["differs", "data", "any batch", "damaged", ""]
 
 # What a broken invariant says of the cause, by its name.
 INVARIANTS: dict[str, Cause] = {
@@ -77,7 +77,8 @@ def _lost(replay: Replay, signals: Signals) -> float | None:
 
 
 def judge(replay: Replay) -> Verdict:
-    """What the step taken again says; `any batch` if others are as bad as it, or not finite.
+    """What the step taken again says; `any batch` if others are as bad as it, or not finite, and `damaged` if they are
+    not finite to the restore point's weights either.
 
     Bad data soon spoils weights for all data; so the restore point's, which it has not yet spoiled, are asked, too.
     """
@@ -85,9 +86,13 @@ def judge(replay: Replay) -> Verdict:
         return "differs"
     if not replay.others:
         return ""
-    if not all(map(math.isfinite, replay.others)):
-        return "any batch"
-    return "data" if _alone(replay.again, replay.others) or _was_alone(replay) else "any batch"
+    if not _finite(replay.others_before or replay.others):
+        return "damaged"
+    return "data" if _is_alone(replay) or _was_alone(replay) else "any batch"
+
+
+def _finite(losses: Sequence[float]) -> bool:
+    return all(map(math.isfinite, losses))
 
 
 def _alone(loss: float, others: Sequence[float]) -> bool:
@@ -97,9 +102,15 @@ def _alone(loss: float, others: Sequence[float]) -> bool:
     return loss - max(others) > max(SEVERE, RANGES * (max(others) - min(others)))
 
 
+def _is_alone(replay: Replay) -> bool:
+    """To the weights of the step."""
+    return _finite(replay.others) and _alone(replay.again, replay.others)
+
+
 def _was_alone(replay: Replay) -> bool:
+    """To the restore point's weights."""
     others = replay.others_before
-    return bool(others) and all(map(math.isfinite, others)) and _alone(replay.before, others)
+    return bool(others) and _finite(others) and _alone(replay.before, others)
 
 
 def shows(finding: Finding, signals: Signals) -> dict[Cause, tuple[int, str]]:
@@ -142,9 +153,11 @@ def _cause(
     if verdict == "differs" and sure < 2:
         noise = "" if replay is None or replay.exact else ", beyond the noise that is allowed for on this device"
         return "hardware", f"So it is a fault of the hardware, or one that came from outside and is gone{noise}."
-    if verdict == "data":
+    if verdict == "data" and replay and _is_alone(replay):
         return "data", "So it is these batches that the weights of that step cannot bear: other data is fine."
-    if verdict == "any batch" and replay is not None and not all(map(math.isfinite, replay.others)):
+    if verdict == "data" and cause != "learning rate":
+        return "data", "So it is these batches: they have spoiled the weights of that step for other data, too."
+    if replay and replay.same and not _finite(replay.others):
         return "numerics", "So weights or optimizer hold values that are not finite."
     if cause not in ("none",):
         return cause, f"That points to the {cause}: {text}."
@@ -161,11 +174,13 @@ def _told(verdict: Verdict, replay: Replay | None, finding: Finding) -> str:
     first = f"Taken again from the restore point, step {replay.step} came to {replay.again:.4g}"
     if verdict == "differs":
         return f"{first} instead of {replay.loss:.4g}: it does not come out the same."
-    same = f"{first}, the same to the bit; other batches on the same weights: {_losses(replay.others)}"
-    told = f"{same}, and the held-out text: {replay.heldout:.3g}."
-    if not _was_alone(replay):
+    same = f"{first}, the same{' to the bit' if replay.exact else ''}"
+    told = f"{same}; other batches on the same weights: {_losses(replay.others)}"
+    told = f"{told}, and the held-out text: {replay.heldout:.3g}."
+    if verdict != "data" or _is_alone(replay):
         return told
-    return f"{told} To the restore point's weights it is {replay.before:.3g}, others {_losses(replay.others_before)}."
+    before = f"On the restore point's weights this batch comes to {replay.before:.3g}"
+    return f"{told} {before}, others to {_losses(replay.others_before)}."
 
 
 def _losses(losses: Sequence[float]) -> str:

@@ -54,13 +54,13 @@ def _again(session: Session, seen: Observation, point: Snapshot) -> Replay:
             course.return_to(point)
             begin = course.state.progress.step
             batches = _others(course, seen.step, begin)
-            before = _compared(course, seen.step, batches)
+            then = _compared(session, seen.step, batches)
             while course.state.progress.step < seen.step - 1:
                 course.step()
                 session.heed()
             course.observe()
             heldout = course.probe.heldout()
-            now = _compared(course, seen.step, batches)
+            now = then if begin == seen.step - 1 else _compared(session, seen.step, batches)
             course.step()
             assert course.state.pending
             again = dict(zip(METRICS, course.state.pending.read(), strict=False))
@@ -72,9 +72,11 @@ def _again(session: Session, seen: Observation, point: Snapshot) -> Replay:
     exact = session.config.parallel.device == "cpu" or session.config.train.deterministic
     same = str((loss, again["grad_norm"])) == str((seen.loss, seen.grad_norm))  # as texts, for NaN equals no NaN
     same = same or (not exact and abs(loss - seen.loss) <= NOISE * abs(seen.loss))
-    ahead = max(before, now, key=lambda one: one.gap).ahead  # where the step's batch is plainer another kind of data
-    others = (now.others, before.loss, before.others)
-    return Replay(seen.step, seen.loss, loss, same, heldout, exact, ahead, *others)
+    return Replay(
+        seen.step, seen.loss, loss, same, heldout, exact,
+        ahead=max(then, now, key=lambda one: (math.isfinite(one.loss), one.gap)).ahead,
+        others=now.others, before=then.loss, others_before=then.others,
+    )  # fmt: skip
 
 
 def _others(course: Course, step: int, before: int) -> list[Batch]:
@@ -100,18 +102,20 @@ class _Compared(NamedTuple):
 
 
 def _gap(loss: float, others: Sequence[float]) -> float:
-    """How much worse it is than the worst of the others; minus infinity if these do not say."""
-    gap = loss - max(others, default=math.nan)
-    return gap if math.isfinite(gap) else -math.inf
+    """How much worse it is than the worst of the others: as much as can be if it is not finite, and minus infinity if
+    they do not say."""
+    if not others or not all(map(math.isfinite, others)):
+        return -math.inf
+    return (loss if math.isfinite(loss) else sys.float_info.max) - max(others)
 
 
-def _compared(course: Course, step: int, batches: Sequence[Batch]) -> _Compared:
-    others = tuple(_loss(course, batch) for batch in batches)
-    loss = _cost(course, step)
-    return _Compared(loss, others, _ahead(course, step, loss, others))
+def _compared(session: Session, step: int, batches: Sequence[Batch]) -> _Compared:
+    others = tuple(_loss(session, batch) for batch in batches)
+    loss = _of_step(session, step)
+    return _Compared(loss, others, _ahead(session, step, loss, others))
 
 
-def _ahead(course: Course, step: int, loss: float, others: Sequence[float]) -> int:
+def _ahead(session: Session, step: int, loss: float, others: Sequence[float]) -> int:
     """How many batches after that of `step`, which costs `loss`, cost as much: doubled until one does not, then halved.
 
     As much as it is more than half the way from the worst of `others` to it; two in a row that do not end the block.
@@ -119,11 +123,11 @@ def _ahead(course: Course, step: int, loss: float, others: Sequence[float]) -> i
     gap = _gap(loss, others)
     if not gap > APART:
         return 0
-    most = min(FARTHEST, course.parts.loader.phase_end(step - 1) - step)
+    most = min(FARTHEST, session.parts.loader.phase_end(step - 1) - step)
 
     def bad(ahead: int) -> bool:
         last = min(ahead + 1, most)
-        return any(_gap(_cost(course, step + n), others) > gap / 2 for n in range(ahead, last + 1))
+        return any(_gap(_of_step(session, step + n), others) > gap / 2 for n in range(ahead, last + 1))
 
     low, high = 0, 1  # the block reaches as far as `low`, and not as far as `high`
     while high <= most and bad(high):
@@ -135,16 +139,19 @@ def _ahead(course: Course, step: int, loss: float, others: Sequence[float]) -> i
     return low
 
 
-def _cost(course: Course, step: int) -> float:
-    """The loss of the weights as they are on the batch of `step`; as large as can be where it is not finite."""
-    loss = _loss(course, course.parts.loader.batch(step - 1, skipped(course.state.overlays)))
-    return loss if math.isfinite(loss) else sys.float_info.max
+def _of_step(session: Session, step: int) -> float:
+    """The loss of the weights as they are on the batch of `step`."""
+    return _loss(session, session.parts.loader.batch(step - 1, skipped(session.state.overlays)))
 
 
-def _loss(course: Course, batch: Batch) -> float:
-    """Of the weights as they are, as training computes it; the gradients are thrown away."""
+def _loss(session: Session, batch: Batch) -> float:
+    """Of the weights as they are, as training computes it; the gradients are thrown away. It takes as long as a step,
+    and may be left like one."""
+    course = session.course
+    course.beat(False)
+    session.heed()
     step = course.state.progress.step + 1
     sums = course.fitting.loss(batch, step, course.plan(course.values(step)))
-    nats, _, count, _ = course.parts.world.sum(sums).tolist()
+    nats, _, count, _ = session.world.sum(sums).tolist()
     loss: float = nats / count
     return loss

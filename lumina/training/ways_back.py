@@ -1,7 +1,7 @@
 """Where a session can go on from, and the ways back there: restore points in memory and on the disk.
 
-A way back begins another attempt. It is known on the disk before a step is taken, and where it fails the run stands
-where it stood.
+A way back begins another attempt, and is known on the disk before a step is taken. Where it fails the run stands where
+it stood, if memory had room for that; else the attempt ends.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Back:
 
 
 class WaysBack:
-    """Those of one session."""
+    """The restore points in memory of one session, and how it goes back to these and to checkpoints."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.run, self.parts, self.world = session, session.run, session.parts, session.world

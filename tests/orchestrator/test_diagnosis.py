@@ -50,7 +50,8 @@ def test_data_that_spoiled_the_weights_for_all_data_is_still_the_data() -> None:
     assert diagnose(finding, late, signals).verdict == "any batch"
     found = diagnose(finding, replace(late, before=7.8, others_before=(2.1, 2.0, 2.2)), signals)
     assert (found.cause, found.verdict) == ("data", "data")
-    assert "To the restore point's weights it is 7.8, others 2.1, 2, 2.2." in found.text
+    assert "On the restore point's weights this batch comes to 7.8, others to 2.1, 2, 2.2." in found.text
+    assert "they have spoiled the weights" in found.text
 
 
 def test_the_same_result_on_any_batch_is_the_state() -> None:
@@ -64,7 +65,12 @@ def test_values_that_are_not_finite_on_any_batch_are_the_numerics() -> None:
     for step in (101, 102):
         signals.observe(seen(step, loss=math.nan, skipped=True))
     found = diagnose(heard(signals, "non_finite"), replay(102, math.nan, math.nan, math.nan), signals)
-    assert (found.cause, found.verdict) == ("numerics", "any batch")
+    assert (found.cause, found.verdict) == ("numerics", "damaged")
+    sound = replace(replay(102, math.nan, math.nan, math.nan), before=2.0, others_before=(2.0, 2.1))
+    later = diagnose(heard(signals, "non_finite"), sound, signals)
+    assert (later.cause, later.verdict) == ("numerics", "any batch")  # the restore point is not damaged
+    poison = diagnose(heard(signals, "non_finite"), replace(sound, before=math.inf), signals)
+    assert (poison.cause, poison.verdict) == ("data", "data")
     good = diagnose(heard(signals, "non_finite"), replay(102, math.nan, 2.0, 2.1), signals)
     assert (good.cause, good.verdict) == ("data", "data")
 

@@ -23,8 +23,8 @@ from lumina.errors import UserError
 from lumina.run.folder import Run
 from lumina.training import interval
 from lumina.training.endings import Stopped
-from lumina.training.session import Back
 from lumina.training.trainer import Trainer, resume
+from lumina.training.ways_back import Back
 
 STEPS = 6
 

@@ -27,7 +27,6 @@ from lumina.training.controls import SessionControls
 from lumina.training.course import Course
 from lumina.training.endings import LeftHalfway, Stopped
 from lumina.training.hand import Hand
-from lumina.training.session import Session
 from lumina.training.trainer import Trainer, resume
 from lumina.training.ways_back import WaysBack
 
@@ -355,7 +354,7 @@ def test_an_action_that_raises_is_told_and_set_aside_and_training_is_as_without(
 
     def ask(controls: SessionControls) -> None:
         monkeypatch.setattr(SessionControls, "_lay", too_late)
-        monkeypatch.setattr(Session, "rollback", planted)
+        monkeypatch.setattr(WaysBack, "rollback", planted)
         for method in ("save", "stop"):
             monkeypatch.setattr(SessionControls, method, planted)
         lumina.open_run(controls.session.run).act(name, VALUES.get(name))

@@ -20,9 +20,8 @@ from lumina.run import lineage
 from lumina.run.folder import Run
 from lumina.training.controls import SessionControls
 from lumina.training.oom import Fitting
-from lumina.training.session import Back
 from lumina.training.trainer import Trainer, resume
-from lumina.training.ways_back import WaysBack
+from lumina.training.ways_back import Back, WaysBack
 
 Keys = dict[str, Any]
 

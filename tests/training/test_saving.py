@@ -28,9 +28,9 @@ from lumina.planner.memory import memory as peak
 from lumina.run.folder import Run
 from lumina.telemetry.console import Console
 from lumina.training import machine, memory
-from lumina.training.session import Back
 from lumina.training.step import METRICS
 from lumina.training.trainer import Trainer, resume
+from lumina.training.ways_back import Back
 
 
 def saves(run: Run) -> list[dict[str, Any]]:

@@ -186,10 +186,10 @@ class Measures:
     stopped: Share  # where nothing mends it, how many were stopped with a right diagnosis
     touched: Share  # of healthy runs, how many were acted on
     exact: Share  # of traps, how many are to the bit the run that nobody watched
-    right: Share  # of the diagnoses of faults that hurt
+    right: Share  # of the diagnoses of runs that faults hurt, as all that follows
     named: Mapping[tuple[str, str], int]  # right causes, the named one: how often
-    delays: Mapping[Heard, list[float]]  # steps until the first decision, of faults that hurt; infinite: never
-    extra: list[float] = field(default_factory=list)  # steps computed beyond the run's own, of faults that hurt
+    delays: Mapping[Heard, list[float]]  # steps until the first decision; infinite: never
+    extra: list[float] = field(default_factory=list)  # steps computed beyond the run's own
 
 
 def measures(found: Sequence[Score]) -> list[Measures]:
@@ -203,13 +203,14 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
     mended = [one for one in faults if not one.case.stops]
     rescued = [good for one in mended for good in one.rescued]
     avoided = [share for one in mended for share in one.avoided]
-    stopped = [bool(good) for one in faults if one.case.stops for good in one.good]
+    hurt = [(one, run) for one in faults for run, known in enumerate(one.hurt) if known]
+    stopped = [bool(one.good[run]) for one, run in hurt if one.case.stops]
     touched = [run for one in mine if one.hurts is False and not one.case.undone for run in one.touched]
     exact = [good for one in mine if not one.case.fault for good in one.good if good is not None]
-    named = Counter((" or ".join(sorted(one.case.causes)), cause or "none") for one in faults for cause in one.causes)
+    named = Counter((" or ".join(sorted(one.case.causes)), one.causes[run] or "none") for one, run in hurt)
     delays: dict[Heard, list[float]] = {}
-    for one in faults:
-        delays.setdefault(one.case.heard, []).extend(one.delays)
+    for one, run in hurt:
+        delays.setdefault(one.case.heard, []).append(one.delays[run])
     return Measures(
         mode,
         (sum(rescued), len(rescued)),
@@ -217,10 +218,10 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
         (sum(stopped), len(stopped)),
         (sum(touched), len(touched)),
         (sum(exact), len(exact)),
-        (sum(one.right for one in faults), sum(len(one.runs) for one in faults)),
+        (sum(one.causes[run] in one.case.causes for one, run in hurt), len(hurt)),
         named,
         delays,
-        [run.extra for one in faults for run in one.runs if run.extra is not None],
+        [extra for one, run in hurt if (extra := one.runs[run].extra) is not None],
     )
 
 
