@@ -165,12 +165,17 @@ def _balance(weight: float) -> Candidate:
 
 
 def _experts(finding: Finding, signals: Signals) -> tuple[list[list[int]], list[list[int]]]:
-    """[layer, expert] of those that starve, or that died, and of those that take most, in layers that are not even."""
+    """[layer, expert] of those that starve, or that died, and of those that take most now, in layers that are not even.
+
+    Who starves a window says, for few tokens are no sign of it; who takes most, a block does, and a window may be of
+    before that began.
+    """
     if dead := finding.values.get("dead"):
         return [list(pair) for pair in dead], []
     starved, hot = [], []
     for layer, load in enumerate(signals.loads.last):
         starved += [[layer, expert] for expert, value in enumerate(load) if value < STARVED]
+    for layer, load in enumerate(signals.loads.recent):
         if entropy(load) < 1:
             hot += [[layer, expert] for expert, value in enumerate(load) if value == max(load) and value > HOT]
     return starved, hot

@@ -175,6 +175,7 @@ class Loads:
     steps: int = 0  # of it
     block: list[list[float]] = field(default_factory=list)  # sums over the block that is being filled
     blocked: int = 0  # steps of it
+    recent: list[list[float]] = field(default_factory=list)  # means over the last whole block
     uneven: list[float] = field(default_factory=list)  # largest load of any layer over the mean less 1, of each block
     last: list[list[float]] = field(default_factory=list)  # means over the last whole window
     length: int = 0  # its steps
@@ -211,6 +212,7 @@ class Loads:
                 steps + BLOCK if _crowded(layer, top_k) else 0
                 for steps, layer in zip(self.few, self.block, strict=True)
             ]
+            self.recent = [[value / BLOCK for value in layer] for layer in self.block]
             self.block, self.blocked = _zeros(load), 0
         most = max(len(layer) for layer in load)
         if self.steps >= max(LOAD_STEPS, math.ceil(EXPECTED * most / assignments)):

@@ -23,7 +23,7 @@ def row(fault: str) -> str:
     for rung in _LADDERS[fault]:
         names: dict[str, None] = {}
         signals = Signals(facts)
-        signals.loads.last = [[1.9, 1.9, 0.2, 0.0]] if facts is MOE else []
+        signals.loads.last = signals.loads.recent = [[1.9, 1.9, 0.2, 0.0]] if facts is MOE else []
         for rule in ("pace", "plateau", "drift", "collapse"):
             for values in ({"times": 10.0}, {}) if rule == "pace" else ({},):
                 found = rung(Finding(rule, 300, 290, "", False, values), signals)

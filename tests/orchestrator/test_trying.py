@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from watched import FACTS, MOD, MOE, Watch
+from watched import FACTS, MOD, MOE, Watch, seen, watched
 
 from lumina.config.overlay import KEYS, Overlay, check, require_kind
 from lumina.errors import DiskRefused, UserError
@@ -258,7 +258,7 @@ def test_whatever_is_tried_is_within_bounds_and_of_the_kind(fault: str, load: li
     facts: Facts = MOE if fault in ("router", "over_balance") else MOD if fault == "depth" else FACTS
     kind = {id(MOE): "moe", id(MOD): "mod"}.get(id(facts), "dense")
     signals = Signals(facts)
-    signals.loads.last = [load, load] if load and facts is MOE else []
+    signals.loads.last = signals.loads.recent = [load, load] if load and facts is MOE else []
     for rule, values in FINDINGS.items():
         tried: list[str] = []
         while made := candidates(fault, Finding(rule, 300, 290, "x", False, values), signals, tried):
@@ -272,6 +272,15 @@ def test_whatever_is_tried_is_within_bounds_and_of_the_kind(fault: str, load: li
                     assert (overlay.end == 301) == KEYS[overlay.key].once
                     assert (overlay.end == 799) == (overlay.key == "bias_rate")  # biases rest in the decay
         assert tried
+
+
+def test_rows_that_take_all_now_are_drawn_anew_though_the_window_is_of_before() -> None:
+    signals = watched(300, MOE, load=((1.1, 0.9, 1.05, 0.95),))
+    for step in range(301, 331):
+        signals.observe(seen(step, load=((2.0, 0.7, 0.7, 0.6),)))
+    assert max(signals.loads.last[0]) < 1.5
+    first = candidates("router", Finding("collapse", 330, 301, "x", False, {}), signals)[0]
+    assert (first.name, first.laid[0]) == ("hot-reset", ("router.reset", [0, 0]))
 
 
 def test_a_pace_that_jumped_goes_back_to_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
