@@ -157,7 +157,7 @@ def _cause(
         return "data", "So it is these batches that the weights of that step cannot bear: other data is fine."
     if verdict == "data" and cause != "learning rate":
         return "data", "So it is these batches: they have spoiled the weights of that step for other data, too."
-    if replay and replay.same and not _finite(replay.others):
+    if verdict == "damaged" or (replay and replay.same and not _finite(replay.others)):
         return "numerics", "So weights or optimizer hold values that are not finite."
     if cause not in ("none",):
         return cause, f"That points to the {cause}: {text}."

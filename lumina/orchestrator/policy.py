@@ -323,10 +323,10 @@ class Policy:
     def _point(self, finding: Finding, why: Diagnosis, points: Sequence[int], times: int) -> int | None:
         """The step to go back to: before the fault showed, each time an older one, for the newest may be of after it.
 
-        If that which the replay begins at, the newest of them in memory, has no finite batch, it is damaged itself.
+        Where the weights that the replay begins at find no batch finite, the newest one in memory is damaged itself.
         """
         sound = sorted(step for step in points if step < finding.before)
-        older = times + (why.cause == "numerics" and why.verdict == "damaged")
+        older = times + (why.verdict == "damaged")
         return sound[max(0, len(sound) - 1 - older)] if sound else None
 
     def _place(self, step: int) -> list[int] | None:

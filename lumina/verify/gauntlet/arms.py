@@ -77,8 +77,7 @@ class Arm:
     def terms(self) -> str:
         """A hash of what is done to which run: results of other terms are of another arm."""
         case, suite = CASES[self.case], SUITES[self.suite]
-        own = dict(suite.of_kind.get(self.kind, {}))
-        keys = sorted((KEYS | dict(case.keys) | dict(suite.keys) | own).items())
+        keys = sorted((KEYS | _own(suite, case, self.kind)).items())
         return xxh3_64_hexdigest(repr([keys, suite.size(case), self.step]).encode())[:8]
 
 
@@ -171,7 +170,12 @@ def keys(suite: Suite, case: Case, kind: str, seed: int, folder: Path) -> dict[s
     found = KEYS | {"model.kind": kind, "train.seed": seed, "orchestrator.mode": "act"}
     for files in (suite.files, case.files):
         found.update(files(folder, seed) if files else {})
-    return found | dict(case.keys) | dict(suite.keys) | dict(suite.of_kind.get(kind, {}))
+    return found | _own(suite, case, kind)
+
+
+def _own(suite: Suite, case: Case, kind: str) -> dict[str, Any]:
+    """The settings of a case in a set, but for its texts."""
+    return dict(case.keys) | dict(suite.keys) | dict(suite.of_kind.get(kind, {}))
 
 
 # -- the healthy run ---------------------------------------------------------------------------------------------------

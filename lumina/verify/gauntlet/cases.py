@@ -65,7 +65,7 @@ class Suite:
     text: str
     seeds: tuple[int, ...]
     keys: Mapping[str, Any] = field(default_factory=dict)
-    of_kind: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # more of them
+    of_kind: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # keys of one kind alone
     first: int = 200  # a fault begins at one of `within` steps from here on, or from `late` on; the seed draws it
     late: int = 300
     within: int = 80
