@@ -55,6 +55,16 @@ def test_what_does_not_hurt_on_average_is_healthy() -> None:
     assert (one.rescued, one.touched) == ((1, 1), (0, 0))  # one is hurt; who was not says nothing of either
 
 
+def test_to_set_a_broken_rule_right_that_does_no_harm_is_neither_a_rescue_nor_a_false_intervention() -> None:
+    results = healthy() + [made("wrong eps", seed, 2.05 + 0.1 * seed, "off") for seed in (1, 2, 3)]
+    assert "| wrong eps | dense | 0.5 0.5 0.5 | 0 of 3 | a broken rule |" in page.page(results, "")
+    results += [made("wrong eps", 1, 2.1, "act", "restore", cause="config"), made("wrong eps", 2, 2.25)]
+    results += [made("wrong eps", 3, 2.9, "act", "restore", cause="config")]
+    (one,) = measures(scores(results))
+    assert (one.rescued, one.touched, one.restored) == ((0, 0), (0, 0), (1, 3))
+    assert "act: 1 of 3 rules set right whose breach does no harm (6 to 79 %)" in page.page(results, "")
+
+
 def test_a_trap_is_left_alone_if_nothing_was_done_to_the_bit() -> None:
     results = [made("cosine", seed, 2.2, "off") for seed in (1, 2, 3, 4)]
     results += [made("cosine", 1, 2.2), made("cosine", 2, 2.2, "act", "rewind_replay", "skip_step")]

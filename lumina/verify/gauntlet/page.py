@@ -40,8 +40,9 @@ MEANING = (
     "for each seed, in sigma, the standard deviation of the final losses of healthy runs of that kind and these "
     "settings over seeds, and the most in nats; inf: it was stopped, or is not finite. *alone*: the same of the run "
     f"that nobody watched: a fault hurts a run if that is more than {HURTS:g}; one that is not above that on average "
-    "counts as healthy, where nothing may be done. *rescued*: of the runs that are hurt, how many ended at most "
-    f"{SIGMAS:g} above; of targets that are shifted, which nothing mends, how many were stopped with a right "
+    "counts as healthy, where nothing may be done, unless it breaks a rule that holds in every run (F9: the optimizer "
+    "is not as planned): to set that right is counted by itself. *rescued*: of the runs that are hurt, how many ended "
+    f"at most {SIGMAS:g} above; of targets that are shifted, which nothing mends, how many were stopped with a right "
     "diagnosis. *avoided*: 1 - above / alone, median of those. *heard*: steps from the fault to the first decision "
     "about it. *diagnosed*: the causes that were named, of the decision that was acted on if there was one. *done*: "
     "what changed the run, without what the guard skipped. *something won*: runs in which an intervention won a trial "
@@ -147,6 +148,7 @@ def bars(found: Sequence[Score], mode: str = "act") -> Table:
         ["rescued", ">= 90 % of at least 60", _share(mine.rescued), _met(mine.rescued, 0.9, 60)],
         ["damage avoided, median", ">= 0.9", _figure(mine.avoided), _yes((mine.avoided or 0) >= 0.9)],
         ["stopped rightly", "all", _share(mine.stopped), _met(mine.stopped, 1.0, 1)],
+        ["broken rules set right that do no harm", "all", _share(mine.restored), _met(mine.restored, 1.0, 1)],
         ["healthy runs acted on", "0 of at least 60", _share(alone), _yes(not alone[0] and alone[1] >= 60)],
         ["to the bit", "all", _share(mine.exact), _met(mine.exact, 1.0, 1)],
         ["right diagnoses", ">= 80 %", _share(mine.right), _met(mine.right, 0.8, 1)],
@@ -225,7 +227,8 @@ def alone(results: Sequence[Result]) -> Table:
     rows = []
     for one in scores(results, alone=True):
         if one.case.fault:
-            counts = {True: "fault", False: "healthy", None: "?"}[one.hurts]
+            harmless = "a broken rule" if one.case.rule else "healthy"
+            counts = {True: "fault", False: harmless, None: "?"}[one.hurts]
             hurt = f"{sum(one.hurt)} of {len(one.runs)}"
             rows.append([one.case.name, one.kind, _sigmas(one.away), hurt, counts])
     return ["fault", "kind", "above healthy, sigma", "hurt", "counts as"], rows
@@ -279,6 +282,7 @@ def _summary(one: Measures) -> list[str]:
         ("runs that faults hurt rescued", one.rescued),
         ("that nothing mends stopped with a right diagnosis", one.stopped),
         ("right diagnoses", one.right),
+        ("rules set right whose breach does no harm", one.restored),
         ("healthy runs acted on", one.touched),
         ("traps left alone, to the bit", one.exact),
     ):

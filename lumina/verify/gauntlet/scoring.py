@@ -184,6 +184,7 @@ class Measures:
     rescued: Share  # of the runs that faults hurt alone, how many ended within `SIGMAS`
     avoided: float | None  # median share of the damage
     stopped: Share  # where nothing mends it, how many were stopped with a right diagnosis
+    restored: Share  # of broken rules that do no harm, how many were set right, with a right diagnosis
     touched: Share  # of healthy runs, how many were acted on
     exact: Share  # of traps, how many are to the bit the run that nobody watched
     right: Share  # of the diagnoses of runs that faults hurt, as all that follows
@@ -205,7 +206,12 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
     avoided = [share for one in mended for share in one.avoided]
     hurt = [(one, run) for one in faults for run, known in enumerate(one.hurt) if known]
     stopped = [bool(one.good[run]) for one, run in hurt if one.case.stops]
-    touched = [run for one in mine if one.hurts is False and not one.case.undone for run in one.touched]
+    harmless = [one for one in mine if one.hurts is False]
+    broken = [one for one in harmless if one.case.rule]
+    ends = [(one.case, *end) for one in broken for end in zip(one.good, one.causes, strict=True)]
+    restored = [bool(good) and cause in case.causes for case, good, cause in ends]
+    healthy = [one for one in harmless if not one.case.rule and not one.case.undone]
+    touched = [run for one in healthy for run in one.touched]
     exact = [good for one in mine if not one.case.fault for good in one.good if good is not None]
     named = Counter((" or ".join(sorted(one.case.causes)), one.causes[run] or "none") for one, run in hurt)
     delays: dict[Heard, list[float]] = {}
@@ -216,6 +222,7 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
         (sum(rescued), len(rescued)),
         statistics.median(avoided) if avoided else None,
         (sum(stopped), len(stopped)),
+        (sum(restored), len(restored)),
         (sum(touched), len(touched)),
         (sum(exact), len(exact)),
         (sum(one.causes[run] in one.case.causes for one, run in hurt), len(hurt)),
