@@ -128,7 +128,7 @@ def _stem(subset: str, case: Sequence[str] | None, modes: Sequence[str]) -> Iter
     yield subset
     yield from (name.replace(" ", "_") for name in case or ())
     yield from ["alone"] if set(modes) == {"off"} else []
-    yield from [said.rstrip("+")] if (said := about()["commit"]) else []
+    yield from [said.replace("+", "-changed")] if (said := about()["commit"]) else []
 
 
 def _arm(row: dict[str, Any]) -> Arm:

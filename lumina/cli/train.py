@@ -224,7 +224,12 @@ def _finish(train: Callable[[], Run], console: Console, voice: Voice) -> Run:
             run = train()
     except Stopped as stop:
         voice.say(f"saved  {stop.run.checkpoints / 'latest'} at step {stop.step}")
-        voice.say(f"next   lumina resume {shlex.quote(str(stop.run.path))}")
+        name = shlex.quote(str(stop.run.path))
+        if stop.handed_over:  # whoever starts it again finds what it found before
+            voice.say(f"why    lumina decisions {name}   the orchestrator ({stop.signal}) knows nothing that mends it")
+            voice.say(f"next   lumina resume {name}   once it is mended; with orchestrator.mode=advise whatever it is")
+        else:
+            voice.say(f"next   lumina resume {name}")
         if voice.quiet:
             say(str(stop.run.path))
         raise typer.Exit(STOPPED) from None

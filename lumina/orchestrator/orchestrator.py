@@ -49,6 +49,7 @@ class Orchestrator:
         self.waiting: Finding | None = None  # what has to be tried yet, or was being tried when the attempt ended
         self.heard: dict[str, int] = {}  # the last step of each rule's findings, worse ones apart
         self.fresh: set[Subject] = set()
+        self.replays: dict[str, Replay] = {}  # the last of each rule's findings, on the way that the run is on
         self.ended = mode == "off"
 
     def learn(self, taught: Confidence) -> None:
@@ -125,7 +126,7 @@ class Orchestrator:
 
     def _handle(self, finding: Finding, controls: Controls) -> bool:
         """Returns whether the run was acted on: what else was found is of a state that is no more."""
-        replay = controls.replay(finding.before) if finding.hard else None
+        replay = self._replayed(finding, controls) if finding.hard else None
         points = controls.points() if finding.hard or finding.rule in FROM_BEFORE else ()
         refused: list[str] = []
         while True:
@@ -159,6 +160,19 @@ class Orchestrator:
                 self.policy.unpack(before)
                 refused.append(f"Step {choice.to} could not be gone back to: {error.message}.")
                 points = tuple(point for point in points if point < choice.to)  # one of before it may be better
+
+    def _replayed(self, finding: Finding, controls: Controls) -> Replay | None:
+        """The suspect step taken again. Once for what lasts: the way there is longer each time, and says the same."""
+        known = self.replays.get(_heard_as(finding))
+        if known and (self.mode != "act" or finding.since <= known.step):
+            return known
+        before = None if finding is self.waiting else self.waiting
+        self.waiting = finding  # if the attempt ends in the middle, the next one takes it up
+        replay = controls.replay(finding.before)
+        self.waiting = before
+        if replay:
+            self.replays[_heard_as(finding)] = replay
+        return replay
 
     def _judge(
         self, finding: Finding, replay: Replay | None, points: tuple[int, ...], refused: list[str]
@@ -276,13 +290,15 @@ class Orchestrator:
             "the run ends too soon": controls.rest < due.probe,
             "the run is only advised": self.mode != "act",
         }
-        because = next((reason for reason, holds in against.items() if holds), "")
-        if because or due.without is None:
+        because, end = next((reason for reason, holds in against.items() if holds), ""), None
+        if not because:
+            with controls.fork(controls.step_seconds, due.worth) as fork:
+                end = fork.run(f"{due.trial}-probation", [], 0, due.probe)
+            because = end.void
+        if because or due.without is None or end is None:
             self.policy.taken_off()
             self.emit("decision", step=step, **ledger.unjudged(due, step, because))
             return False
-        with controls.fork(controls.step_seconds, due.worth) as fork:
-            end = fork.run(f"{due.trial}-probation", [], 0, due.probe)
         gain = due.without - end.heldout
         held, spent = math.isfinite(end.heldout) and gain > 0, (1 + ENDPOINT) * due.probe
         self.policy.judged(held, spent)
@@ -387,7 +403,7 @@ class Orchestrator:
         self._safely(read)
 
     def _know(self, packed: Mapping[str, Any] | None) -> None:
-        facts, self.fresh = self.signals.facts, set()
+        facts, self.fresh, self.replays = self.signals.facts, set(), {}
         self.signals = Signals.unpack(packed["signals"], facts) if packed else Signals(facts)
         self.heard = dict(packed["heard"]) if packed else {}
 

@@ -26,6 +26,7 @@ Mode = Literal["off", "advise", "act"]
 Action = Literal["skip_step", "rewind_replay", "rewind_skip", "trial", "stop", "watch"]
 
 MOST, WITHIN = 6, 10_000  # ways back in so many steps, from wherever: our choice
+NEAR = 500  # steps at most that are one place, however long the optimizer remembers: our choice
 REWINDS = 2  # at one place: more were never seen to help (BLOOM 104B, OPT-175B)
 MOST_TRIED = 3  # candidates of a trial: each more costs as much as the control, and raises the bar for all
 REMEMBERED, LEARNED = 16, 256  # noises and verdicts of a run's trials
@@ -39,7 +40,6 @@ TRIED = frozenset(
         "pace",
         "drift",
         "plateau",
-        "explosion",
         "attention",
         "starvation",
         "collapse",
@@ -121,6 +121,11 @@ class Policy:
         """Steps."""
         return math.ceil(round(5 / (1 - self.facts.beta2), 6))
 
+    @property
+    def near(self) -> int:
+        """Steps around a way back that are the same place."""
+        return min(self.cooldown, NEAR)
+
     def decide(self, finding: Finding, why: Diagnosis, signals: Signals, points: Sequence[int]) -> Choice:
         """`points`: steps that the run can go back to."""
         grown = finding.rule in FROM_OUTSIDE and why.verdict != "differs"
@@ -133,7 +138,7 @@ class Policy:
         """The choice was acted on, when the run was at `step`."""
         if choice.action in ("rewind_replay", "rewind_skip"):
             place = self._place(finding.since)
-            to = min(choice.to or 0, finding.since - self.cooldown)
+            to = min(choice.to or 0, finding.since - self.near)
             if place is None:
                 self.places.append([finding.since, 1, to])
             else:
@@ -167,6 +172,8 @@ class Policy:
 
     def fit(self, tries: Sequence[Candidate], rest: int) -> tuple[tuple[Candidate, ...], Size] | str:
         """As many of them as a trial can hold, and its size; or why none fits."""
+        if not self.facts.copies:
+            return "memory holds no copies of the run (orchestrator.snapshot_every=0), and a trial takes two"
         refused = ""
         for count in range(len(tries), 0, -1):
             found = size(count, self.noise, rest, self.left, self.cooldown, self.placebo)
@@ -331,7 +338,7 @@ class Policy:
 
     def _place(self, step: int) -> list[int] | None:
         """The place that the run went back from, if `step` is near it, or on the way there again."""
-        return next((place for place in self.places if place[2] <= step <= place[0] + self.cooldown), None)
+        return next((place for place in self.places if place[2] <= step <= place[0] + self.near), None)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

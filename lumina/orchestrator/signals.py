@@ -42,6 +42,9 @@ class Facts(NamedTuple):
     budget: float = 0.0  # of trials, over the planned compute
     decay: int = 0  # first step of the last decay; 0 without
     exact: bool = True  # the same step comes to the same bits
+    paced: int = 0  # last step of a curriculum: until then batches become harder
+    copies: bool = True  # memory holds copies of the state
+    adopted: bool = False  # it began with the weights of another run, which may have decayed
 
     @classmethod
     def of(cls, config: Config) -> Facts:
@@ -61,6 +64,9 @@ class Facts(NamedTuple):
             decay=steps - decay + 1 if decay else 0,
             budget=config.orchestrator.trial.budget,
             exact=config.parallel.device == "cpu" or config.train.deterministic,
+            paced=span(config.data.curriculum.until, steps) if config.data.curriculum.until else 0,
+            copies=config.orchestrator.snapshot_every != 0,
+            adopted=bool(config.train.init_from),
         )
 
     @property
@@ -136,7 +142,9 @@ class Signals:
             del window[:-KEPT]
         if not_finite(seen):
             self.refused = [*self.refused[1 - KEPT :], seen.step]
-        self.level.take(seen.loss, self.loss.spread, self.facts.uniform, self.changed > 0 and seen.stage == "warmup")
+        again = seen.stage == "warmup" and (self.changed > 0 or self.facts.adopted)
+        rising = again or seen.step <= self.facts.paced
+        self.level.take(seen.loss, self.loss.spread, self.facts.uniform, rising)
         self.pace.take(seen.lr, seen.stage == "stable")
         self.push.take(seen.grad_router if seen.stage != "warmup" else None)
         self.contents.take(seen.content)

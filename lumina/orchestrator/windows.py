@@ -46,7 +46,7 @@ class Level:
     recent: list[float] = field(default_factory=list)  # finite losses, oldest first
     best: float | None = None  # smoothed
     smoothed: float | None = None
-    margin: float = SEVERE  # above the best, from which on it is severe
+    margin: float | None = None  # above the best, from which on it is severe; None while the noise is not known
     above: int = 0  # steps in a row that it was
     learned: bool = False
     unlearned: int = 0  # steps in a row above a uniform guess, after it was below
@@ -54,7 +54,8 @@ class Level:
     def take(self, loss: float, sigma: float, uniform: float, rising: bool = False) -> None:
         """`sigma`: standard deviation of one loss, nats. `uniform`: what guessing costs, nats.
 
-        `rising`: the learning rate warms up, in a later phase from what decayed: the best of then is none to hold to.
+        `rising`: it may rise by plan, as the learning rate does again where it had decayed, or the difficulty of the
+        data: the best of then is none to hold to.
         """
         if math.isfinite(loss):
             self.recent = [*self.recent[1 - TREND :], loss]
@@ -69,9 +70,10 @@ class Level:
             self.best, self.above = None, 0
             return
         self.best = self.smoothed if self.best is None else min(self.best, self.smoothed)
-        if self.smoothed <= self.best + SEVERE:  # else what leaves would widen what it is judged by
+        # What leaves would widen what it is judged by.
+        if sigma > 0 and (self.margin is None or self.smoothed <= self.best + SEVERE):
             self.margin = max(SEVERE, SEVERE_SIGMA * MEDIAN * sigma / math.sqrt(SMOOTH))
-        self.above = self.above + 1 if self.smoothed > self.best + self.margin else 0
+        self.above = self.above + 1 if self.margin and self.smoothed > self.best + self.margin else 0
 
     @property
     def slope(self) -> float | None:
@@ -153,7 +155,7 @@ class Contents:
     again: int = 0
 
     def take(self, content: str) -> None:
-        if not content:  # it was planned to come again
+        if not content:  # the data has it twice
             self.again = self.period = 0
             return
         back = next((n for n in range(1, len(self.hashes) + 1) if self.hashes[-n] == content), 0)

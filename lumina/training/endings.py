@@ -14,8 +14,13 @@ class LeftHalfway(RuntimeError):  # noqa: N818 - the state of the run, as a pers
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop and saved itself
-    """The run was stopped by a signal after saving its state at `step`."""
+    """The run was stopped after saving its state at `step`: by a signal, or by the orchestrator: then its rule."""
 
     def __init__(self, run: Run, step: int, signal: str) -> None:
         super().__init__(f"stopped by {signal} at step {step}; state saved")
         self.run, self.step, self.signal = run, step, signal
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether a person has to look before it goes on."""
+        return not self.signal.startswith("SIG")

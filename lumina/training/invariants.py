@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lumina.training.state import Progress
 
 REMEMBERED = 256  # contents of batches: a loader that is stuck repeats a few
+PIECE = 1 << 24  # elements that are summed at once: 128 MiB in fp64
 ROUNDING = 1e-4  # of a sum of moves in fp32
 
 
@@ -73,7 +74,7 @@ class Invariants:
         number, seen = self.parts.loader.planned(step - 1, past), content(batch)
         broken = [*self._optimizer(values), *self._batch(progress, step, number, seen, values, batch, past)]
         progress.batch, progress.broken = number, broken
-        progress.content = "" if self._planned_again(progress, step, seen, values, past) else seen
+        progress.content = "" if self._repeats(progress, step, seen, values, past) else seen
         progress.contents = [*progress.contents, seen][-REMEMBERED:]
         progress.rates += values["lr"]
         progress.travel += values["bias_rate"]
@@ -112,18 +113,18 @@ class Invariants:
         if not np.array_equal(batch.sample_ids_B.numpy(), planned):
             yield f"batch: step {step} read other samples than those planned for batch {number}"
         earlier = _earlier(progress, step, seen)
-        if earlier and _distinct(batch) and not self._planned_again(progress, step, seen, values, past):
+        if earlier and _distinct(batch) and not self._repeats(progress, step, seen, values, past):
             yield f"batch: what step {step} read is what step {earlier} read, though other samples are planned"
         first = progress.batch < 0 or any(step == phase.begin + 1 for phase in self.parts.phases)
         if not first and number <= progress.batch:
             yield f"batch: number {number} comes after {progress.batch}"
 
-    def _planned_again(
+    def _repeats(
         self, progress: Progress, step: int, seen: str, values: Mapping[str, float], past: Sequence[Block]
     ) -> bool:
-        """Whether the plan has the same samples in both steps: in the next epoch, of small data in small batches."""
-        earlier, loader, order = _earlier(progress, step, seen), self.parts.loader, int(values["data.order"])
-        return earlier > 0 and np.array_equal(loader.ids(earlier - 1, past, order), loader.ids(step - 1, past, order))
+        """Whether it is the data that has this twice: in the next epoch, or as copies. Read afresh it is the same."""
+        loader, order = self.parts.loader, int(values["data.order"])
+        return seen in progress.contents and content(loader.fetch(loader.ids(step - 1, past, order))) == seen
 
     # -- at a look ----------------------------------------------------------------------------------------------------
 
@@ -168,8 +169,7 @@ class Invariants:
     @torch.no_grad()
     def _sums(self) -> Tensor:
         """`[tensors, 2]`, fp64: the sum of each, and that of its squares."""
-        wide = [part if part.device.type == "mps" else part.double() for part in map(local, self.tensors.values())]
-        sums = torch.stack([torch.stack([part.sum(), part.square().sum()]) for part in wide]).cpu().double()
+        sums = torch.stack([_sums_of(local(tensor)) for tensor in self.tensors.values()]).cpu().double()
         shared = torch.tensor([local(tensor) is not tensor for tensor in self.tensors.values()])
         total: Tensor = torch.where(shared.unsqueeze(1), self.parts.world.sum(sums.clone()), sums)
         return total
@@ -205,6 +205,14 @@ class Invariants:
         hashes = self.parts.world.collect(mine)
         if other := [rank for rank, found in enumerate(hashes) if found != hashes[0]]:
             yield f"replicas: processes {', '.join(map(str, other))} hold other values than process 0"
+
+
+def _sums_of(tensor: Tensor) -> Tensor:
+    """`[2]`, fp64 where the device has it: piece by piece, for a wide copy of all weights would need their memory
+    twice more."""
+    pieces = tensor.reshape(-1).split(PIECE)
+    wide = (piece if piece.device.type == "mps" else piece.double() for piece in pieces)
+    return torch.stack([torch.stack([piece.sum(), piece.square().sum()]) for piece in wide]).sum(0)
 
 
 def _earlier(progress: Progress, step: int, seen: str) -> int:

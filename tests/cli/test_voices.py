@@ -18,6 +18,8 @@ from support import write_text
 
 from lumina.cli import main
 from lumina.telemetry.console import Console, Long, Screen
+from lumina.training.oversight import Oversight
+from lumina.training.session import Session
 
 TINY = ["train", "tiny", "data.train=text.txt", "train.steps=12", "checkpoint.every=0"]
 
@@ -91,6 +93,19 @@ def test_ctrl_c_leaves_a_clean_terminal(here: Path) -> None:
     assert sum("stopping after this step" in line for line in left) == 1
     assert not any("· step" in line for line in left), left
     assert left[-1].startswith("next   lumina resume")
+
+
+def test_a_run_that_is_handed_over_says_where_the_reason_is_and_how_to_pass(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(session: Session) -> None:
+        session.ending = "looked"
+
+    monkeypatch.setattr(Oversight, "after_step", lambda oversight: stop(oversight.session))
+    assert main(TINY) == 3
+    *_, why, next_ = capsys.readouterr().out.splitlines()
+    assert re.match(r"why    lumina decisions runs/\S+ +the orchestrator \(looked\) knows nothing", why)
+    assert re.match(r"next   lumina resume runs/\S+ .*orchestrator.mode=advise", next_)
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {}], ids=["no-color", "color"])

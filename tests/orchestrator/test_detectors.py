@@ -122,6 +122,31 @@ def test_divergence_is_heard_in_warm_up_and_decay_where_soft_rules_are_silent() 
         assert stage == "decay" or not [at for at, found in said if "spike" in found]
 
 
+def test_noise_is_known_before_a_loss_is_held_against_its_best() -> None:
+    """Batches of one or two short conversations: the first medians are luck."""
+    for seed in range(40):
+        noise = random.Random(seed)
+        said = feed(Signals(FACTS), 200, loss=lambda step, noise=noise: 1.6 * math.exp(noise.gauss(0, 0.6)))
+        assert not [found for _, found in said if "divergence" in found], seed
+
+
+def test_what_becomes_harder_by_plan_is_no_divergence() -> None:
+    facts = FACTS._replace(paced=400)
+    signals = watched(300, facts)
+    assert not [at for at, found in feed(signals, 100, loss=lambda step: 2.0 + step / 400) if "divergence" in found]
+    said = feed(signals, 200, loss=3.0)
+    said += feed(signals, 100, loss=4.5)
+    assert min(at for at, found in said if "divergence" in found) > 600  # held against what it was when that ended
+
+
+def test_a_rate_that_warms_up_again_is_not_held_against_what_had_decayed() -> None:
+    facts = FACTS._replace(adopted=True)
+    signals = Signals(facts)
+    said = feed(signals, 150, stage="warmup", loss=lambda step: 1.0 + 0.6 * step / 150)
+    said += feed(signals, 150, loss=lambda step: 1.6 * seen(step).loss / 2.0)
+    assert not [found for _, found in said if "divergence" in found]
+
+
 # -- the forecast ----------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,9 @@ from lumina.orchestrator import orchestrator as module
 from lumina.orchestrator.finding import Detector, Finding
 from lumina.orchestrator.ledger import entries, told
 from lumina.orchestrator.orchestrator import Orchestrator
+from lumina.orchestrator.protocol import Replay
 from lumina.orchestrator.signals import Signals
+from lumina.training.endings import Interrupted
 
 
 def diverge(watch: Watch, first: int = 301, last: int = 450, nats: float = 1.5) -> None:
@@ -101,6 +103,34 @@ def test_advise_says_what_act_would_do_and_does_nothing() -> None:
     assert watch.door.did == []
     (said,) = (one for one in watch.decisions() if one["rule"] == "divergence")  # once, though it lasts
     assert said["action"] == "rewind_replay"
+
+
+def test_what_lasts_is_replayed_once_in_advise_for_the_way_there_grows() -> None:
+    watch = Watch("advise", points=(250,), answer=replay(400, 3.5, 3.4, 3.6))
+    watch.run(1, 300)
+    diverge(watch, last=1200)
+    assert len([one for one in watch.decisions() if one["rule"] == "divergence"]) > 3
+    assert watch.door.replays == 1
+
+
+def test_a_replay_that_is_left_is_taken_up_by_the_next_attempt() -> None:
+    watch = Watch(points=(250,), answer=replay(301, 2.0, 2.0))
+    watch.run(1, 300)
+
+    def left(before: int) -> Replay | None:
+        raise Interrupted
+
+    watch.door.replay = left  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        watch.step(seen(301, broken=("config: the optimizer has eps 0.1",)))
+    packed = json.loads(json.dumps(watch.orchestrator.pack(), allow_nan=False))
+    again = Watch(points=(250,))
+    again.packed = watch.packed
+    again.orchestrator.unpack(packed)
+    assert again.orchestrator.pending(301)
+    again.orchestrator.between(again.door)  # type: ignore[arg-type]
+    assert again.door.did == [("replan",), ("rollback", 250, "replay")]
+    assert not again.orchestrator.pending(301)
 
 
 def test_off_hears_nothing() -> None:

@@ -9,12 +9,25 @@ from typing import Any
 import pytest
 from watched import FACTS, MOE, seen, watched
 
+from lumina.orchestrator.candidates import candidates
 from lumina.orchestrator.confidence import Confidence
 from lumina.orchestrator.confidence import Verdict as Taught
 from lumina.orchestrator.detectors.table import DETECTORS
 from lumina.orchestrator.diagnosis import Cause, Diagnosis, Verdict, diagnose
 from lumina.orchestrator.finding import Finding
-from lumina.orchestrator.policy import FROM_OUTSIDE, HARD, MOST, REWINDS, TRIED, WITHIN, Choice, Mode, Policy, follow
+from lumina.orchestrator.policy import (
+    FROM_OUTSIDE,
+    HARD,
+    MOST,
+    NEAR,
+    REWINDS,
+    TRIED,
+    WITHIN,
+    Choice,
+    Mode,
+    Policy,
+    follow,
+)
 from lumina.orchestrator.signals import Signals
 
 CALM = watched(300)
@@ -99,7 +112,7 @@ REST = sorted({one.name for one in DETECTORS} - HARD - TRIED)
 
 @pytest.mark.parametrize("rule", REST)
 def test_what_may_be_chance_or_is_the_data_s_is_advised(rule: str) -> None:
-    assert set(REST) == {"golden", "spike"}
+    assert set(REST) == {"golden", "spike", "explosion"}
     for hard in (False, True):  # even a detector that calls itself hard
         choice = policy().decide(finding(rule, hard=hard), because("router"), CALM, (100,))
         assert choice[:2] == ("watch", False)
@@ -225,6 +238,21 @@ def test_a_step_off_the_schedule_whose_cost_is_not_known_is_undone() -> None:
     for lost, action in ((None, "rewind_replay"), (0.1, "watch"), (0.5, "rewind_replay")):
         why = replace(because("learning rate", "differs"), lost=lost)
         assert policy().decide(finding("off_plan"), why, CALM, (100,)).action == action
+
+
+def test_a_place_is_no_wider_for_moments_that_remember_long() -> None:
+    one = Policy("act", FACTS._replace(beta2=0.999))
+    one.done(finding(since=1990, step=2000), Choice("rewind_skip", True, "", 1900), 2000)
+    assert one._place(1990 + NEAR)
+    assert not one._place(1990 + NEAR + 1)
+
+
+def test_nothing_is_tried_where_memory_holds_no_copies() -> None:
+    one = Policy("act", FACTS._replace(steps=10**6, budget=1.0, copies=False))
+    tries = candidates("learning rate", finding("plateau", hard=False), CALM)
+    refused = one.fit(tries, 10**5)
+    assert isinstance(refused, str)
+    assert "snapshot_every=0" in refused
 
 
 def test_without_a_way_back_the_run_stops() -> None:

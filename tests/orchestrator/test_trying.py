@@ -141,7 +141,7 @@ def test_what_a_person_undid_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> N
     assert one.orchestrator.policy.open is None
 
 
-@pytest.mark.parametrize("what", ["another overlay", "lifted", "advise", "too near the end"])
+@pytest.mark.parametrize("what", ["another overlay", "lifted", "advise", "too near the end", "memory"])
 def test_what_cannot_be_compared_any_more_is_not_judged_and_stays(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one = watch(monkeypatch, 300)
     one.door.end = better(0.1)
@@ -153,6 +153,9 @@ def test_what_cannot_be_compared_any_more_is_not_judged_and_stays(what: str, mon
         one.door.overlays = tuple(replace(overlay, end=800) for overlay in one.door.overlays)
     elif what == "advise":
         one.orchestrator.mode = "advise"
+    elif what == "memory":
+        run = one.door.run
+        one.door.run = lambda *given, **more: replace(run(*given, **more), heldout=math.nan, void="memory ran out")  # type: ignore[method-assign]
     else:
         one.door.last = until + 3
     one.run(one.orchestrator.signals.step + 1, until + 2)

@@ -14,6 +14,7 @@ from support import KINDS
 
 from lumina.data.loader import Batch, Loader
 from lumina.run.folder import Run
+from lumina.training import invariants
 from lumina.training.controls import SessionControls
 from lumina.training.course import Course
 from lumina.training.optim import Optimizer
@@ -153,6 +154,23 @@ def test_text_that_repeats_itself_is_no_fault_of_the_loader(tmp_path: Path) -> N
     keys = request(tmp_path, "dense")
     Path(keys["data.train"]).write_text("".join("abcdefgh" * 8 for _ in range(400)))
     assert told(Trainer("tiny", root=tmp_path / "runs", **keys).fit()) == {}
+
+
+def test_examples_that_are_copies_are_no_fault_of_the_loader(tmp_path: Path) -> None:
+    """Of three texts two make six batches: other samples, that were read before."""
+    keys = request(tmp_path, "dense", train__batch_tokens=128, train__steps=24)
+    texts = [(letters * 22)[:64] for letters in ("abc", "defg", "hijkl")]
+    Path(keys["data.train"]).write_text("".join(texts * 200))
+    run = Trainer("tiny", root=tmp_path / "runs", **keys).fit()
+    assert told(run) == {}
+    assert not [event for event in run.events() if event["t"] == "decision"]
+
+
+def test_sums_of_large_weights_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invariants, "PIECE", 5)
+    values = torch.arange(12.0).reshape(3, 4) / 7
+    wide = values.double()
+    torch.testing.assert_close(invariants._sums_of(values), torch.stack([wide.sum(), wide.square().sum()]))
 
 
 def test_nobody_looks_where_the_orchestrator_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

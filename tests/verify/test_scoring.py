@@ -85,6 +85,33 @@ def test_what_nothing_mends_is_to_be_stopped_with_the_right_cause() -> None:
     assert (one.stopped, one.rescued) == ((1, 3), (0, 0))
 
 
+def test_what_crashed_while_it_was_watched_was_not_rescued_and_not_left_alone() -> None:
+    results = healthy() + [made("junk", seed, 4.0, "off") for seed in (1, 2, 3)]
+    results += [made("junk", seed, 2.1) for seed in (1, 2)] + [made("junk", 3, math.inf, crashed="planted")]
+    results += [made("cosine", 1, 2.2, "off"), made("cosine", 1, math.inf, crashed="planted")]
+    (one,) = measures(scores(results))
+    assert (one.rescued, one.touched, one.exact) == ((2, 3), (1, 1), (0, 1))
+
+
+def test_the_best_other_policy_is_held_against_the_same_runs() -> None:
+    results = healthy() + [made("junk", seed, 4.0, "off") for seed in (1, 2, 3)]
+    results += [made("junk", seed, loss) for seed, loss in ((1, 2.1), (2, 2.2), (3, 4.0))]
+    results += [made("junk", seed, 2.2, "rewind") for seed in (1, 2)] + [made("junk", 1, 4.0, "zclip")]
+    assert "| above the best other, rewind | more | 2 of 2 against 2 of 2 | no |" in page.page(results, "")
+    results += [made("junk", 3, 4.0, "rewind")]
+    assert "| above the best other, rewind | more | 2 of 3 against 2 of 3 | no |" in page.page(results, "")
+
+
+def test_long_runs_are_judged_by_what_they_cost() -> None:
+    def run(case: str, taken: float) -> Result:
+        arm = Arm(case, "dense", 1, "act", "long")
+        return Result(arm, 1.0, steps=40_000, taken=taken - arm.root.steps)
+
+    text = page.page([run("lr high", 41_900), run("healthy", 40_000)], "")
+    assert "| steps beyond, broken | <= 5 % | 4.75 % at most, 1 runs | yes |" in text
+    assert "| steps beyond, healthy | <= 0.5 % | 0.00 % at most, 1 runs | yes |" in text
+
+
 def test_latency_and_attribution_are_of_faults_that_hurt() -> None:
     results = healthy() + [made("junk", seed, 4.0, "off") for seed in (1, 2, 3)]
     results += [made("junk", 1, 2.1, "act", "rewind_skip"), made("junk", 2, 2.1, "act", "stop", cause="router")]

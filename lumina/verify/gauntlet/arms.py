@@ -146,6 +146,11 @@ class Result:
         """Steps from the fault to the first decision about it."""
         return max(0, self.about[0]["step"] - self.began) if self.about else None
 
+    @property
+    def met(self) -> int | None:
+        """Steps from the fault to the first decision that did something about it."""
+        return max(0, self.acted[0]["step"] - self.began) if self.acted else None
+
     def same(self, other: Result) -> bool:
         """Whether both are the same run, to the bit, as far as both say."""
         digests = {self.digest, other.digest} - {""}

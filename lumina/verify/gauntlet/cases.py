@@ -48,6 +48,11 @@ class Case:
         """Whether it is a healthy run until it begins."""
         return self.keys == SOUND[self.against].keys and not self.files
 
+    @property
+    def sound(self) -> bool:
+        """Whether it is the healthy run that it is held against, and nobody has to take that twice."""
+        return self.plant is None and self.forked
+
 
 def topics(folder: Path, seed: int) -> Mapping[str, Any]:
     """The reference of the Python language, prose of half a million characters: another text than the sample's."""
@@ -90,6 +95,9 @@ class Suite:
 LONG = {"train.steps": 1900}  # what is wrong for good shows slowly, and whoever mends it has to show it, too
 # An expert takes its fair share at most, as in Switch Transformers: without, `tiny` does as well on two experts.
 LIMITED = LONG | {"model.moe.capacity": 1.0}
+# As long as a trial and its probation take behind what is heard, and so much that it may cost: others have no room for
+# one, and who cannot try cannot do harm.
+ROOM = {"train.steps": 750, "orchestrator.trial.budget": 7}
 HEALTHY = Case("healthy", "nothing is done")
 HEALTHY_LONG = Case("healthy long", "the same for longer", keys=LONG, against="healthy long")
 HEALTHY_LIMITED = Case(
@@ -166,6 +174,10 @@ TRAPS = (
     Case("copies", "H7: nothing is learned for long, then much at once", files=faults.copy_task),
     Case("moments lost", "H8: the optimizer's moments are zero once", faults.zero_moments),
     Case("undone", "by hand: half the rate for {size:g} steps, then undone", faults.undone, 40, 55, undone=True),
+    Case("nothing", "nothing is done, for longer", keys=LONG, against="healthy long"),
+    Case("copies, longer", "H7, where trials have room", kinds=("dense", "moe"), keys=ROOM, files=faults.copy_task),
+    Case("five junk batches, longer", "H6, where trials have room: {size:g} batches of random bytes", faults.junk, 5, 3,
+         kinds=("moe",), keys=ROOM),
     Case("domains", "H9: batches of one domain at a time", faults.domains, kinds=("moe",), keys={
         "data.mode": "hybrid_interleaved"} | BOTH),
 )  # fmt: skip

@@ -33,23 +33,25 @@ Table = tuple[list[str], list[list[str]]]
 
 MEANING = (
     f"A run is `{PRESET}`, {STEPS} steps of {TOKENS} tokens, WSD with a decay of 20 %, unless a case says otherwise. "
-    "Every arm is forked from one healthy run of its kind, seed and settings, at the last restore point (they are made "
-    f"every {KEYS['orchestrator.snapshot_every']} steps) before what is planted, from outside, in memory, at a step "
-    "that the seed draws; a trap that is another run from its start on is taken from there. The orchestrator cannot "
-    "see what it is. Losses are final, causal and held-out. *above healthy*: above the healthy run of the same seed, "
-    "for each seed, in sigma, the standard deviation of the final losses of healthy runs of that kind and these "
-    "settings over seeds, and the most in nats; inf: it was stopped, or is not finite. *alone*: the same of the run "
-    f"that nobody watched: a fault hurts a run if that is more than {HURTS:g}; one that is not above that on average "
-    "counts as healthy, where nothing may be done, unless it breaks a rule that holds in every run (F9: the optimizer "
-    "is not as planned): to set that right is counted by itself. *rescued*: of the runs that are hurt, how many ended "
-    f"at most {SIGMAS:g} above; of targets that are shifted, which nothing mends, how many were stopped with a right "
-    "diagnosis. *avoided*: 1 - above / alone, median of those. *heard*: steps from the fault to the first decision "
-    "about it. *diagnosed*: the causes that were named, of the decision that was acted on if there was one. *done*: "
-    "what changed the run, without what the guard skipped. *something won*: runs in which an intervention won a trial "
-    "and was kept; *cost*: what trials took, evaluations included, over the steps of the run; *steps beyond*: all that "
-    "was computed beyond the run's own steps, as replays, probations and steps taken again, in steps' worth. A trap is "
-    "*left alone* if nothing was done and the run is to the bit (loss and gradient norm of every step) the one that "
-    "nobody watched; what was done by hand and undone, if it is the healthy one."
+    "Every arm is forked from one healthy run of its kind, seed and settings, at the last restore point but one "
+    f"(they are made every {KEYS['orchestrator.snapshot_every']} steps) before what is planted, from outside, in "
+    "memory, at a step that the seed draws; a trap that is another run from its start on is taken from there. The "
+    "orchestrator cannot see what it is. Losses are final, causal and held-out. *above healthy*: above the healthy "
+    "run of the same seed, for each seed, in sigma, the standard deviation of the final losses of healthy runs of "
+    "that kind and these settings over seeds, and the most in nats; inf: it was stopped, or is not finite. *alone*: "
+    f"the same of the run that nobody watched: a fault hurts a run if that is more than {HURTS:g}; one that is not "
+    "above that on average counts as healthy, where nothing may be done, unless it breaks a rule that holds in "
+    "every run (F9: the optimizer is not as planned): to set that right is counted by itself. *rescued*: of the "
+    f"runs that are hurt, how many ended at most {SIGMAS:g} above; of targets that are shifted, which nothing mends, "
+    "how many were stopped with a right diagnosis. *avoided*: 1 - above / alone, median of those. *heard* and "
+    "*met*: steps from the fault to the first decision about it, and to the first that did something, medians. "
+    "*diagnosed*: the causes that were named, of the decision that was acted on if there was one. Who crashes while "
+    "watched has an infinite loss. *done*: what changed the run, without what the guard skipped. *something won*: "
+    "runs in which an intervention won a trial and was kept; *cost*: what trials took, evaluations included, over "
+    "the steps of the run; *steps beyond*: all that was computed beyond the run's own steps, as replays, probations "
+    "and steps taken again, in steps' worth. A trap is *left alone* if nothing was done and the run is to the bit "
+    "(loss and gradient norm of every step) the one that nobody watched; what was done by hand and undone, if it is "
+    "the healthy one."
 )
 
 
@@ -64,9 +66,10 @@ def faults(found: Sequence[Score]) -> Table:
             within = f"{sum(value <= SIGMAS for value in one.excess)} of {len(one.runs)}"
             hurt = f"{sum(one.rescued)} of {len(one.rescued)}"
             cells = [_sigmas(one.excess), f"{max(one.nats):.4f}", within, _sigmas(one.away), hurt, avoided]
-            rows.append([one.case.name, one.kind, one.mode, *cells, _delays(one), causes, right, _done(one)])
+            soon = [_median(one.delays), _median([run.met for run in one.runs if run.met is not None])]
+            rows.append([one.case.name, one.kind, one.mode, *cells, *soon, causes, right, _done(one)])
     header = ["fault", "kind", "mode", "above healthy, sigma", "most, nats", f"within {SIGMAS:g} sigma", "alone, sigma"]
-    return [*header, "rescued", "avoided", "heard", "diagnosed", "right", "done"], rows
+    return [*header, "rescued", "avoided", "heard", "met", "diagnosed", "right", "done"], rows
 
 
 def traps(found: Sequence[Score]) -> Table:
@@ -143,31 +146,62 @@ def bars(found: Sequence[Score], mode: str = "act") -> Table:
     mine = next((one for one in measures(found) if one.mode == mode), None)
     if mine is None or not mine.rescued[1] + mine.touched[1]:
         return [], []
-    known, alone = regret(found, mode), mine.touched
+    alone, all_alone = mine.touched, mine.harmless
     rows = [
         ["rescued", ">= 90 % of at least 60", _share(mine.rescued), _met(mine.rescued, 0.9, 60)],
+        *_above_others(found, mode),
         ["damage avoided, median", ">= 0.9", _figure(mine.avoided), _yes((mine.avoided or 0) >= 0.9)],
         ["stopped rightly", "all", _share(mine.stopped), _met(mine.stopped, 1.0, 1)],
         ["broken rules set right that do no harm", "all", _share(mine.restored), _met(mine.restored, 1.0, 1)],
         ["healthy runs acted on", "0 of at least 60", _share(alone), _yes(not alone[0] and alone[1] >= 60)],
+    ]
+    if all_alone != alone:
+        told = "the same, those rules among them"
+        rows.append([told, "0 of at least 60", _share(all_alone), _yes(not all_alone[0] and all_alone[1] >= 60)])
+    rows += [
         ["to the bit", "all", _share(mine.exact), _met(mine.exact, 1.0, 1)],
         ["right diagnoses", ">= 80 %", _share(mine.right), _met(mine.right, 0.8, 1)],
-    ]  # fmt: skip
+    ]
     for heard, delays in mine.delays.items():
         within = soon(mine, heard)
-        rows.append(
-            [
-                f"heard, {heard}",
-                f"<= {WITHIN[heard]} steps",
-                f"{_of(within)}, most {max(delays):g}",
-                _met(within, 1.0, 1),
-            ]
-        )
-    if known:
+        told = f"{_of(within)}, most {max(delays):g}"
+        rows.append([f"heard, {heard}", f"<= {WITHIN[heard]} steps", told, _met(within, 1.0, 1)])
+    if known := regret(found, mode):
         mean = statistics.fmean(known.against)
         told = f"{mean:.2f} in the mean, {max(known.against):.2f} at most"
         rows.append([f"regret against {known.best}, sigma", "<= 1", told, _yes(mean <= 1)])
+    rows += _cost_bars(found, mode)
     return ["measure", "bar", "is", "met"], [row for row in rows if row[2] != "-"]
+
+
+def _above_others(found: Sequence[Score], mode: str) -> list[list[str]]:
+    """The best of the other policies, on the runs that it was shown."""
+    best: tuple[float, str, Share, Share] | None = None
+    for other in measures(found):
+        if other.mode != mode and other.rescued[1]:
+            shown = {(r.arm.case, r.arm.kind, r.arm.seed) for one in found if one.mode == other.mode for r in one.runs}
+            own = [part for one in found if one.mode == mode and (part := _only(one, shown)).runs]
+            share = other.rescued[0] / other.rescued[1]
+            if own and (best is None or share > best[0]):
+                best = share, other.mode, other.rescued, measures(own)[0].rescued
+    if best is None:
+        return []
+    _, name, theirs, own_share = best
+    told = f"{_of(own_share)} against {_of(theirs)}"
+    return [[f"above the best other, {name}", "more", told, _yes(own_share[0] * theirs[1] > theirs[0] * own_share[1])]]
+
+
+def _cost_bars(found: Sequence[Score], mode: str) -> list[list[str]]:
+    """Where runs are long enough that what a trial costs is judged."""
+    rows = []
+    for fault, most in ((True, 0.05), (False, 0.005)):
+        mine = [one for one in found if one.mode == mode and one.case.fault == fault]
+        extra = [run.extra for one in mine for run in one.runs if run.extra is not None]
+        if extra and not any(SUITES[run.arm.suite].alone for one in mine for run in one.runs):
+            what = "steps beyond, " + ("broken" if fault else "healthy")
+            told = f"{100 * max(extra):.2f} % at most, {len(extra)} runs"
+            rows.append([what, f"<= {100 * most:g} %", told, _yes(max(extra) <= most)])
+    return rows
 
 
 def _met(share: Share, least: float, of: int) -> str:
@@ -341,8 +375,8 @@ def _share(share: Share, what: str = "") -> str:
     return f"{_of(share)}{what and ' '}{what} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def _delays(one: Score) -> str:
-    return f"{statistics.median(one.delays):g}" if one.delays else "-"
+def _median(steps: Sequence[float]) -> str:
+    return f"{statistics.median(steps):g}" if steps else "-"
 
 
 def _done(one: Score) -> str:

@@ -139,12 +139,13 @@ class Reflex(Orchestrator):
 
     def __init__(self, session: Session, react: React, seed: int) -> None:
         super().__init__("act", Facts.of(session.config), session._emit)
-        self.react, self.seed, self.rests, self.backs = react, seed, 0, 0
+        self.react, self.seed, self.backs = react, seed, 0
+        self.rests = {False: 0, True: 0}  # up to which step, after soft findings and hard ones: these wait for no spike
 
     def _handle(self, finding: Finding, controls: Controls) -> bool:
-        if finding.step < self.rests:
+        if finding.step < self.rests[finding.hard]:
             return False
-        self.rests = finding.step + REST
+        self.rests[finding.hard] = finding.step + REST
         try:
             self.react(self, finding, controls)
         except UserError as error:  # it cannot be done here

@@ -35,10 +35,11 @@ def arms(
             Arm(case.name, kind, seed, mode, suite.name) for case, kind in pairs for seed in seeds for mode in modes
         ]
     faulty = dict.fromkeys((case.against, kind) for case, kind in pairs if case.fault)
-    beside = dict.fromkeys((case.against, kind) for case, kind in pairs if case.fault or case.undone)
+    beside = dict.fromkeys((case.against, kind) for case, kind in pairs if case.fault or case.undone or case.sound)
     wanted = [Arm(against, kind, seed, "off", suite.name) for against, kind in beside for seed in seeds]
     for case, kind in pairs:
-        wanted += [Arm(case.name, kind, seed, mode, suite.name) for seed in seeds for mode in ("off", *modes)]
+        who = [*([] if case.sound else ["off"]), *modes]
+        wanted += [Arm(case.name, kind, seed, mode, suite.name) for seed in seeds for mode in who]
     more = [] if suite.sigma else range(1000, 1000 + max(0, HEALTHY_RUNS - len(set(seeds))))
     # For sigma alone: they come last.
     wanted += [Arm(against, kind, seed, "off", suite.name) for against, kind in faulty for seed in more]

@@ -117,22 +117,23 @@ def _less(run: Result | None, base: Result | None) -> float:
 
 
 def scores(results: Sequence[Result], alone: bool = False) -> list[Score]:
-    """One for each case, kind and mode that watches, and with `alone` of those that nobody does; what crashed is no
-    result.
+    """One for each case, kind and mode that watches, and with `alone` of those that nobody does.
+
+    What crashed alone is no result; what crashed while it was watched has an infinite loss.
 
     Raises `UserError` if they are of several sets.
     """
     if len(suites := {result.arm.suite for result in results}) > 1:
         raise UserError(f"results of the sets {', '.join(sorted(suites))}: not to be mixed", fix="score each by itself")
-    of = {r.arm: r for r in results if not r.crashed}
+    of = {r.arm: r for r in results if not (r.crashed and r.arm.mode == "off")}
     watched = dict.fromkeys((arm.case, arm.kind, arm.mode) for arm in of if alone or arm.mode != "off")
     spread, found = sigmas(results), []
     known: dict[tuple[str, str], bool | None] = {}
 
     def score(runs: list[Result], mode: str, hurts: bool | None) -> Score:
         case, kind = CASES[runs[0].arm.case], runs[0].arm.kind
-        off = [of.get(replace(run.arm, mode="off")) for run in runs]
         base = [of.get(replace(run.arm, mode="off", case=case.against)) for run in runs]
+        off = base if case.sound else [of.get(replace(run.arm, mode="off")) for run in runs]
         sigma = spread.get((case.against, kind), math.nan)
         return Score(case, kind, mode, runs, off, base if case.fault or case.undone else off, sigma, hurts)
 
@@ -186,6 +187,7 @@ class Measures:
     stopped: Share  # where nothing mends it, how many were stopped with a right diagnosis
     restored: Share  # of broken rules that do no harm, how many were set right, with a right diagnosis
     touched: Share  # of healthy runs, how many were acted on
+    harmless: Share  # the same, and those whose broken rule does no harm among them
     exact: Share  # of traps, how many are to the bit the run that nobody watched
     right: Share  # of the diagnoses of runs that faults hurt, as all that follows
     named: Mapping[tuple[str, str], int]  # right causes, the named one: how often
@@ -212,6 +214,7 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
     restored = [bool(good) and cause in case.causes for case, good, cause in ends]
     healthy = [one for one in harmless if not one.case.rule and not one.case.undone]
     touched = [run for one in healthy for run in one.touched]
+    either = [*touched, *(run for one in broken for run in one.touched)]
     exact = [good for one in mine if not one.case.fault for good in one.good if good is not None]
     named = Counter((" or ".join(sorted(one.case.causes)), one.causes[run] or "none") for one, run in hurt)
     delays: dict[Heard, list[float]] = {}
@@ -224,6 +227,7 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
         (sum(stopped), len(stopped)),
         (sum(restored), len(restored)),
         (sum(touched), len(touched)),
+        (sum(either), len(either)),
         (sum(exact), len(exact)),
         (sum(one.causes[run] in one.case.causes for one, run in hurt), len(hurt)),
         named,
