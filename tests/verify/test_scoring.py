@@ -42,27 +42,31 @@ def test_faults_are_scored_above_the_healthy_run_of_the_same_seed_if_they_hurt()
     assert (plain["scores"][0]["hurt"], plain["scores"][0]["excess"][2]) == ([True, True, True], "inf")
 
 
-def test_what_does_not_hurt_on_average_is_healthy() -> None:
+def test_what_does_not_hurt_on_average_is_harmless() -> None:
     results = healthy() + [
         made("junk", seed, 2.0 + 0.1 * seed + over, "off") for seed, over in ((1, 0.5), (2, 0), (3, 0))
     ]
     results += [made("junk", 1, 2.1, "act", "rewind_skip"), made("junk", 2, 2.2), made("junk", 3, 2.3)]
     (one,) = measures(scores(results))
-    assert (one.rescued, one.touched) == ((0, 0), (1, 3))
-    assert "| junk | dense | 5.0 0.0 0.0 | 1 of 3 | healthy |" in page.page(results[:6], "")
+    assert (one.rescued, one.touched, one.harmless) == ((0, 0), (0, 0), (1, 3))
+    assert "| junk | dense | 5.0 0.0 0.0 | 1 of 3 | harmless |" in page.page(results[:6], "")
     results[3] = made("junk", 1, 2.1 + 1.3, "off")
     (one,) = measures(scores(results))
-    assert (one.rescued, one.touched) == ((1, 1), (0, 0))  # one is hurt; who was not says nothing of either
+    assert (one.rescued, one.harmless) == ((1, 1), (0, 0))  # one is hurt; who was not says nothing of either
 
 
-def test_to_set_a_broken_rule_right_that_does_no_harm_is_neither_a_rescue_nor_a_false_intervention() -> None:
+def test_to_act_on_a_harmless_fault_is_no_rescue_and_by_the_letter_a_false_intervention() -> None:
     results = healthy() + [made("wrong eps", seed, 2.05 + 0.1 * seed, "off") for seed in (1, 2, 3)]
-    assert "| wrong eps | dense | 0.5 0.5 0.5 | 0 of 3 | a broken rule |" in page.page(results, "")
+    assert "| wrong eps | dense | 0.5 0.5 0.5 | 0 of 3 | harmless |" in page.page(results, "")
     results += [made("wrong eps", 1, 2.1, "act", "restore", cause="config"), made("wrong eps", 2, 2.25)]
-    results += [made("wrong eps", 3, 2.9, "act", "restore", cause="config")]
+    results += [made("wrong eps", 3, 2.9, "act", "restore", cause="config"), made("cosine", 1, 2.2, "off")]
+    results += [made("cosine", 1, 2.2)]
     (one,) = measures(scores(results))
-    assert (one.rescued, one.touched, one.restored) == ((0, 0), (0, 0), (1, 3))
-    assert "act: 1 of 3 rules set right whose breach does no harm (6 to 79 %)" in page.page(results, "")
+    assert (one.rescued, one.touched, one.harmless, one.restored) == ((0, 0), (0, 1), (2, 4), (1, 2))
+    text = page.page(results, "")
+    assert "act: 1 of 2 harmless faults that were acted on set right (9 to 91 %)" in text
+    assert "| healthy runs acted on | 0 of at least 60 | 0 of 1 (0 to 79 %) | no |" in text
+    assert "| the same, harmless faults among them | 0 of at least 60 | 2 of 4 (15 to 85 %) | no |" in text
 
 
 def test_a_trap_is_left_alone_if_nothing_was_done_to_the_bit() -> None:

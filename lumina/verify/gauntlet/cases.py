@@ -37,7 +37,6 @@ class Case:
     against: str = "healthy"  # the case that it is held against: the same keys, and nothing is done
     undone: bool = False  # it takes itself back: what is left is the healthy run, to the bit
     stops: bool = False  # nothing mends it: to stop with a right diagnosis is what has to be done
-    rule: bool = False  # it breaks what holds in every run: to set it right is right, whether or not it does harm
 
     @property
     def fault(self) -> bool:
@@ -119,9 +118,8 @@ def _soon(
     heard: Heard,
     *causes: str,
     stops: bool = False,
-    rule: bool = False,
 ) -> Case:
-    return Case(name, text, plant, size, other, frozenset(causes), heard, stops=stops, rule=rule)
+    return Case(name, text, plant, size, other, frozenset(causes), heard, stops=stops)
 
 
 def _slow(fault: Case, like: Case, *kinds: str) -> Case:
@@ -144,12 +142,12 @@ FAULTS = (
     _soon("stuck loader", "F6: the same four batches again and again", faults.stuck_loader, 4, None, "divergence",
           "data"),
     _soon("sharp attention", "F7: gains of queries and keys of one layer {size:g} times as large",
-          faults.sharp_attention, 6, 8, "drift", "hardware", "numerics"),
+          faults.sharp_attention, 6, 12, "drift", "hardware", "numerics"),
     _slow(_soon("lr low", "F8: a fraction of {size:g} of the learning rate is planned", faults.rate, 0.02, 0.05,
                 "drift", "learning rate"), HEALTHY_LONG),
     _soon("wrong decay", "F9: weights decay {size:g} times as much as planned", faults.wrong_decay, 300, 200, "drift",
-          "config", rule=True),
-    _soon("wrong eps", "F9: AdamW's epsilon is {size:g}", faults.wrong_eps, 1.0, 3.0, "drift", "config", rule=True),
+          "config"),
+    _soon("wrong eps", "F9: AdamW's epsilon is {size:g}", faults.wrong_eps, 1.0, 3.0, "drift", "config"),
     _slow(_soon("unbalanced", "F10: nothing balances, and a router row {size:g} times as large wants every token",
           faults.unbalanced, 20, 30, "drift", "router"), HEALTHY_LIMITED),
     _slow(_soon("dead experts", "F11: router rows of {size:g} experts are zero, their biases -5", faults.dead_experts,

@@ -40,8 +40,9 @@ MEANING = (
     "run of the same seed, for each seed, in sigma, the standard deviation of the final losses of healthy runs of "
     "that kind and these settings over seeds, and the most in nats; inf: it was stopped, or is not finite. *alone*: "
     f"the same of the run that nobody watched: a fault hurts a run if that is more than {HURTS:g}; one that is not "
-    "above that on average counts as healthy, where nothing may be done, unless it breaks a rule that holds in "
-    "every run (F9: the optimizer is not as planned): to set that right is counted by itself. *rescued*: of the "
+    "above that on average is harmless: to act on it is no rescue, and by the letter a false intervention, which is "
+    "why these are counted without them and with them; *set right*: with a right diagnosis, and within the same "
+    "bound as what is rescued. *rescued*: of the "
     f"runs that are hurt, how many ended at most {SIGMAS:g} above; of targets that are shifted, which nothing mends, "
     "how many were stopped with a right diagnosis. *avoided*: 1 - above / alone, median of those. *heard* and "
     "*met*: steps from the fault to the first decision about it, and to the first that did something, medians. "
@@ -152,11 +153,11 @@ def bars(found: Sequence[Score], mode: str = "act") -> Table:
         *_above_others(found, mode),
         ["damage avoided, median", ">= 0.9", _figure(mine.avoided), _yes((mine.avoided or 0) >= 0.9)],
         ["stopped rightly", "all", _share(mine.stopped), _met(mine.stopped, 1.0, 1)],
-        ["broken rules set right that do no harm", "all", _share(mine.restored), _met(mine.restored, 1.0, 1)],
+        ["harmless faults acted on: set right", "all", _share(mine.restored), _met(mine.restored, 1.0, 1)],
         ["healthy runs acted on", "0 of at least 60", _share(alone), _yes(not alone[0] and alone[1] >= 60)],
     ]
     if all_alone != alone:
-        told = "the same, those rules among them"
+        told = "the same, harmless faults among them"
         rows.append([told, "0 of at least 60", _share(all_alone), _yes(not all_alone[0] and all_alone[1] >= 60)])
     rows += [
         ["to the bit", "all", _share(mine.exact), _met(mine.exact, 1.0, 1)],
@@ -261,8 +262,7 @@ def alone(results: Sequence[Result]) -> Table:
     rows = []
     for one in scores(results, alone=True):
         if one.case.fault:
-            harmless = "a broken rule" if one.case.rule else "healthy"
-            counts = {True: "fault", False: harmless, None: "?"}[one.hurts]
+            counts = {True: "fault", False: "harmless", None: "?"}[one.hurts]
             hurt = f"{sum(one.hurt)} of {len(one.runs)}"
             rows.append([one.case.name, one.kind, _sigmas(one.away), hurt, counts])
     return ["fault", "kind", "above healthy, sigma", "hurt", "counts as"], rows
@@ -316,7 +316,7 @@ def _summary(one: Measures) -> list[str]:
         ("runs that faults hurt rescued", one.rescued),
         ("that nothing mends stopped with a right diagnosis", one.stopped),
         ("right diagnoses", one.right),
-        ("rules set right whose breach does no harm", one.restored),
+        ("harmless faults that were acted on set right", one.restored),
         ("healthy runs acted on", one.touched),
         ("traps left alone, to the bit", one.exact),
     ):

@@ -185,9 +185,9 @@ class Measures:
     rescued: Share  # of the runs that faults hurt alone, how many ended within `SIGMAS`
     avoided: float | None  # median share of the damage
     stopped: Share  # where nothing mends it, how many were stopped with a right diagnosis
-    restored: Share  # of broken rules that do no harm, how many were set right, with a right diagnosis
+    restored: Share  # of harmless faults that were acted on, how many were set right, with a right diagnosis
     touched: Share  # of healthy runs, how many were acted on
-    harmless: Share  # the same, and those whose broken rule does no harm among them
+    harmless: Share  # the same, harmless faults among them
     exact: Share  # of traps, how many are to the bit the run that nobody watched
     right: Share  # of the diagnoses of runs that faults hurt, as all that follows
     named: Mapping[tuple[str, str], int]  # right causes, the named one: how often
@@ -208,13 +208,12 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
     avoided = [share for one in mended for share in one.avoided]
     hurt = [(one, run) for one in faults for run, known in enumerate(one.hurt) if known]
     stopped = [bool(one.good[run]) for one, run in hurt if one.case.stops]
-    harmless = [one for one in mine if one.hurts is False]
-    broken = [one for one in harmless if one.case.rule]
-    ends = [(one.case, *end) for one in broken for end in zip(one.good, one.causes, strict=True)]
-    restored = [bool(good) and cause in case.causes for case, good, cause in ends]
-    healthy = [one for one in harmless if not one.case.rule and not one.case.undone]
+    harmless = [one for one in mine if one.hurts is False and one.case.fault]
+    ends = [(one.case, *end) for one in harmless for end in zip(one.touched, one.good, one.causes, strict=True)]
+    restored = [bool(good) and cause in case.causes for case, touched, good, cause in ends if touched]
+    healthy = [one for one in mine if not one.case.fault and not one.case.undone]
     touched = [run for one in healthy for run in one.touched]
-    either = [*touched, *(run for one in broken for run in one.touched)]
+    either = [*touched, *(touched for _, touched, *_ in ends)]
     exact = [good for one in mine if not one.case.fault for good in one.good if good is not None]
     named = Counter((" or ".join(sorted(one.case.causes)), one.causes[run] or "none") for one, run in hurt)
     delays: dict[Heard, list[float]] = {}
