@@ -226,8 +226,8 @@ def _finish(train: Callable[[], Run], console: Console, voice: Voice) -> Run:
         voice.say(f"saved  {stop.run.checkpoints / 'latest'} at step {stop.step}")
         name = shlex.quote(str(stop.run.path))
         if stop.handed_over:  # whoever starts it again finds what it found before
-            voice.say(f"why    lumina decisions {name}   the orchestrator ({stop.signal}) knows nothing that mends it")
-            voice.say(f"next   lumina resume {name}   once it is mended; with orchestrator.mode=advise whatever it is")
+            voice.say(f"why    lumina decisions {name}   # {stop.signal}: the orchestrator knows nothing that mends it")
+            voice.say(f"next   lumina resume {name}   # once it is mended; with orchestrator.mode=advise it only tells")
         else:
             voice.say(f"next   lumina resume {name}")
         if voice.quiet:

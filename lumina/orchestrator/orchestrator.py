@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 QUIET = 200  # steps after a finding in which the same one is no news
 OUTSIDE = ("data", "hardware", "config")  # causes that are not what an intervention on trial has done
+STANDING = ("invariant", "looked")  # rules that say no earlier than each time since when: news at once, it is the same
 UNCALM = 25  # steps after an outlier in which nothing is taken for a sound restore point: a smoothed loss takes as many
 
 
@@ -49,7 +50,7 @@ class Orchestrator:
         self.waiting: Finding | None = None  # what has to be tried yet, or was being tried when the attempt ended
         self.heard: dict[str, int] = {}  # the last step of each rule's findings, worse ones apart
         self.fresh: set[Subject] = set()
-        self.replays: dict[str, Replay] = {}  # the last of each rule's findings, on the way that the run is on
+        self.replays: dict[str, tuple[int, Replay]] = {}  # of each rule's findings, and the step of the last of these
         self.ended = mode == "off"
 
     def learn(self, taught: Confidence) -> None:
@@ -163,15 +164,17 @@ class Orchestrator:
 
     def _replayed(self, finding: Finding, controls: Controls) -> Replay | None:
         """The suspect step taken again. Once for what lasts: the way there is longer each time, and says the same."""
-        known = self.replays.get(_heard_as(finding))
-        if known and (self.mode != "act" or finding.since <= known.step):
+        key = _heard_as(finding)
+        last, known = self.replays.get(key, (0, None))
+        if known and (finding.since <= last or (finding.rule in STANDING and finding.step - last < 2 * QUIET)):
+            self.replays[key] = finding.step, known
             return known
         before = None if finding is self.waiting else self.waiting
         self.waiting = finding  # if the attempt ends in the middle, the next one takes it up
         replay = controls.replay(finding.before)
         self.waiting = before
         if replay:
-            self.replays[_heard_as(finding)] = replay
+            self.replays[key] = finding.step, replay
         return replay
 
     def _judge(

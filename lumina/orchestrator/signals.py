@@ -64,7 +64,7 @@ class Facts(NamedTuple):
             decay=steps - decay + 1 if decay else 0,
             budget=config.orchestrator.trial.budget,
             exact=config.parallel.device == "cpu" or config.train.deterministic,
-            paced=span(config.data.curriculum.until, steps) if config.data.curriculum.until else 0,
+            paced=span(config.data.curriculum.until, steps),
             copies=config.orchestrator.snapshot_every != 0,
             adopted=bool(config.train.init_from),
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
@@ -72,9 +73,14 @@ class Invariants:
         """Checks `step`, just taken by these planned `values` on `batch`, read past these blocks; `progress` is still
         at the step before, and remembers what is found."""
         number, seen = self.parts.loader.planned(step - 1, past), content(batch)
-        broken = [*self._optimizer(values), *self._batch(progress, step, number, seen, values, batch, past)]
+        planned = self.parts.loader.ids(step - 1, past, int(values["data.order"]))
+        earlier = _earlier(progress, step, seen)
+        # Read afresh it is the same: the data has it twice, in the next epoch or as copies.
+        repeats = earlier > 0 and content(self.parts.loader.fetch(planned)) == seen
+        again = 0 if repeats else earlier
+        broken = [*self._optimizer(values), *self._batch(progress, step, number, batch, planned, again)]
         progress.batch, progress.broken = number, broken
-        progress.content = "" if self._repeats(progress, step, seen, values, past) else seen
+        progress.content = "" if repeats else seen
         progress.contents = [*progress.contents, seen][-REMEMBERED:]
         progress.rates += values["lr"]
         progress.travel += values["bias_rate"]
@@ -96,35 +102,19 @@ class Invariants:
                 yield f"config: the optimizer has {name} {found[0]}, the run's configuration {wanted}"
 
     def _batch(
-        self,
-        progress: Progress,
-        step: int,
-        number: int,
-        seen: str,
-        values: Mapping[str, float],
-        batch: Batch,
-        past: Sequence[Block],
+        self, progress: Progress, step: int, number: int, batch: Batch, planned: NDArray[np.int64], again: int
     ) -> Iterator[str]:
-        """The samples are the planned ones, the numbers go on, and other samples have another content."""
-        loader, order = self.parts.loader, int(values["data.order"])
+        """The samples are the `planned` ones (B,), the numbers go on, and other samples have another content: `again`
+        is the step that read this one, 0 if none did or the data has it twice."""
         if batch.ids_BS.numel() != self.config.train.batch_tokens:
             yield f"batch: {batch.ids_BS.numel()} tokens instead of {self.config.train.batch_tokens}"
-        planned = loader.ids(step - 1, past, order)
         if not np.array_equal(batch.sample_ids_B.numpy(), planned):
             yield f"batch: step {step} read other samples than those planned for batch {number}"
-        earlier = _earlier(progress, step, seen)
-        if earlier and _distinct(batch) and not self._repeats(progress, step, seen, values, past):
-            yield f"batch: what step {step} read is what step {earlier} read, though other samples are planned"
+        if again and _distinct(batch):
+            yield f"batch: what step {step} read is what step {again} read, though other samples are planned"
         first = progress.batch < 0 or any(step == phase.begin + 1 for phase in self.parts.phases)
         if not first and number <= progress.batch:
             yield f"batch: number {number} comes after {progress.batch}"
-
-    def _repeats(
-        self, progress: Progress, step: int, seen: str, values: Mapping[str, float], past: Sequence[Block]
-    ) -> bool:
-        """Whether it is the data that has this twice: in the next epoch, or as copies. Read afresh it is the same."""
-        loader, order = self.parts.loader, int(values["data.order"])
-        return seen in progress.contents and content(loader.fetch(loader.ids(step - 1, past, order))) == seen
 
     # -- at a look ----------------------------------------------------------------------------------------------------
 

@@ -104,7 +104,7 @@ def test_a_run_that_is_handed_over_says_where_the_reason_is_and_how_to_pass(
     monkeypatch.setattr(Oversight, "after_step", lambda oversight: stop(oversight.session))
     assert main(TINY) == 3
     *_, why, next_ = capsys.readouterr().out.splitlines()
-    assert re.match(r"why    lumina decisions runs/\S+ +the orchestrator \(looked\) knows nothing", why)
+    assert re.match(r"why    lumina decisions runs/\S+ +# looked: the orchestrator knows nothing", why)
     assert re.match(r"next   lumina resume runs/\S+ .*orchestrator.mode=advise", next_)
 
 

@@ -113,6 +113,22 @@ def test_what_lasts_is_replayed_once_in_advise_for_the_way_there_grows() -> None
     assert watch.door.replays == 1
 
 
+def test_what_is_wrong_for_good_is_replayed_once_and_what_is_another_again() -> None:
+    eps = {"broken": ("config: the optimizer has eps 0.1",)}
+    watch = Watch("advise", points=(250,), answer=replay(301, 2.0, 2.0))
+    watch.run(1, 300)
+    watch.run(301, 1000, **eps)
+    assert (len(list(watch.decisions())), watch.door.replays) == (4, 1)
+    watch.run(1001, 1600)
+    watch.run(1601, 1602, **eps)
+    assert watch.door.replays == 2
+    for step in (1700, 1710):  # each step off the plan is another
+        watch.run(watch.orchestrator.signals.step + 1, step - 1)
+        watch.step(seen(step, broken=(OFF,)))
+        watch.step(seen(step + 1))
+        assert watch.door.replays == 3 + (step == 1710)
+
+
 def test_a_replay_that_is_left_is_taken_up_by_the_next_attempt() -> None:
     watch = Watch(points=(250,), answer=replay(301, 2.0, 2.0))
     watch.run(1, 300)

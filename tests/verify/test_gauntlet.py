@@ -16,8 +16,10 @@ import pytest
 from lumina.cli import main
 from lumina.config.resolve import resolve
 from lumina.errors import UserError
+from lumina.orchestrator.finding import Finding
 from lumina.orchestrator.signals import Signals
 from lumina.planner import calibration, outset
+from lumina.training.controls import SessionControls
 from lumina.training.session import Session
 from lumina.verify import report
 from lumina.verify.gauntlet import arms, policies, running
@@ -258,6 +260,23 @@ def test_a_reflex_does_one_thing(mode: str, action: str, taken: Take) -> None:
     assert not found.stopped
 
 
+def test_a_reflex_that_rests_after_a_spike_hears_what_is_hard(
+    taken: Take, known: dict[Any, Any], tmp_path: Path
+) -> None:
+    session = begin(Arm("junk", "dense", 3, "rewind"), healthy(taken, known), tmp_path)
+    reflex, heard = session.oversight.orchestrator, list[str]()
+    assert isinstance(reflex, policies.Reflex)
+    reflex.react = lambda _, finding, controls: heard.append(finding.rule)
+    for step, rule, hard in (
+        (10, "spike", False),
+        (12, "spike", False),
+        (13, "divergence", True),
+        (14, "loader", True),
+    ):
+        reflex._handle(Finding(rule, step, step, "", hard), SessionControls(session))
+    assert heard == ["spike", "divergence"]
+
+
 def test_chance_draws_the_same_again(taken: Take, known: dict[Any, Any]) -> None:
     first = taken("junk", mode="random")
     again = take(Arm("junk", "dense", 3, "random"), healthy(taken, known))
@@ -403,6 +422,10 @@ def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixt
         assert [json.loads(line)["t"] for line in raw.splitlines()] == ["about"] + ["arm"] * 12
         assert main(["gauntlet", *of, "--seeds", "3", *out]) == 0
         assert taken == [10, 2, 3]  # of the same commit: what there is is not taken again
+        there = raw_of(tmp_path, "abc1234")
+        patch.setattr(report, "commit", lambda: "abc1234+")  # something was changed since: another file
+        assert main(["gauntlet", *of, "--seeds", "2", *out]) == 0
+        assert raw_of(tmp_path, "abc1234") == there
         patch.setattr(report, "commit", lambda: "def5678")
         assert main(["gauntlet", *of, "--seeds", "2", "--calibration", str(alone), *out]) == 0
         assert taken[-1] == 2
@@ -421,6 +444,10 @@ def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "known: tuned, held-out, ci, long" in capsys.readouterr().err
     assert main(["gauntlet", "--mode", "nobody"]) == 2
     assert "fixed clip" in capsys.readouterr().err
+
+
+def raw_of(folder: Path, commit: str) -> str:
+    return next(folder.glob(f"*-junk-{commit}.jsonl")).read_text()
 
 
 def report_of(folder: Path, commit: str) -> str:

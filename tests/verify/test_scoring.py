@@ -48,11 +48,11 @@ def test_what_does_not_hurt_on_average_is_harmless() -> None:
     ]
     results += [made("junk", 1, 2.1, "act", "rewind_skip"), made("junk", 2, 2.2), made("junk", 3, 2.3)]
     (one,) = measures(scores(results))
-    assert (one.rescued, one.touched, one.harmless) == ((0, 0), (0, 0), (1, 3))
+    assert (one.rescued, one.touched, one.by_letter) == ((0, 0), (0, 0), (1, 3))
     assert "| junk | dense | 5.0 0.0 0.0 | 1 of 3 | harmless |" in page.page(results[:6], "")
     results[3] = made("junk", 1, 2.1 + 1.3, "off")
     (one,) = measures(scores(results))
-    assert (one.rescued, one.harmless) == ((1, 1), (0, 0))  # one is hurt; who was not says nothing of either
+    assert (one.rescued, one.by_letter) == ((1, 1), (0, 0))  # one is hurt; who was not says nothing of either
 
 
 def test_to_act_on_a_harmless_fault_is_no_rescue_and_by_the_letter_a_false_intervention() -> None:
@@ -62,7 +62,7 @@ def test_to_act_on_a_harmless_fault_is_no_rescue_and_by_the_letter_a_false_inter
     results += [made("wrong eps", 3, 2.9, "act", "restore", cause="config"), made("cosine", 1, 2.2, "off")]
     results += [made("cosine", 1, 2.2)]
     (one,) = measures(scores(results))
-    assert (one.rescued, one.touched, one.harmless, one.restored) == ((0, 0), (0, 1), (2, 4), (1, 2))
+    assert (one.rescued, one.touched, one.by_letter, one.restored) == ((0, 0), (0, 1), (2, 4), (1, 2))
     text = page.page(results, "")
     assert "act: 1 of 2 harmless faults that were acted on set right (9 to 91 %)" in text
     assert "| healthy runs acted on | 0 of at least 60 | 0 of 1 (0 to 79 %) | no |" in text

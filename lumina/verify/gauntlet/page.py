@@ -42,17 +42,16 @@ MEANING = (
     f"the same of the run that nobody watched: a fault hurts a run if that is more than {HURTS:g}; one that is not "
     "above that on average is harmless: to act on it is no rescue, and by the letter a false intervention, which is "
     "why these are counted without them and with them; *set right*: with a right diagnosis, and within the same "
-    "bound as what is rescued. *rescued*: of the "
-    f"runs that are hurt, how many ended at most {SIGMAS:g} above; of targets that are shifted, which nothing mends, "
-    "how many were stopped with a right diagnosis. *avoided*: 1 - above / alone, median of those. *heard* and "
-    "*met*: steps from the fault to the first decision about it, and to the first that did something, medians. "
-    "*diagnosed*: the causes that were named, of the decision that was acted on if there was one. Who crashes while "
-    "watched has an infinite loss. *done*: what changed the run, without what the guard skipped. *something won*: "
-    "runs in which an intervention won a trial and was kept; *cost*: what trials took, evaluations included, over "
-    "the steps of the run; *steps beyond*: all that was computed beyond the run's own steps, as replays, probations "
-    "and steps taken again, in steps' worth. A trap is *left alone* if nothing was done and the run is to the bit "
-    "(loss and gradient norm of every step) the one that nobody watched; what was done by hand and undone, if it is "
-    "the healthy one."
+    f"bound as what is rescued. *rescued*: of the runs that are hurt, how many ended at most {SIGMAS:g} above; of "
+    "targets that are shifted, which nothing mends, how many were stopped with a right diagnosis. *avoided*: 1 - "
+    "above / alone, median of those. *heard* and *met*: steps from the fault to the first decision about it, and to "
+    "the first that did something, medians. *diagnosed*: the causes that were named, of the decision that was acted "
+    "on if there was one. Who crashes while watched has an infinite loss. *done*: what changed the run, without "
+    "what the guard skipped. *something won*: runs in which an intervention won a trial and was kept; *cost*: what "
+    "trials took, evaluations included, over the steps of the run; *steps beyond*: all that was computed beyond the "
+    "run's own steps, as replays, probations and steps taken again, in steps' worth. A trap is *left alone* if "
+    "nothing was done and the run is to the bit (loss and gradient norm of every step) the one that nobody watched; "
+    "what was done by hand and undone, if it is the healthy one."
 )
 
 
@@ -147,7 +146,7 @@ def bars(found: Sequence[Score], mode: str = "act") -> Table:
     mine = next((one for one in measures(found) if one.mode == mode), None)
     if mine is None or not mine.rescued[1] + mine.touched[1]:
         return [], []
-    alone, all_alone = mine.touched, mine.harmless
+    alone, all_alone = mine.touched, mine.by_letter
     rows = [
         ["rescued", ">= 90 % of at least 60", _share(mine.rescued), _met(mine.rescued, 0.9, 60)],
         *_above_others(found, mode),

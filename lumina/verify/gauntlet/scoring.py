@@ -187,7 +187,7 @@ class Measures:
     stopped: Share  # where nothing mends it, how many were stopped with a right diagnosis
     restored: Share  # of harmless faults that were acted on, how many were set right, with a right diagnosis
     touched: Share  # of healthy runs, how many were acted on
-    harmless: Share  # the same, harmless faults among them
+    by_letter: Share  # the same, harmless faults among them
     exact: Share  # of traps, how many are to the bit the run that nobody watched
     right: Share  # of the diagnoses of runs that faults hurt, as all that follows
     named: Mapping[tuple[str, str], int]  # right causes, the named one: how often
@@ -213,7 +213,7 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
     restored = [bool(good) and cause in case.causes for case, touched, good, cause in ends if touched]
     healthy = [one for one in mine if not one.case.fault and not one.case.undone]
     touched = [run for one in healthy for run in one.touched]
-    either = [*touched, *(touched for _, touched, *_ in ends)]
+    by_letter = [*touched, *(touched for _, touched, *_ in ends)]
     exact = [good for one in mine if not one.case.fault for good in one.good if good is not None]
     named = Counter((" or ".join(sorted(one.case.causes)), one.causes[run] or "none") for one, run in hurt)
     delays: dict[Heard, list[float]] = {}
@@ -226,7 +226,7 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
         (sum(stopped), len(stopped)),
         (sum(restored), len(restored)),
         (sum(touched), len(touched)),
-        (sum(either), len(either)),
+        (sum(by_letter), len(by_letter)),
         (sum(exact), len(exact)),
         (sum(one.causes[run] in one.case.causes for one, run in hurt), len(hurt)),
         named,
