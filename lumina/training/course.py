@@ -28,7 +28,7 @@ from lumina.training import edits, failing
 from lumina.training.evaluate import Evaluation
 from lumina.training.invariants import Invariants
 from lumina.training.observer import Emit, Observer
-from lumina.training.oom import Fitting
+from lumina.training.oom import Fitting, free
 from lumina.training.probe import TOKENS as PROBE_TOKENS
 from lumina.training.probe import Probe
 from lumina.training.schedule import Part, depth_capacity, rate, shortened
@@ -59,6 +59,7 @@ class Course:
         looked_at = parts.heldout(parts.main_kind, PROBE_TOKENS)[0]
         self.probe = Probe(parts.model, looked_at, parts.precision)
         self.invariants = None if parts.config.orchestrator.mode == "off" else Invariants(parts)
+        self.looks = parts.config.orchestrator.probe_every > 0
         self.seen: Observation | None = None  # the newest of this attempt
         self.looked: Look | None = None  # likewise
         self.state = State(parts.model, parts.optimizer, self.probe)
@@ -86,8 +87,8 @@ class Course:
             return
         if (every := self.config.train.eval_every) and step % every == 0:
             self.evaluate()
-        if (every := self.config.orchestrator.probe_every) and step % every == 0:
-            self.look()
+        if self.looks and step % self.config.orchestrator.probe_every == 0:
+            self._check(self.look)
 
     def step(self) -> None:
         """The next step alone."""
@@ -101,10 +102,11 @@ class Course:
         batch = self._batch(step, values)
         metrics = self.fitting.step(batch, values["lr"], self.plan(values), step)
         self.observe()
-        if self.invariants:
-            self.invariants.after_step(progress, step, self.values(step), batch, skipped(self.state.overlays))
-        else:
-            progress.batch = parts.loader.planned(step - 1, skipped(self.state.overlays))
+        values, past = self.values(step), skipped(self.state.overlays)
+        if invariants := self.invariants:
+            self._check(lambda: invariants.after_step(progress, step, values, batch, past))
+        if not self.invariants:
+            progress.batch = parts.loader.planned(step - 1, past)
         now = time.perf_counter()
         progress.step_seconds, self.last = now - self.last, now
         progress.step, progress.tokens = step, progress.tokens + self.config.train.batch_tokens
@@ -296,6 +298,22 @@ class Course:
         self.emit("probe", step=step, seconds=round(seconds, 3), **seen.fields(), **told)
         self.last += seconds
         return self.looked
+
+    def _check(self, check: Callable[[], object]) -> None:
+        """A check that fails, for want of memory or by a fault of its own, is told and is the attempt's last: training
+        goes on. Of several processes the others would wait in it, so there it ends the attempt; on trial, the trial.
+        """
+        try:
+            check()
+        except Exception as error:
+            if self.parts.world.size > 1 or self.fitting.trying or failing.ends(error, self.config):
+                raise
+            self.invariants, self.looks, self.state.progress.broken = None, False, []
+            said = failing.said(error)
+        else:
+            return
+        free()  # not before the error is gone, which holds on to what it was computing
+        self.emit("incident", step=self.state.progress.step, kind="checks failed", error=said)
 
     def _broken(self, golden: Batch) -> tuple[str, ...]:
         """Invariants that only a look can see."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forks import STEPS, WHY, crash, request, require_equal, trained
 from support import KINDS
 
@@ -17,6 +18,8 @@ from lumina.orchestrator.protocol import Controls, Look, Observation
 from lumina.orchestrator.signals import Facts
 from lumina.run.folder import Run
 from lumina.training import oversight
+from lumina.training.invariants import Invariants
+from lumina.training.probe import Probe
 from lumina.training.trainer import Trainer, resume
 
 
@@ -146,6 +149,29 @@ def test_what_fails_in_it_ends_it_and_leaves_training_untouched(
     assert at == (6 if what in ("observe", "pack", "unpack") else step)
     last = [one for one in spy.heard if isinstance(one, int)][-1]
     assert last <= (8 if what == "unpack" else 6)  # it was not asked again
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "step"), [(Probe, "__call__", 2), (Invariants, "at_look", 2), (Invariants, "after_step", 0)]
+)
+def test_a_check_that_fails_is_the_last_and_leaves_training_untouched(
+    of: type, name: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = keys(tmp_path)
+    nobody = {"orchestrator.mode": "off", "orchestrator.probe_every": 0}
+    whole = trained(tmp_path / "whole", asked | nobody, monkeypatch)
+    calls: list[None] = []
+
+    def fails(*_: Any) -> None:
+        calls.append(None)
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(of, name, fails)
+    run = trained(tmp_path / "failed", asked, monkeypatch)
+    require_equal(whole, run, watched=False)
+    ((at, kind, error),) = incidents(run)
+    assert (at, kind, len(calls)) == (step, "checks failed", 1)
+    assert error.startswith("OutOfMemoryError: planted (in fails, line")
 
 
 def test_its_state_goes_on_with_the_run(spy: type[Spy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
