@@ -80,7 +80,7 @@ class OrchestratorConfig(Section):
     """`orchestrator`."""
 
     mode: Literal["off", "advise", "act"] = Field(
-        "advise", description="off: nobody watches; advise: faults are told; act: and met, within bounds"
+        "act", description="off: nobody watches; advise: faults are told; act: and met, within bounds"
     )
     probe_every: Count = Field(100, ge=0, description="steps between looks at a fixed piece of held-out text; 0: none")
     snapshot_every: AutoSteps = Field(
