@@ -1,5 +1,6 @@
 # make demo: set up and train the debug model. make demo-rescue: break a run, and see it rescued.
-# make test: set up and run the suite. make check: ruff and mypy. make hooks: ruff and mypy before each commit.
+# make test: set up and run the suite. make gauntlet: break a few runs, and see each end as it has to.
+# make check: ruff and mypy. make hooks: ruff and mypy before each commit.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,6 +13,9 @@ demo-rescue: $(VENV)/core
 
 test: $(VENV)/dev
 	$(BIN)/pytest -n 2
+
+gauntlet: $(VENV)/core
+	$(BIN)/lumina gauntlet --subset ci
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -35,4 +39,4 @@ $(VENV)/dev: $(VENV)/core
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: demo demo-rescue test check hooks clean
+.PHONY: demo demo-rescue test gauntlet check hooks clean

@@ -118,7 +118,9 @@ def _tell_history(root: Path, json: bool) -> None:
         header = ["model", "fault", "action", "tried", "won", "chance", "90 %", "gain", "runs"]
         print_table(header, [_cells(row) for row in used], left=3)
     else:
-        typer.echo(f"no trials below {root}; a run in orchestrator.mode=act, the default, makes them when something is wrong")
+        typer.echo(
+            f"no trials below {root}; a run in orchestrator.mode=act, the default, makes them when something is wrong"
+        )
     if others := sum(row["tried"] for row in rows if not row["used"]):
         typer.echo(f"{others} more of other versions of lumina, which no run goes by any more: --json")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json as json_
+import re
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,9 +13,10 @@ import typer
 
 from lumina.cli.output import Json, print_json, print_table
 from lumina.errors import UserError
+from lumina.run.exit_codes import BUG
 
 if TYPE_CHECKING:
-    from lumina.verify.gauntlet.arms import Arm, Result
+    from lumina.verify.gauntlet.arms import Result
 
 Subset = Annotated[str, typer.Option(help="Which runs: tuned, held-out, long, or ci, a few in about a minute.")]
 Case = Annotated[list[str] | None, typer.Option(help="This fault or trap alone; may be repeated.", show_default=False)]
@@ -42,8 +43,8 @@ def gauntlet(
     kind: Kind = None,
     mode: Mode = None,
     others: Others = False,
-    seeds: Annotated[int, typer.Option(help="Runs of each case and kind.", show_default="the subset's")] = 0,
-    first: Annotated[int, typer.Option(help="The first seed.", show_default="the subset's")] = -1,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each case and kind.")] = None,
+    first: Annotated[int | None, typer.Option(min=0, help="The first seed.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs side by side, one core each.")] = 2,
     calibration: Calibration = None,
     score: Score = None,
@@ -52,16 +53,28 @@ def gauntlet(
 ) -> None:
     """Break runs on purpose, and set traps for sound ones: what the orchestrator makes of them, in tables.
 
-    With --out, runs that an earlier one of this commit had done are not taken again.
+    With --out, runs that an earlier one of this commit and machine had done are not taken again. Exit code 1 if a run
+    of `--subset ci` does not end as it has to.
     """
     from lumina.telemetry.console import Console
     from lumina.verify import report
-    from lumina.verify.gauntlet import page, running
+    from lumina.verify.gauntlet import page, raw, running, scoring
     from lumina.verify.gauntlet.arms import watcher
-    from lumina.verify.gauntlet.cases import CASES, KINDS, SUITES
+    from lumina.verify.gauntlet.cases import CASES, CI, KINDS, SUITES
 
+    asked: dict[str, Any] = {
+        "--case": case,
+        "--kind": kind,
+        "--mode": mode,
+        "--others": others,
+        "--seeds": seeds,
+        "--first": first,
+    }
     if score:
-        _show([result for path in score for result in _read(path)], json)
+        asked |= {"--calibration": calibration, "--out": out, "--subset": subset != "tuned"}
+        if more := [name for name, given in asked.items() if given is not None and given is not False]:
+            raise UserError(f"{more[0]}: --score takes whatever is in its files", "leave it out")
+        _show(raw.read(score), json)
         return
     names, kinds, modes = case or list(CASES), kind or list(KINDS), mode or ["act"]
     for given, there_are, what in (
@@ -69,24 +82,26 @@ def gauntlet(
         (names, list(CASES), "case"),
         (kinds, list(KINDS), "kind"),
     ):
-        if unknown := [one for one in given if one not in there_are]:
-            raise UserError(f"--{what} {unknown[0]}: there is no such {what}", fix=f"known: {', '.join(there_are)}")
+        if strange := [one for one in given if one not in there_are]:
+            raise UserError(f"--{what} {strange[0]}: there is no such {what}", fix=f"known: {', '.join(there_are)}")
     for who in modes:
         watcher(who)
     suite = SUITES[subset]
-    begin, count = first if first >= 0 else suite.seeds[0], seeds or len(suite.seeds)
+    begin, count = suite.seeds[0] if first is None else first, seeds or len(suite.seeds)
     of = range(begin, begin + count)
     arms = running.arms(suite, [CASES[name] for name in names], kinds, of, [one for one in modes if one != "off"])
     if not arms:
         told = "the healthy runs are taken with the faults that are held against them, and a set may have few cases"
         raise UserError(f"--case {', '.join(names)}: none for these kinds in {subset}: {told}", "name others")
     arms += [arm for arm in running.others(arms, of) if arm not in arms] if others else []
-    frozen = {one.arm: one for one in _read(calibration, frozen=True)} if calibration else {}
-    path = out / f"{'-'.join(_stem(subset, case, modes))}.md" if out else None
-    raw = path.with_suffix(".jsonl") if path else None
+    frozen = raw.frozen(calibration, arms) if calibration else {}
+    options = list(_options(asked))
+    stem = "-".join([time.strftime("%Y-%m-%d"), subset, *options, *_commit()]) if out else ""
+    path, log_path = (out / f"{stem}.md", out / f"{stem}.jsonl") if out else (None, None)
     known = [frozen[arm] for arm in arms if arm in frozen]
-    known += [one for one in (running.earlier(out, arms) if out else []) if one.arm not in frozen]
-    log, there = report.Raw(raw, keep=bool(report.earlier(raw))), {_arm(row) for row in report.earlier(raw)}
+    known += [one for one in (raw.earlier(out, arms) if out else []) if one.arm not in frozen]
+    there = raw.logged(log_path) if log_path else []
+    log = report.Raw(log_path, keep=bool(there))
     for one in known:
         if one.arm not in there and one.arm not in frozen:  # of another day
             log(one.plain())
@@ -102,15 +117,10 @@ def gauntlet(
 
         results = running.take_all(arms, workers, tell, known)
     if path:
-        options = [f"--subset {subset}"] if subset != "tuned" else []
-        options += [f"--case {shlex.quote(name)}" for name in case or []] + [f"--kind {one}" for one in kind or []]
-        options += [f"--mode {shlex.quote(one)}" for one in mode or []] + (["--others"] if others else [])
-        options += [f"--seeds {seeds}"] * bool(seeds) + [f"--first {first}"] * (first >= 0)
-        options += [f"--calibration {calibration}"] if calibration else []
-        used = sum(arm in frozen for arm in arms)
-        told = f"{used} of the {len(arms)} runs, which nobody watched, are those of `{calibration}`." if used else ""
+        command = " ".join(["lumina gauntlet", *_command(subset, asked | {"--calibration": calibration})])
+        told = f"{len(frozen)} of the {len(arms)} runs, which nobody watched, are those of `{calibration}`."
         with report.refusing(path):
-            path.write_text(page.page(results, " ".join(["lumina gauntlet", *options]), told), encoding="utf-8")
+            path.write_text(page.page(results, command, told if frozen else ""), encoding="utf-8")
     _show(results, json)
     if path and not json:
         typer.echo(f"wrote  {path} and .jsonl")
@@ -118,23 +128,40 @@ def gauntlet(
         raise UserError(
             f"{len(crashed)} runs crashed, the first: {crashed[0].crashed}", "run it again: the others are kept"
         )
+    if suite is CI and (bad := page.wrong(scoring.scores(results))):
+        typer.echo(f"! not as it has to be: {'; '.join(bad)}", err=True)
+        raise typer.Exit(BUG)
 
 
-def _stem(subset: str, case: Sequence[str] | None, modes: Sequence[str]) -> Iterator[str]:
-    """Of the file's name: reports of other commits, and of a part, lie beside it."""
+def _command(subset: str, asked: Mapping[str, Any]) -> Iterator[str]:
+    """The options that it was asked for."""
+    if subset != "tuned":
+        yield f"--subset {subset}"
+    for option, given in asked.items():
+        if given is True:
+            yield option
+        elif given is not None and given is not False:
+            yield from (f"{option} {shlex.quote(str(one))}" for one in (given if isinstance(given, list) else [given]))
+
+
+def _options(asked: Mapping[str, Any]) -> Iterator[str]:
+    """What makes it a part, or another one: so that the reports of several lie beside each other."""
+    if asked["--mode"] == ["off"]:
+        asked = {**asked, "--mode": ["alone"]}
+    for option in ("--case", "--kind", "--mode"):
+        yield from (re.sub(r"[^\w.]+", "_", name) for name in asked[option] or () if name != "act")
+    if asked["--others"]:
+        yield "others"
+    if asked["--seeds"] is not None:
+        yield f"{asked['--seeds']}_seeds"
+    if asked["--first"] is not None:
+        yield f"from_{asked['--first']}"
+
+
+def _commit() -> list[str]:
     from lumina.verify.report import about
 
-    yield time.strftime("%Y-%m-%d")
-    yield subset
-    yield from (name.replace(" ", "_") for name in case or ())
-    yield from ["alone"] if set(modes) == {"off"} else []
-    yield from [said.replace("+", "-changed")] if (said := about()["commit"]) else []
-
-
-def _arm(row: dict[str, Any]) -> Arm:
-    from lumina.verify.gauntlet.arms import Result
-
-    return Result.of(row).arm
+    return [said.replace("+", "-changed")] if (said := about()["commit"]) else []
 
 
 def _show(results: Sequence[Result], json: bool) -> None:
@@ -149,38 +176,6 @@ def _show(results: Sequence[Result], json: bool) -> None:
         if made[1]:
             typer.echo(f"\n{title}")
             print_table(*made, left=3)
-    if found:
-        typer.echo(f"\n{page.summary(found)}")
-
-
-def _read(path: Path, frozen: bool = False) -> list[Result]:
-    """The results of a raw file, whose first line may say what it is of; `frozen` ones are of nobody watching, and
-    refused where what is done to a run is not what it was."""
-    from lumina.verify.gauntlet.arms import Result
-    from lumina.verify.gauntlet.cases import CASES, SUITES
-
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}", "name a .jsonl file of `--out`") from error
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json_.loads(line)
-            if row.get("t", "arm") != "arm":
-                continue
-            result = Result.of(row)
-            for name, known in ((result.arm.case, CASES), (result.arm.suite, SUITES)):
-                if name not in known:
-                    raise ValueError(f"{name}: known are {', '.join(known)}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            wrong = f"{path}:{number}: not a result of a gauntlet: {type(error).__name__}: {error}"
-            raise UserError(wrong, "each line is an object with case, kind, seed, mode and loss") from error
-        if frozen and result.arm.mode == "off" and not result.crashed:
-            if row.get("terms") != result.arm.terms:
-                wrong = f"{path}:{number}: {result.arm.case} is not what it was when this was taken"
-                raise UserError(wrong, "take the runs alone again: --mode off")
-            found.append(result)
-        elif not frozen:
-            found.append(result)
-    return found
+    for line in (page.summary(found), page.unknown(found)):
+        if line:
+            typer.echo(f"\n{line}")

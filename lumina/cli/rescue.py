@@ -62,7 +62,7 @@ def rescue(
         sound = Arm("healthy", kind, seed, "off", CI.name)
         train("2. Where it would go from there, if nothing happened.", sound, Path(folder) / "sound", "healthy")
         train(f"3. From step {step} on: {text}. Nobody watches.", arms["off"], Path(folder) / "alone", "alone")
-        path = train("4. The same once more, and the orchestrator watches.", arms["act"], root, "rescued")
+        path = train("4. The same once more, and the orchestrator watches.", arms["act"], root, "watched")
     opened = open_run(str(path), root)
     if json:
         print_json(

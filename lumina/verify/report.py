@@ -106,15 +106,21 @@ def page(outcome: Outcome) -> str:
 
 
 def earlier(path: Path | None) -> list[Event]:
-    """What a raw log holds already, if it is of this commit; nothing otherwise."""
+    """What a raw log holds already, if it is of this commit, machine and torch; nothing otherwise."""
     if path is None or not path.exists():
         return []
     with refusing(path):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A kill may have torn the last line.
-    first, *rest = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()] or [{}]
-    now = commit()
-    return rest if now and not now.endswith("+") and first.get("commit") == now else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    try:  # a kill may have torn the last line
+        rows = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+    except ValueError:  # none of ours
+        return []
+    if not all(isinstance(row, dict) for row in rows):
+        return []
+    (first, *rest), now = rows or [{}], about()
+    named = now["commit"] and not now["commit"].endswith("+")
+    same = all(first.get(name) == now[name] for name in ("commit", "machine", "torch"))
+    return rest if named and same else []
 
 
 class Raw:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,6 @@ from lumina.orchestrator.signals import Signals
 from lumina.planner import calibration, outset
 from lumina.training.controls import SessionControls
 from lumina.training.session import Session
-from lumina.verify import report
 from lumina.verify.gauntlet import arms, policies, running
 from lumina.verify.gauntlet.arms import Arm, Result, begin, lead, take, watcher
 from lumina.verify.gauntlet.cases import (
@@ -283,12 +282,22 @@ def test_chance_draws_the_same_again(taken: Take, known: dict[Any, Any]) -> None
     assert (first.loss, first.decisions) == (again.loss, again.decisions)
 
 
-def test_a_policy_of_ones_own(taken: Take) -> None:
-    """A function of a session, given by its name."""
+def test_a_policy_of_ones_own(taken: Take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function of a session, given by its name, in a module that lies here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "gentle.py").write_text("def gentle(")
     found = taken(HEALTHY.name, mode=f"{__name__}:resting")
     assert found.loss > taken(HEALTHY.name, mode="off").loss
-    with pytest.raises(UserError, match="there is no such policy"):
-        watcher("nobody")
+    for name, said in (
+        ("nobody", "there is no such policy"),
+        ("nowhere:mine", "cannot be imported: ModuleNotFoundError"),
+        ("math:mine", "cannot be imported: AttributeError"),
+        ("math:pi", "is float, which is no policy"),
+        ("gentle:gentle", "cannot be imported: SyntaxError"),
+    ):
+        with pytest.raises(UserError, match=said):
+            watcher(name)
 
 
 def resting(session: Session, seed: int) -> None:
@@ -395,90 +404,6 @@ def threads(workers: int, mp_context: Any) -> Any:
     return ThreadPoolExecutor(workers)
 
 
-def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    taken: list[int] = []
-
-    def take_all(wanted: Any, workers: int, tell: Any, known: Any) -> list[Result]:
-        losses = {True: 2.0, False: 2.5}
-        results = [Result(arm, losses[arm.case in SOUND or arm.mode == "act"] + arm.seed / 1e4) for arm in wanted]
-        there = {result.arm for result in known}
-        new = [result for result in results if result.arm not in there]
-        taken.append(len(new))
-        for result in new:
-            tell(result)
-        return results
-
-    of, out = ["--case", "junk", "--kind", "dense"], ["--out", str(tmp_path)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "take_all", take_all)
-        patch.setattr(report, "commit", lambda: "abc1234")
-        assert main(["gauntlet", *of, "--mode", "off", "--seeds", "2", *out]) == 0
-        assert "counts as" in capsys.readouterr().out
-        (alone,) = tmp_path.glob("*-tuned-junk-alone-abc1234.jsonl")
-        assert main(["gauntlet", *of, "--seeds", "2", *out]) == 0
-        assert "act: 2 of 2 runs that faults hurt rescued" in capsys.readouterr().out
-        page, raw = (next(tmp_path.glob(f"*-tuned-junk-abc1234.{end}")).read_text() for end in ("md", "jsonl"))
-        assert "lumina gauntlet --case junk --kind dense --seeds 2" in page
-        assert [json.loads(line)["t"] for line in raw.splitlines()] == ["about"] + ["arm"] * 12
-        assert main(["gauntlet", *of, "--seeds", "3", *out]) == 0
-        assert taken == [10, 2, 3]  # of the same commit: what there is is not taken again
-        there = raw_of(tmp_path, "abc1234")
-        patch.setattr(report, "commit", lambda: "abc1234+")  # something was changed since: another file
-        assert main(["gauntlet", *of, "--seeds", "2", *out]) == 0
-        assert raw_of(tmp_path, "abc1234") == there
-        patch.setattr(report, "commit", lambda: "def5678")
-        assert main(["gauntlet", *of, "--seeds", "2", "--calibration", str(alone), *out]) == 0
-        assert taken[-1] == 2
-        assert f"10 of the 12 runs, which nobody watched, are those of `{alone}`" in report_of(tmp_path, "def5678")
-        patch.setitem(CASES, "junk", replace(CASES["junk"], size=46))
-        assert main(["gauntlet", *of, "--seeds", "2", "--calibration", str(alone), *out]) == 2
-        assert "junk is not what it was when this was taken" in capsys.readouterr().err
-        with next(tmp_path.glob("*-def5678.jsonl")).open("a") as torn:
-            torn.write('{"t": "ar')
-        assert len(report.earlier(next(tmp_path.glob("*-def5678.jsonl")))) == 2
-    assert main(["gauntlet", "--case", "domains", "--kind", "dense"]) == 2
-    assert "--case domains: none for these kinds" in capsys.readouterr().err
-    assert main(["gauntlet", "--case", "junks"]) == 2
-    assert "known: healthy, healthy long, healthy limited, lr high" in capsys.readouterr().err
-    assert main(["gauntlet", "--subset", "all"]) == 2
-    assert "known: tuned, held-out, ci, long" in capsys.readouterr().err
-    assert main(["gauntlet", "--mode", "nobody"]) == 2
-    assert "fixed clip" in capsys.readouterr().err
-
-
-def raw_of(folder: Path, commit: str) -> str:
-    return next(folder.glob(f"*-junk-{commit}.jsonl")).read_text()
-
-
-def report_of(folder: Path, commit: str) -> str:
-    return next(folder.glob(f"*-{commit}.md")).read_text()
-
-
-def test_results_of_any_trainer_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The protocol: an object a line, with case, kind, seed, mode and loss."""
-    losses = {("healthy", "off"): 2.0, ("junk", "off"): 2.6, ("junk", "theirs"): 2.0}
-    rows = [
-        {"case": case, "kind": "dense", "seed": seed, "mode": mode, "loss": loss + seed / 1e3}
-        for (case, mode), loss in losses.items()
-        for seed in range(3)
-    ]
-    path = tmp_path / "theirs.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    assert main(["gauntlet", "--score", str(path)]) == 0
-    assert "theirs: 3 of 3 runs that faults hurt rescued" in capsys.readouterr().out
-    assert main(["gauntlet", "--score", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["scores"][0]["mode"] == "theirs"
-    path.write_text('{"case": "junk", "kind": "dense", "seed": 1, "mode": "theirs", "loss": null}')
-    assert main(["gauntlet", "--score", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["runs"][0]["loss"] == "inf"
-    path.write_text('{"case": "mine", "kind": "dense", "seed": 1, "mode": "theirs", "loss": 1}')
-    assert main(["gauntlet", "--score", str(path)]) == 2
-    assert ":1: not a result of a gauntlet: ValueError: mine: known are" in capsys.readouterr().err
-    path.write_text('{"case": "junk"}')
-    assert main(["gauntlet", "--score", str(path)]) == 2
-    assert "case, kind, seed, mode and loss" in capsys.readouterr().err
-
-
 def test_a_run_is_broken_and_rescued_in_front_of_the_user(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -489,8 +414,8 @@ def test_a_run_is_broken_and_rescued_in_front_of_the_user(
     assert [title[0] for title in titles] == list("12345")
     assert "3. From step 60 on: one weight becomes infinite. Nobody watches." in titles
     assert out.index("go back and replay (done)") > out.index("5. What it says of it.")
-    ends = dict(re.findall(r"(healthy|rescued) (\d\.\d+)", out.splitlines()[-2]))
-    assert ends["healthy"] == ends["rescued"]
+    ends = dict(re.findall(r"(healthy|watched) (\d\.\d+)", out.splitlines()[-2]))
+    assert ends["healthy"] == ends["watched"]
     (run,) = tmp_path.glob("tiny-*")
     assert f"lumina decisions {run}" in out.splitlines()[-1]
     assert main(["rescue", "--case", "lr high"]) == 2

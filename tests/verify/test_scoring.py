@@ -112,8 +112,8 @@ def test_long_runs_are_judged_by_what_they_cost() -> None:
         return Result(arm, 1.0, steps=40_000, taken=taken - arm.root.steps)
 
     text = page.page([run("lr high", 41_900), run("healthy", 40_000)], "")
-    assert "| steps beyond, broken | <= 5 % | 4.75 % at most, 1 runs | yes |" in text
-    assert "| steps beyond, healthy | <= 0.5 % | 0.00 % at most, 1 runs | yes |" in text
+    assert "| steps beyond, long runs, broken | <= 5 % | 4.75 % at most, 1 runs | yes |" in text
+    assert "| steps beyond, long runs, healthy | <= 0.5 % | 0.00 % at most, 1 runs | yes |" in text
 
 
 def test_latency_and_attribution_are_of_faults_that_hurt() -> None:
@@ -201,3 +201,52 @@ def test_the_first_decision_says_how_soon_it_was_heard() -> None:
 def test_wilsons_interval() -> None:
     assert wilson(9, 10) == (pytest.approx(0.5958, abs=1e-4), pytest.approx(0.9821, abs=1e-4))
     assert wilson(60, 60)[1] == pytest.approx(1.0)
+
+
+def test_a_trial_in_a_trap_that_kept_something_is_told() -> None:
+    """Also if what it kept was undone later: it was not to be kept."""
+    results = [*healthy(), *(made("cosine", seed, 2.0 + 0.1 * seed, "off") for seed in (1, 2, 3))]
+    tried = [{"kind": "verdict", "winner": None}, {"kind": "refused", "reason": ""}], [{"kind": "verdict", "winner": "half"}], []
+    results += [
+        made("cosine", seed, 2.0 + 0.1 * seed, trials=[trial | {"undone": True} for trial in trials])
+        for seed, trials in zip((1, 2, 3), tried, strict=True)
+    ]
+    (one,) = measures(scores(results))
+    assert (one.kept, one.touched, one.exact) == ((1, 2), (0, 3), (3, 3))
+    assert "| trials in traps that kept something | 0 | 1 of 2 (9 to 91 %) | no |" in page.page(results, "")
+
+
+def test_without_decisions_nothing_is_known_of_latency_and_diagnoses() -> None:
+    results = [*healthy(), *(made("junk", seed, 4.0, "off") for seed in (1, 2, 3))]
+    results += [made("junk", seed, 2.1, "mine", told=False) for seed in (1, 2)] + [made("junk", 3, 2.1, "mine", "skip")]
+    (one,) = measures(scores(results))
+    assert (one.rescued, one.right, one.delays) == ((3, 3), (1, 1), {"divergence": [3]})
+    text = page.page(results, "")
+    assert "## Bars of `mine`" in text
+    assert "| 3 of 3 | 1.056 | - | - | - | - | skip 1 |" in text
+    assert "## Diagnoses of `mine`" in text
+    assert "| heard, hard | <= 2 steps | not measured | - |" in text
+    assert "| regret against the best fixed policy, sigma | <= 1 | not measured | - |" in text
+
+
+def test_bars_are_for_whoever_is_judged_and_not_for_those_beside() -> None:
+    results = [*healthy(), *(made("junk", seed, 4.0, mode) for seed in (1, 2, 3) for mode in ("off", "halve", "a:b"))]
+    assert page.judged(scores(results)) == ["a:b"]
+    assert list(page.as_json(results)["bars"]) == ["a:b"]
+    assert page.as_json(results)["bars"]["a:b"][0]["is"] == "0 of 3 (0 to 56 %)"
+
+
+def test_what_nobody_watches_of_a_trap_in_which_nothing_is_done_is_the_healthy_run() -> None:
+    results = [*healthy("healthy long"), *(made("nothing", seed, 2.0 + 0.1 * seed) for seed in (1, 2, 3))]
+    rows = page.watchers(scores(results, alone=True))[1]
+    assert [(row[0], row[4]) for row in rows] == [("act", "0 of 3 (0 to 56 %)"), ("off", "0 of 3 (0 to 56 %)")]
+
+
+def test_runs_that_are_not_as_they_have_to_be_are_named() -> None:
+    results = [*healthy(), *(made("junk", seed, 4.0, "off") for seed in (1, 2, 3)), made("cosine", 1, 2.0, "off")]
+    results += [made("junk", 1, 2.1), made("junk", 2, 3.0), made("cosine", 1, 2.1), made("moments lost", 1, 2.1)]
+    assert page.wrong(scores(results)) == ["junk, dense, 2, act", "cosine, dense, 1, act"]
+    assert page.unknown(scores(results)) == ""
+    assert page.unknown(scores(results[:1] + results[3:])) == (
+        "No sigma is known of healthy dense: it takes three healthy runs, of other seeds."
+    )

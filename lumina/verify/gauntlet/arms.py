@@ -11,10 +11,11 @@ from __future__ import annotations
 import importlib
 import math
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,6 +62,11 @@ class Arm:
     suite: str = TUNED.name
 
     @property
+    def run(self) -> tuple[str, str, int]:
+        """What it is, whoever watches."""
+        return self.case, self.kind, self.seed
+
+    @property
     def step(self) -> int:
         """At which the fault begins."""
         return SUITES[self.suite].begins(CASES[self.case], self.seed)
@@ -97,6 +103,7 @@ class Result:
     digest: str = ""  # of the loss and the gradient norm of every step that counts
     fault: int | None = None  # step at which it began, if not that of `arm`
     seconds: float = 0.0
+    told: bool = True  # whether decisions are known
 
     @property
     def began(self) -> int:
@@ -106,7 +113,7 @@ class Result:
     def acted(self) -> list[dict[str, Any]]:
         """Decisions that changed the state, or ended the run; the guard's own, in the step itself, changed nothing, and
         what was done by hand was not decided."""
-        done = [one for one in self.decisions if one["kind"] == "act" and one.get("rule") != "hand"]
+        done = [one for one in self.decisions if one["kind"] == "act" and one["rule"] != "hand"]
         return [one for one in done if one["action"] != "skip_step"]
 
     @property
@@ -129,7 +136,8 @@ class Result:
     def won(self) -> list[str]:
         """What won a trial and was not undone."""
         won = [trial for trial in self.trials if trial.get("winner") and not trial["undone"]]
-        return [next(arm["asks"] for arm in one["arms"] if arm["name"] == one["winner"]) for one in won]
+        asked = ({arm["name"]: arm["asks"] for arm in one.get("arms", ())} for one in won)
+        return [asks.get(one["winner"], one["winner"]) for asks, one in zip(asked, won, strict=True)]
 
     @property
     def spent(self) -> float:
@@ -159,15 +167,6 @@ class Result:
     def plain(self) -> dict[str, Any]:
         found = asdict(self)
         return {"t": "arm", **found.pop("arm"), "terms": self.arm.terms, **found, "fault": self.began}
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Result:
-        """The inverse of `plain`. Only arm and loss have to be there: so another trainer's results can be read."""
-        known = {one.name for one in fields(cls)}
-        values = {name: value for name, value in row.items() if name in known}
-        values["loss"] = math.inf if row["loss"] is None else float(row["loss"])
-        arm = Arm(**{one.name: row[one.name] for one in fields(Arm) if one.name in row})
-        return cls(arm, **values)
 
 
 def keys(suite: Suite, case: Case, kind: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -244,11 +243,18 @@ def watcher(mode: str) -> Policy:
     if mode in POLICIES:
         return POLICIES[mode]
     module, _, name = mode.partition(":")
+    if not name:
+        known = ", ".join([*MODES, *POLICIES])
+        raise UserError(f"{mode}: there is no such policy", fix=f"known: {known}, or module:name of yours")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # as of `python -m`
+    fix = "name a function of a session and a seed, in a module that Python finds from here"
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        known = ", ".join([*MODES, *POLICIES])
-        raise UserError(f"{mode}: there is no such policy", fix=f"known: {known}, or module:name of yours") from error
+    except Exception as error:  # whatever theirs raises
+        raise UserError(f"{mode}: cannot be imported: {type(error).__name__}: {error}", fix) from error
+    if not isinstance(found, Policy) and not callable(found):
+        raise UserError(f"{mode}: is {type(found).__name__}, which is no policy", fix)
     return found if isinstance(found, Policy) else Policy(found)
 
 

@@ -13,6 +13,7 @@ from lumina.bench.report import table
 from lumina.events import as_plain
 from lumina.verify.gauntlet.arms import KEYS, PRESET, STEPS, TOKENS, Result
 from lumina.verify.gauntlet.cases import CASES, SOUND, SUITES, WITHIN, Suite
+from lumina.verify.gauntlet.policies import POLICIES
 from lumina.verify.gauntlet.scoring import (
     HURTS,
     SIGMAS,
@@ -31,28 +32,34 @@ from lumina.verify.report import about, circumstances
 
 Table = tuple[list[str], list[list[str]]]
 
-MEANING = (
+RUN = (
     f"A run is `{PRESET}`, {STEPS} steps of {TOKENS} tokens, WSD with a decay of 20 %, unless a case says otherwise. "
     "Every arm is forked from one healthy run of its kind, seed and settings, at the last restore point but one "
     f"(they are made every {KEYS['orchestrator.snapshot_every']} steps) before what is planted, from outside, in "
     "memory, at a step that the seed draws; a trap that is another run from its start on is taken from there. The "
-    "orchestrator cannot see what it is. Losses are final, causal and held-out. *above healthy*: above the healthy "
-    "run of the same seed, for each seed, in sigma, the standard deviation of the final losses of healthy runs of "
-    "that kind and these settings over seeds, and the most in nats; inf: it was stopped, or is not finite. *alone*: "
-    f"the same of the run that nobody watched: a fault hurts a run if that is more than {HURTS:g}; one that is not "
-    "above that on average is harmless: to act on it is no rescue, and by the letter a false intervention, which is "
-    "why these are counted without them and with them; *set right*: with a right diagnosis, and within the same "
-    f"bound as what is rescued. *rescued*: of the runs that are hurt, how many ended at most {SIGMAS:g} above; of "
-    "targets that are shifted, which nothing mends, how many were stopped with a right diagnosis. *avoided*: 1 - "
-    "above / alone, median of those. *heard* and *met*: steps from the fault to the first decision about it, and to "
-    "the first that did something, medians. *diagnosed*: the causes that were named, of the decision that was acted "
-    "on if there was one. Who crashes while watched has an infinite loss. *done*: what changed the run, without "
-    "what the guard skipped. *something won*: runs in which an intervention won a trial and was kept; *cost*: what "
-    "trials took, evaluations included, over the steps of the run; *steps beyond*: all that was computed beyond the "
-    "run's own steps, as replays, probations and steps taken again, in steps' worth. A trap is *left alone* if "
-    "nothing was done and the run is to the bit (loss and gradient norm of every step) the one that nobody watched; "
-    "what was done by hand and undone, if it is the healthy one."
+    "orchestrator cannot see what it is. Losses are final, causal and held-out."
 )
+MEANING = {
+    "sigma": "the standard deviation of the final losses of healthy runs of that kind and these settings, over seeds.",
+    "above healthy": "above the healthy run of the same seed, for each seed, in sigma, and the most in nats; inf: it "
+    "was stopped, crashed while it was watched, or is not finite.",
+    "alone": f"the same of the run that nobody watched. A fault hurts a run if that is more than {HURTS:g}.",
+    "harmless": f"a fault that alone is not above {HURTS:g} on average over seeds. To act on it is no rescue, and by "
+    "the letter a false intervention: healthy runs that were acted on are counted without such faults, and with them.",
+    "set right": "with a right diagnosis, and within the same bound as what is rescued.",
+    "rescued": f"of the runs that are hurt, how many ended at most {SIGMAS:g} above; of shifted targets, which "
+    "nothing mends, how many were stopped with a right diagnosis.",
+    "avoided": "1 - above / alone, median of the runs that are hurt.",
+    "heard, met": "steps from the fault to the first decision about it, and to the first that did something, medians.",
+    "diagnosed": "the causes that were named, of the decision that was acted on if there was one.",
+    "done": "what changed the run, without what the guard skipped.",
+    "something won": "runs in which an intervention won a trial and was kept.",
+    "cost, trials": "what trials took, evaluations included, probations not, over the steps of the run.",
+    "steps beyond": "all that was computed beyond the run's own steps, over these: replays, trials, probations, and "
+    "steps taken again.",
+    "left alone": "nothing was done, and the run is to the bit (loss and gradient norm of every step) the one that "
+    "nobody watched; of what was done by hand and undone, the healthy one.",
+}
 
 
 def faults(found: Sequence[Score]) -> Table:
@@ -66,8 +73,9 @@ def faults(found: Sequence[Score]) -> Table:
             within = f"{sum(value <= SIGMAS for value in one.excess)} of {len(one.runs)}"
             hurt = f"{sum(one.rescued)} of {len(one.rescued)}"
             cells = [_sigmas(one.excess), f"{max(one.nats):.4f}", within, _sigmas(one.away), hurt, avoided]
-            soon = [_median(one.delays), _median([run.met for run in one.runs if run.met is not None])]
-            rows.append([one.case.name, one.kind, one.mode, *cells, *soon, causes, right, _done(one)])
+            said = [_median(one.delays), _median([run.met for run in one.runs if run.met is not None]), causes, right]
+            said = said if all(run.told for run in one.runs) else ["-"] * len(said)
+            rows.append([one.case.name, one.kind, one.mode, *cells, *said, _done(one)])
     header = ["fault", "kind", "mode", "above healthy, sigma", "most, nats", f"within {SIGMAS:g} sigma", "alone, sigma"]
     return [*header, "rescued", "avoided", "heard", "met", "diagnosed", "right", "done"], rows
 
@@ -113,7 +121,7 @@ def costs(found: Sequence[Score]) -> Table:
 def watchers(found: Sequence[Score]) -> Table:
     """Of each mode, and of nobody, all measures; over what all of them watched, so that they can be compared."""
     modes = list(dict.fromkeys(one.mode for one in found))
-    seeds = [{(r.arm.case, r.arm.kind, r.arm.seed) for o in found if o.mode == m for r in o.runs} for m in modes]
+    seeds = [{run.arm.run for one in found if one.mode == mode for run in one.runs} for mode in modes]
     shown = set.intersection(*seeds) if seeds else set()
     rows = []
     for one in measures([part for one in found if (part := _only(one, shown)).runs]):
@@ -126,7 +134,7 @@ def watchers(found: Sequence[Score]) -> Table:
 
 def _only(one: Score, shown: set[tuple[str, str, int]]) -> Score:
     """A score of those runs alone."""
-    keep = [(r.arm.case, r.arm.kind, r.arm.seed) in shown for r in one.runs]
+    keep = [run.arm.run in shown for run in one.runs]
     runs, alone = list(compress(one.runs, keep)), list(compress(one.alone, keep))
     return replace(one, runs=runs, alone=alone, healthy=list(compress(one.healthy, keep)))
 
@@ -141,66 +149,74 @@ def latencies(found: Sequence[Score]) -> Table:
     return ["kind of fault", "mode", "has to be heard within", "was", "median", "most"], rows
 
 
+def judged(found: Sequence[Score]) -> list[str]:
+    """The modes that the bars are for: not those that are there to be compared with."""
+    return [mode for mode in dict.fromkeys(one.mode for one in found) if mode not in (*POLICIES, "off", "advise")]
+
+
 def bars(found: Sequence[Score], mode: str = "act") -> Table:
-    """What is asked of the orchestrator, and what it came to."""
+    """What is asked of who watches, and what it came to."""
     mine = next((one for one in measures(found) if one.mode == mode), None)
-    if mine is None or not mine.rescued[1] + mine.touched[1]:
+    if mine is None:
         return [], []
-    alone, all_alone = mine.touched, mine.by_letter
+    touched, by_letter = mine.touched, mine.by_letter
     rows = [
         ["rescued", ">= 90 % of at least 60", _share(mine.rescued), _met(mine.rescued, 0.9, 60)],
-        *_above_others(found, mode),
+        _above_others(found, mode),
         ["damage avoided, median", ">= 0.9", _figure(mine.avoided), _yes((mine.avoided or 0) >= 0.9)],
         ["stopped rightly", "all", _share(mine.stopped), _met(mine.stopped, 1.0, 1)],
-        ["harmless faults acted on: set right", "all", _share(mine.restored), _met(mine.restored, 1.0, 1)],
-        ["healthy runs acted on", "0 of at least 60", _share(alone), _yes(not alone[0] and alone[1] >= 60)],
+        ["healthy runs acted on", "0 of at least 60", _share(touched), _yes(not touched[0] and touched[1] >= 60)],
     ]
-    if all_alone != alone:
+    if by_letter != touched:
         told = "the same, harmless faults among them"
-        rows.append([told, "0 of at least 60", _share(all_alone), _yes(not all_alone[0] and all_alone[1] >= 60)])
+        rows.append([told, "0 of at least 60", _share(by_letter), _yes(not by_letter[0] and by_letter[1] >= 60)])
+        rows.append(["those set right", "all", _share(mine.restored), _met(mine.restored, 1.0, 1)])
     rows += [
-        ["to the bit", "all", _share(mine.exact), _met(mine.exact, 1.0, 1)],
+        ["traps to the bit", "all", _share(mine.exact), _met(mine.exact, 1.0, 1)],
+        ["trials in traps that kept something", "0", _share(mine.kept), _yes(not mine.kept[0])],
         ["right diagnoses", ">= 80 %", _share(mine.right), _met(mine.right, 0.8, 1)],
     ]
-    for heard, delays in mine.delays.items():
-        within = soon(mine, heard)
-        told = f"{_of(within)}, most {max(delays):g}"
-        rows.append([f"heard, {heard}", f"<= {WITHIN[heard]} steps", told, _met(within, 1.0, 1)])
-    if known := regret(found, mode):
-        mean = statistics.fmean(known.against)
-        told = f"{mean:.2f} in the mean, {max(known.against):.2f} at most"
-        rows.append([f"regret against {known.best}, sigma", "<= 1", told, _yes(mean <= 1)])
+    for heard, within in WITHIN.items():
+        delays, share = mine.delays.get(heard), soon(mine, heard)
+        told = f"{_of(share)}, most {max(delays):g}" if delays else "-"
+        rows.append([f"heard, {heard}", f"<= {within} steps", told, _met(share, 1.0, 1)])
+    known = regret(found, mode)
+    mean = statistics.fmean(known.against) if known else 0.0
+    told = f"{mean:.2f} in the mean, {max(known.against):.2f} at most" if known else "-"
+    rows.append(
+        [f"regret against {known.best if known else 'the best fixed policy'}, sigma", "<= 1", told, _yes(mean <= 1)]
+    )
     rows += _cost_bars(found, mode)
-    return ["measure", "bar", "is", "met"], [row for row in rows if row[2] != "-"]
+    return ["measure", "bar", "is", "met"], [row if row[2] != "-" else [*row[:2], "not measured", "-"] for row in rows]
 
 
-def _above_others(found: Sequence[Score], mode: str) -> list[list[str]]:
+def _above_others(found: Sequence[Score], mode: str) -> list[str]:
     """The best of the other policies, on the runs that it was shown."""
     best: tuple[float, str, Share, Share] | None = None
     for other in measures(found):
         if other.mode != mode and other.rescued[1]:
-            shown = {(r.arm.case, r.arm.kind, r.arm.seed) for one in found if one.mode == other.mode for r in one.runs}
+            shown = {run.arm.run for one in found if one.mode == other.mode for run in one.runs}
             own = [part for one in found if one.mode == mode and (part := _only(one, shown)).runs]
             share = other.rescued[0] / other.rescued[1]
             if own and (best is None or share > best[0]):
                 best = share, other.mode, other.rescued, measures(own)[0].rescued
     if best is None:
-        return []
+        return ["above the best other policy", "more", "-", "-"]
     _, name, theirs, own_share = best
     told = f"{_of(own_share)} against {_of(theirs)}"
-    return [[f"above the best other, {name}", "more", told, _yes(own_share[0] * theirs[1] > theirs[0] * own_share[1])]]
+    return [f"above the best other, {name}", "more", told, _yes(own_share[0] * theirs[1] > theirs[0] * own_share[1])]
 
 
 def _cost_bars(found: Sequence[Score], mode: str) -> list[list[str]]:
     """Where runs are long enough that what a trial costs is judged."""
     rows = []
     for fault, most in ((True, 0.05), (False, 0.005)):
-        mine = [one for one in found if one.mode == mode and one.case.fault == fault]
-        extra = [run.extra for one in mine for run in one.runs if run.extra is not None]
-        if extra and not any(SUITES[run.arm.suite].alone for one in mine for run in one.runs):
-            what = "steps beyond, " + ("broken" if fault else "healthy")
+        mine = [run for one in found if one.mode == mode and one.case.fault == fault for run in one.runs]
+        extra = [run.extra for run in mine if run.extra is not None and not SUITES[run.arm.suite].alone]
+        what, told = "steps beyond, long runs, " + ("broken" if fault else "healthy"), "-"
+        if extra:
             told = f"{100 * max(extra):.2f} % at most, {len(extra)} runs"
-            rows.append([what, f"<= {100 * most:g} %", told, _yes(max(extra) <= most)])
+        rows.append([what, f"<= {100 * most:g} %", told, _yes(max(extra, default=0.0) <= most)])
     return rows
 
 
@@ -233,30 +249,41 @@ def page(results: Sequence[Result], command: str, calibration: str = "") -> str:
     suites = [SUITES[name] for name in dict.fromkeys(result.arm.suite for result in results)]
     title = "# The gauntlet" + "".join(f": {suite.name}" for suite in suites)
     said = summary(found)
-    lines = [title, "", *([f"**{said}** {circumstances()}."] if found else [f"{circumstances()}."]), "", MEANING, ""]
+    lines = [title, "", *([f"**{said}** {circumstances()}."] if said else [f"{circumstances()}."]), "", RUN, ""]
     lines += [f"The runs: {suite.text}{_keys(suite)}." for suite in suites]
     lines += ["", calibration] if calibration else []
     lines += ["", f"Sigma, nats: {spread}.", ""] if spread else [""]
-    lines += [f"    {command}", "", "Raw: every run is a line of the file beside this."]
+    hours = sum(result.seconds for result in results) / 3600
+    took = f" Together they took {hours:.1f} hours of one core, without the healthy beginnings." if hours >= 0.1 else ""
+    lines += [f"    {command}", "", f"Raw: every run is a line of the file beside this.{took}"]
     planted = ["", "## What was planted", ""]
     for name in dict.fromkeys(result.arm.case for result in results if result.arm.case not in SOUND):
         for suite in suites:
             planted += _told(name, suite)
     shown = [table(title, *made) for title, made in tables(found, results) if made[1]]
-    return "\n".join([*lines, *planted]) + "\n" + "".join(shown) + _regret(found) + _ended(results)
+    meaning = ["", "## What the words mean", "", *(f"- *{word}*: {text}" for word, text in MEANING.items())]
+    return (
+        "\n".join([*lines, *planted, *meaning])
+        + "\n"
+        + "".join(shown)
+        + "".join(_regret(found, mode) for mode in judged(found))
+        + _ended(results)
+    )
 
 
 def tables(found: Sequence[Score], results: Sequence[Result]) -> list[tuple[str, Table]]:
     """All tables, with their titles."""
     if not found:
-        return [("Alone", alone(results))]
-    tables = [("Bars", bars(found)), ("Who watches", watchers(scores(results, alone=True))), ("Faults", faults(found))]
-    tables += [("Trials", trials(found)), ("Latency, steps", latencies(found))]
-    tables += [("Diagnoses of `act`", confusion(found)), ("Traps", traps(found)), ("Cost", costs(found))]
-    return tables
+        return [("Alone", unwatched(results))]
+    modes = judged(found)
+    made = [("Bars" + f" of `{mode}`" * (mode != "act"), bars(found, mode)) for mode in modes]
+    made += [("Who watches", watchers(scores(results, alone=True))), ("Faults", faults(found))]
+    made += [("Trials", trials(found)), ("Latency, steps", latencies(found))]
+    made += [(f"Diagnoses of `{mode}`", confusion(found, mode)) for mode in modes]
+    return [*made, ("Traps", traps(found)), ("Cost", costs(found))]
 
 
-def alone(results: Sequence[Result]) -> Table:
+def unwatched(results: Sequence[Result]) -> Table:
     """The runs that nobody watched, where nobody watched any."""
     rows = []
     for one in scores(results, alone=True):
@@ -283,15 +310,15 @@ def _told(name: str, suite: Suite) -> list[str]:
     return [f"- **{case.name}**: {case.text.format(size=suite.size(case))}{setting}.{causes}"]
 
 
-def _regret(found: Sequence[Score]) -> str:
-    known = regret(found)
+def _regret(found: Sequence[Score], mode: str) -> str:
+    known = regret(found, mode)
     if known is None:
         return ""
     both = known.against, known.least
     parts = [f"{statistics.fmean(values):.2f} in the mean, {max(values):.2f} at most" for values in both]
     text = (
-        f"Over {len(known.against)} runs that faults hurt and that fixed policies were shown, excess in sigma beyond "
-        f"that of the best fixed policy in hindsight ({known.best}): {parts[0]}. Beyond the best of them for each "
+        f"`{mode}`, over {len(known.against)} runs that faults hurt and fixed policies were shown, excess in sigma "
+        f"beyond that of the best fixed policy in hindsight ({known.best}): {parts[0]}. Beyond the best for each "
         f"single run: {parts[1]}."
     )
     return f"\n## Regret\n\n{text}\n"
@@ -304,9 +331,22 @@ def _ended(results: Sequence[Result]) -> str:
     return "\n".join(["", "## Stopped, failed or crashed", "", *told, ""]) if told else ""
 
 
+def unknown(found: Sequence[Score]) -> str:
+    """Of what nothing can be said: where too few healthy runs are there."""
+    of = dict.fromkeys(f"{one.case.against} {one.kind}" for one in found if one.case.fault and not one.sigma > 0)
+    return f"No sigma is known of {', '.join(of)}: it takes three healthy runs, of other seeds." if of else ""
+
+
+def wrong(found: Sequence[Score]) -> list[str]:
+    """The runs that are not as they have to be: neither rescued, nor stopped rightly, nor left alone."""
+    every = [(run.arm, good) for one in found for run, good in zip(one.runs, one.good, strict=True)]
+    return [f"{', '.join(map(str, arm.run))}, {arm.mode}" for arm, good in every if good is False]
+
+
 def summary(found: Sequence[Score]) -> str:
     """What each mode did, with Wilson's 95 % intervals."""
-    return "; ".join(part for one in measures(found) for part in _summary(one)) + "."
+    parts = [part for one in measures(found) for part in _summary(one)]
+    return "; ".join(parts) + "." if parts else ""
 
 
 def _summary(one: Measures) -> list[str]:
@@ -328,35 +368,28 @@ def _summary(one: Measures) -> list[str]:
 
 def as_json(results: Sequence[Result]) -> dict[str, Any]:
     """Everything, each run's decisions included, as plain values."""
-    found = []
-    for one in scores(results):
-        names = (
-            "mode",
-            "kind",
-            "sigma",
-            "excess",
-            "nats",
-            "away",
-            "hurt",
-            "hurts",
-            "good",
-            "avoided",
-            "delays",
-            "causes",
-        )
-        found.append({"case": one.case.name} | {name: getattr(one, name) for name in (*names, "right", "acted")})
-    spread = {" ".join(of): value for of, value in sigmas(results).items()}
-    known = regret(scores(results))
-    told: dict[str, Any] = as_plain(
+    found = scores(results)
+    names = ("mode", "kind", "sigma", "excess", "nats", "away", "hurt", "hurts", "good", "avoided", "delays", "causes")
+    made = {mode: bars(found, mode) for mode in judged(found)}
+    known = {mode: regret(found, mode) for mode in made}
+    named = {one.mode: [[*pair, count] for pair, count in one.named.items()] for one in measures(found)}
+    plain: dict[str, Any] = as_plain(
         {
             "about": about(),
-            "sigma": spread,
-            "scores": found,
-            "regret": dict(vars(known)) if known else None,
-            "runs": [r.plain() for r in results],
+            "sigma": {" ".join(of): value for of, value in sigmas(results).items()},
+            "scores": [
+                {"case": one.case.name} | {name: getattr(one, name) for name in (*names, "right", "acted")}
+                for one in found
+            ],
+            "measures": [vars(one) | {"named": named[one.mode]} for one in measures(found)],
+            "bars": {
+                mode: [dict(zip(header, row, strict=True)) for row in rows] for mode, (header, rows) in made.items()
+            },
+            "regret": {mode: dict(vars(one)) if one else None for mode, one in known.items()},
+            "runs": [result.plain() for result in results],
         }
     )
-    return told
+    return plain
 
 
 def _sigmas(values: Sequence[float]) -> str:

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lumina.errors import UserError
-from lumina.verify import report
 from lumina.verify.gauntlet.arms import Arm, Result, Root, lead, take
 from lumina.verify.gauntlet.cases import CASES, SOUND, Case, Suite
 from lumina.verify.gauntlet.policies import POLICIES
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # who stopped a run that has to be taken again
 HEALTHY_RUNS = 8  # of a kind, at least: their losses' standard deviation is sigma
 WATCHED_ALONE = ("dense",)  # the kinds on which other policies are shown
 SEEDS_OF_OTHERS = 2
@@ -99,16 +97,3 @@ def take_all(
         finally:  # an interrupted one waits for what is being trained, and not for all that is to come
             pool.shutdown(cancel_futures=True)
     return [found[arm] for arm in wanted]
-
-
-def earlier(out: Path, wanted: Sequence[Arm]) -> list[Result]:
-    """The results of these arms in raw files of this commit; what crashed, was stopped by a signal, or is another
-    policy's, which may be another by now, is taken again."""
-    found: dict[Arm, Result] = {}
-    for log in sorted(out.glob("*.jsonl")):
-        for row in report.earlier(log):
-            if row.get("t") == "arm" and not row.get("crashed") and ":" not in row["mode"]:
-                result = Result.of(row)
-                if row.get("terms") == result.arm.terms and result.stopped not in SIGNALS:
-                    found[result.arm] = result
-    return [found[arm] for arm in wanted if arm in found]

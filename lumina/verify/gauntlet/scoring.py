@@ -126,9 +126,13 @@ def scores(results: Sequence[Result], alone: bool = False) -> list[Score]:
     if len(suites := {result.arm.suite for result in results}) > 1:
         raise UserError(f"results of the sets {', '.join(sorted(suites))}: not to be mixed", fix="score each by itself")
     of = {r.arm: r for r in results if not (r.crashed and r.arm.mode == "off")}
-    watched = dict.fromkeys((arm.case, arm.kind, arm.mode) for arm in of if alone or arm.mode != "off")
     spread, found = sigmas(results), []
     known: dict[tuple[str, str], bool | None] = {}
+    if alone:  # of a trap in which nothing is done it is the healthy run
+        for arm in [arm for arm in of if CASES[arm.case].sound and arm.case not in SOUND]:
+            if base := of.get(replace(arm, mode="off", case=CASES[arm.case].against)):
+                of[replace(arm, mode="off")] = replace(base, arm=replace(arm, mode="off"))
+    watched = dict.fromkeys((arm.case, arm.kind, arm.mode) for arm in of if alone or arm.mode != "off")
 
     def score(runs: list[Result], mode: str, hurts: bool | None) -> Score:
         case, kind = CASES[runs[0].arm.case], runs[0].arm.kind
@@ -189,6 +193,7 @@ class Measures:
     touched: Share  # of healthy runs, how many were acted on
     by_letter: Share  # the same, harmless faults among them
     exact: Share  # of traps, how many are to the bit the run that nobody watched
+    kept: Share  # of trials that were held in traps, how many kept something
     right: Share  # of the diagnoses of runs that faults hurt, as all that follows
     named: Mapping[tuple[str, str], int]  # right causes, the named one: how often
     delays: Mapping[Heard, list[float]]  # steps until the first decision; infinite: never
@@ -207,17 +212,19 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
     rescued = [good for one in mended for good in one.rescued]
     avoided = [share for one in mended for share in one.avoided]
     hurt = [(one, run) for one in faults for run, known in enumerate(one.hurt) if known]
+    healthy = [one for one in mine if not one.case.fault and not one.case.undone]
+    told = [(one, run) for one, run in hurt if one.runs[run].told]
+    trials = [trial for one in healthy for run in one.runs for trial in run.trials if trial["kind"] == "verdict"]
     stopped = [bool(one.good[run]) for one, run in hurt if one.case.stops]
     harmless = [one for one in mine if one.hurts is False and one.case.fault]
     ends = [(one.case, *end) for one in harmless for end in zip(one.touched, one.good, one.causes, strict=True)]
     restored = [bool(good) and cause in case.causes for case, touched, good, cause in ends if touched]
-    healthy = [one for one in mine if not one.case.fault and not one.case.undone]
     touched = [run for one in healthy for run in one.touched]
     by_letter = [*touched, *(touched for _, touched, *_ in ends)]
     exact = [good for one in mine if not one.case.fault for good in one.good if good is not None]
-    named = Counter((" or ".join(sorted(one.case.causes)), one.causes[run] or "none") for one, run in hurt)
+    named = Counter((" or ".join(sorted(one.case.causes)), one.causes[run] or "none") for one, run in told)
     delays: dict[Heard, list[float]] = {}
-    for one, run in hurt:
+    for one, run in told:
         delays.setdefault(one.case.heard, []).append(one.delays[run])
     return Measures(
         mode,
@@ -228,7 +235,8 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
         (sum(touched), len(touched)),
         (sum(by_letter), len(by_letter)),
         (sum(exact), len(exact)),
-        (sum(one.causes[run] in one.case.causes for one, run in hurt), len(hurt)),
+        (sum(bool(trial.get("winner")) for trial in trials), len(trials)),
+        (sum(one.causes[run] in one.case.causes for one, run in told), len(told)),
         named,
         delays,
         [extra for one, run in hurt if (extra := one.runs[run].extra) is not None],
@@ -258,7 +266,7 @@ def regret(found: Sequence[Score], mode: str = "act") -> Regret | None:
     for one in found:
         if one.hurts and not one.case.stops and one.mode in table:
             for run, value, away, hurt in zip(one.runs, one.excess, one.away, one.hurt, strict=True):
-                of = one.case.name, one.kind, run.arm.seed
+                of = run.arm.run
                 if hurt and not math.isnan(value):
                     table[one.mode][of], table["off"][of] = value, away
     shown = sorted(set.intersection(*(set(rows) for rows in table.values())))
