@@ -276,7 +276,7 @@ def test_killed_twice_and_stopped_it_ends_as_if_nothing_had_been(tmp_path: Path)
     assert "lumina resume" in out
     events = [*read_events(run.event_log)]
     assert (events[-1]["reason"], events[-1]["signal"]) == ("stopped", "SIGTERM")
-    restarts = [event for event in events if event["t"] == "incident"]
+    restarts = [event for event in events if event["t"] == "incident" and event["kind"] == "restart"]
     assert [(event["kind"], event["attempt"], event["signal"]) for event in restarts] == [
         ("restart", 1, "SIGKILL"), ("restart", 2, "SIGKILL"),
     ]  # fmt: skip
