@@ -138,7 +138,8 @@ def test_a_line_that_is_no_result_is_named(
 
 def test_what_a_line_leaves_out_is_unknown_and_no_run_is_told_twice(tmp_path: Path) -> None:
     path, row = tmp_path / "theirs.jsonl", {"case": "junk", "kind": "dense", "seed": "1", "mode": "theirs"}
-    path.write_text(json.dumps(row | {"loss": math.nan, "decisions": [{"step": 3}], "trials": [{"winner": "half"}, {"kind": "refused"}]}))
+    more = {"loss": math.nan, "decisions": [{"step": 3}], "trials": [{"winner": "half"}, {"kind": "refused"}]}
+    path.write_text(json.dumps(row | more))
     (one,) = raw.read([path])
     assert (one.arm.seed, one.loss, one.told, one.won) == (1, math.inf, True, ["half"])
     path.write_text(json.dumps(row | {"loss": 1.0}) + "\n")

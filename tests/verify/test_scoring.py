@@ -206,7 +206,8 @@ def test_wilsons_interval() -> None:
 def test_a_trial_in_a_trap_that_kept_something_is_told() -> None:
     """Also if what it kept was undone later: it was not to be kept."""
     results = [*healthy(), *(made("cosine", seed, 2.0 + 0.1 * seed, "off") for seed in (1, 2, 3))]
-    tried = [{"kind": "verdict", "winner": None}, {"kind": "refused", "reason": ""}], [{"kind": "verdict", "winner": "half"}], []
+    nothing, half = ({"kind": "verdict", "winner": winner} for winner in (None, "half"))
+    tried: list[list[dict[str, Any]]] = [[nothing, {"kind": "refused", "reason": ""}], [half], []]
     results += [
         made("cosine", seed, 2.0 + 0.1 * seed, trials=[trial | {"undone": True} for trial in trials])
         for seed, trials in zip((1, 2, 3), tried, strict=True)
