@@ -77,6 +77,7 @@ def settings(preset: str, row: Row, data: Path) -> dict[str, Any]:
         "train.steps": STEPS,
         "train.eval_every": 2 * EVERY,
         "train.compile": "off",
+        "orchestrator.mode": "advise",  # what does not go on as it was has to show, and not to be mended
         "orchestrator.probe_every": 6,
         "telemetry.log_every": 5,
         "checkpoint.every": EVERY,

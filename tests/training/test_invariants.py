@@ -134,7 +134,8 @@ def test_a_fault_is_told_at_once_or_at_the_next_look(
 ) -> None:
     """Planted behind step 6, at whose look all was well."""
     plant, step, said = PLANTED[fault]
-    run = trained(tmp_path, request(tmp_path, "moe", train__decay=2), monkeypatch, {6: lambda c: plant(c, monkeypatch)})
+    keys = request(tmp_path, "moe", train__decay=2, orchestrator__mode="advise")
+    run = trained(tmp_path, keys, monkeypatch, {6: lambda c: plant(c, monkeypatch)})
     found = told(run)
     assert min(found) == step
     assert found[step][0].startswith(said)
@@ -184,6 +185,6 @@ def test_a_number_that_does_not_go_on_is_told(tmp_path: Path, monkeypatch: pytes
     def again(course: Course, step: int) -> None:
         course.state.progress.batch = 50
 
-    keys = request(tmp_path, "dense")
+    keys = request(tmp_path, "dense", orchestrator__mode="advise")
     found = told(trained(tmp_path, keys, monkeypatch, {6: lambda c: again(c.course, 6)}))
     assert found == {7: ["batch: number 6 comes after 50"]}

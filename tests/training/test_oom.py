@@ -316,9 +316,9 @@ def test_what_has_no_smaller_pieces_is_beyond_repair(tmp_path: Path, monkeypatch
         Trainer("tiny", root=tmp_path / "runs", **keys).fit()
     assert not (tmp_path / "runs").exists()  # a model that cannot be built is no run
     monkeypatch.undo()
-    monkeypatch.setattr("lumina.training.probe.Probe.__call__", scarce)
+    monkeypatch.setattr("lumina.training.course.Course.observe", scarce)
     with pytest.raises(OutOfMemory, match=r"in the run: MemoryError(.|\n)*lumina resume"):
-        Trainer("tiny", root=tmp_path / "runs", **keys | {"orchestrator.probe_every": 1}).fit()
+        Trainer("tiny", root=tmp_path / "runs", **keys).fit()
 
 
 def test_word_of_an_evaluation_that_did_not_fit_is_taken_once(tmp_path: Path) -> None:
