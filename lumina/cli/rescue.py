@@ -22,7 +22,7 @@ def rescue(
     root: Annotated[Path, typer.Option(help="Folder for the run that is rescued.")] = Path("runs"),
     json: Json = False,
 ) -> None:
-    """Break a small run on purpose, first with nobody watching, then with the orchestrator; about a minute.
+    """Break a small run on purpose, first with nobody watching, then with the orchestrator; under two minutes.
 
     Ends with the incident report. The rescued run stays, to be looked at.
     """
@@ -33,15 +33,15 @@ def rescue(
     from lumina.telemetry.console import Console
     from lumina.training.endings import Stopped
     from lumina.verify.gauntlet.arms import Arm, begin, lead
-    from lumina.verify.gauntlet.cases import CASES, CI
+    from lumina.verify.gauntlet.cases import CASES, TUNED
 
     known = [name for name, one in CASES.items() if one.fault and not one.late]
     if case not in known:
         raise UserError(f"--case {case}: no fault of a short run", fix=f"known: {', '.join(known)}")
     if kind not in CASES[case].kinds:
         raise UserError(f"--kind {kind}: there is no such kind", fix=f"known: {', '.join(CASES[case].kinds)}")
-    arms = {mode: Arm(case, kind, seed, mode, CI.name) for mode in ("off", "act")}
-    step, text = arms["act"].step, CASES[case].text.format(size=CI.size(CASES[case])).partition(": ")[2]
+    arms = {mode: Arm(case, kind, seed, mode, TUNED.name) for mode in ("off", "act")}
+    step, text = arms["act"].step, CASES[case].text.format(size=TUNED.size(CASES[case])).partition(": ")[2]
     told = _nowhere if json else say
     ends: dict[str, float | None] = {}
     with tempfile.TemporaryDirectory(prefix="lumina-rescue-") as folder:
@@ -59,7 +59,7 @@ def rescue(
             ends[name] = losses[-1] if losses else None
             return session.run.path
 
-        sound = Arm("healthy", kind, seed, "off", CI.name)
+        sound = Arm("healthy", kind, seed, "off", TUNED.name)
         train("2. Where it would go from there, if nothing happened.", sound, Path(folder) / "sound", "healthy")
         train(f"3. From step {step} on: {text}. Nobody watches.", arms["off"], Path(folder) / "alone", "alone")
         path = train("4. The same once more, and the orchestrator watches.", arms["act"], root, "watched")

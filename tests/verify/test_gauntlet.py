@@ -404,10 +404,7 @@ def threads(workers: int, mp_context: Any) -> Any:
     return ThreadPoolExecutor(workers)
 
 
-def test_a_run_is_broken_and_rescued_in_front_of_the_user(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(SUITES, "ci", replace(SUITES["ci"], keys={}, first=AT, within=1))
+def test_a_run_is_broken_and_rescued_in_front_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rescue", "--case", "inf weight", "--kind", "dense", "--root", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     titles = [line for line in out.splitlines() if re.match(r"\d\. ", line)]
