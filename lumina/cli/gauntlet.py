@@ -62,17 +62,16 @@ def gauntlet(
     from lumina.verify.gauntlet.arms import watcher
     from lumina.verify.gauntlet.cases import CASES, CI, KINDS, SUITES
 
-    asked: dict[str, Any] = {
+    named: dict[str, Any] = {
+        "--subset": subset if subset != "tuned" else None,
         "--case": case,
         "--kind": kind,
         "--mode": mode,
-        "--others": others,
-        "--seeds": seeds,
-        "--first": first,
     }
+    named |= {"--others": others or None, "--seeds": seeds, "--first": first, "--calibration": calibration}
+    asked = {name: given for name, given in named.items() if given is not None}
     if score:
-        asked |= {"--calibration": calibration, "--out": out, "--subset": subset != "tuned"}
-        if more := [name for name, given in asked.items() if given is not None and given is not False]:
+        if more := [*asked, *(["--out"] if out else [])]:
             raise UserError(f"{more[0]}: --score takes whatever is in its files", "leave it out")
         _show(raw.read(score), json)
         return
@@ -117,7 +116,7 @@ def gauntlet(
 
         results = running.take_all(arms, workers, tell, known)
     if path:
-        command = " ".join(["lumina gauntlet", *_command(subset, asked | {"--calibration": calibration})])
+        command = " ".join(["lumina gauntlet", *_command(asked)])
         told = f"{len(frozen)} of the {len(arms)} runs, which nobody watched, are those of `{calibration}`."
         with report.refusing(path):
             path.write_text(page.page(results, command, told if frozen else ""), encoding="utf-8")
@@ -133,29 +132,22 @@ def gauntlet(
         raise typer.Exit(BUG)
 
 
-def _command(subset: str, asked: Mapping[str, Any]) -> Iterator[str]:
+def _command(asked: Mapping[str, Any]) -> Iterator[str]:
     """The options that it was asked for."""
-    if subset != "tuned":
-        yield f"--subset {subset}"
     for option, given in asked.items():
-        if given is True:
-            yield option
-        elif given is not None and given is not False:
-            yield from (f"{option} {shlex.quote(str(one))}" for one in (given if isinstance(given, list) else [given]))
+        values = given if isinstance(given, list) else [given]
+        yield from (option if one is True else f"{option} {shlex.quote(str(one))}" for one in values)
 
 
 def _options(asked: Mapping[str, Any]) -> Iterator[str]:
     """What makes it a part, or another one: so that the reports of several lie beside each other."""
-    if asked["--mode"] == ["off"]:
+    if asked.get("--mode") == ["off"]:
         asked = {**asked, "--mode": ["alone"]}
     for option in ("--case", "--kind", "--mode"):
-        yield from (re.sub(r"[^\w.]+", "_", name) for name in asked[option] or () if name != "act")
-    if asked["--others"]:
-        yield "others"
-    if asked["--seeds"] is not None:
-        yield f"{asked['--seeds']}_seeds"
-    if asked["--first"] is not None:
-        yield f"from_{asked['--first']}"
+        yield from (re.sub(r"[^\w.]+", "_", name) for name in asked.get(option, ()) if name != "act")
+    for option, said in (("--others", "others"), ("--seeds", "{}_seeds"), ("--first", "from_{}")):
+        if option in asked:
+            yield said.format(asked[option])
 
 
 def _commit() -> list[str]:

@@ -301,7 +301,8 @@ class Course:
 
     def _check(self, check: Callable[[], object]) -> None:
         """A check that fails, for want of memory or by a fault of its own, is told and is the attempt's last: training
-        goes on. Of several processes the others would wait in it, so there it ends the attempt; on trial, the trial.
+        goes on. Of several processes the others would wait in it, so there it ends the attempt; in a trial or a replay
+        it is for the orchestrator, of which these are, to end.
         """
         try:
             check()

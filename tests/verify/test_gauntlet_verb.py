@@ -20,7 +20,6 @@ from lumina.verify.gauntlet.cases import CASES, SOUND
 
 def test_the_verb_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     taken: list[int] = []
-
     losses = {True: 2.0, False: 2.5}
 
     def take_all(wanted: Any, workers: int, tell: Any, known: Any) -> list[Result]:

@@ -207,7 +207,7 @@ CI = Suite(
         ("moments lost", "moe"),
     ),
     files=topics,  # of which little is held out: to evaluate all of the sample's takes as long as 130 steps
-    sigma={"dense": 0.010, "moe": 0.012, "mod": 0.009},  # of runs of 600 steps on it: benchmarks/gauntlet, held-out
+    sigma={"dense": 0.010, "moe": 0.012, "mod": 0.009},  # of wider ones, 600 steps: held-out
 )  # fmt: skip
 # What interventions cost of a run that is long enough to afford them: a trial takes 1,870 steps' worth.
 LONG_RUNS = Suite(

@@ -338,9 +338,10 @@ def unknown(found: Sequence[Score]) -> str:
 
 
 def wrong(found: Sequence[Score]) -> list[str]:
-    """The runs that are not as they have to be: neither rescued, nor stopped rightly, nor left alone."""
-    every = [(run.arm, good) for one in found for run, good in zip(one.runs, one.good, strict=True)]
-    return [f"{', '.join(map(str, arm.run))}, {arm.mode}" for arm, good in every if good is False]
+    """The runs of who is judged that are not known to be as they have to be: rescued, stopped rightly, left alone."""
+    mine = [one for one in found if one.mode in judged(found)]
+    every = [(run.arm, good) for one in mine for run, good in zip(one.runs, one.good, strict=True)]
+    return [f"{', '.join(map(str, arm.run))}, {arm.mode}" for arm, good in every if not good]
 
 
 def summary(found: Sequence[Score]) -> str:
