@@ -114,6 +114,11 @@ def test_long_runs_are_judged_by_what_they_cost() -> None:
     text = page.page([run("lr high", 41_900), run("healthy", 40_000)], "")
     assert "| steps beyond, long runs, broken | <= 5 % | 4.75 % at most, 1 runs | yes |" in text
     assert "| steps beyond, long runs, healthy | <= 0.5 % | 0.00 % at most, 1 runs | yes |" in text
+    # What no run alone is there for is not known, and what the set lays down goes before the case's own.
+    assert "| lr high | dense | act | - | - | - | - | 0 of 0 |" in text
+    assert "| healthy | dense | act | - | nothing |" in text
+    assert "train.steps=40000" in text
+    assert "train.steps=1900" not in text
 
 
 def test_latency_and_attribution_are_of_faults_that_hurt() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -70,9 +71,11 @@ def faults(found: Sequence[Score]) -> Table:
             avoided = f"{statistics.median(one.avoided):.3f}" if one.avoided and not one.case.stops else "-"
             causes = ", ".join(f"{cause or 'none'} {n}" for cause, n in Counter(one.causes).items())
             right = f"{one.right} of {len(one.causes)}"
-            within = f"{sum(value <= SIGMAS for value in one.excess)} of {len(one.runs)}"
+            known = not any(map(math.isnan, one.excess))
+            within = f"{sum(value <= SIGMAS for value in one.excess)} of {len(one.runs)}" if known else "-"
+            most = f"{max(one.nats):.4f}" if not any(map(math.isnan, one.nats)) else "-"
             hurt = f"{sum(one.rescued)} of {len(one.rescued)}"
-            cells = [_sigmas(one.excess), f"{max(one.nats):.4f}", within, _sigmas(one.away), hurt, avoided]
+            cells = [_sigmas(one.excess), most, within, _sigmas(one.away), hurt, avoided]
             said = [_median(one.delays), _median([run.met for run in one.runs if run.met is not None]), causes, right]
             said = said if all(run.told for run in one.runs) else ["-"] * len(said)
             rows.append([one.case.name, one.kind, one.mode, *cells, *said, _done(one)])
@@ -82,11 +85,12 @@ def faults(found: Sequence[Score]) -> Table:
 
 def traps(found: Sequence[Score]) -> Table:
     """Of each trap, kind and mode."""
-    rows = [
-        [one.case.name, one.kind, one.mode, f"{sum(map(bool, one.good))} of {len(one.good)}", _done(one)]
-        for one in found
-        if not one.case.fault
-    ]
+    rows = []
+    for one in found:
+        if not one.case.fault:
+            known = [good for good in one.good if good is not None]
+            left = f"{sum(known)} of {len(known)}" if known else "-"
+            rows.append([one.case.name, one.kind, one.mode, left, _done(one)])
     return ["trap", "kind", "mode", "left alone", "done"], rows
 
 
@@ -305,7 +309,8 @@ def _told(name: str, suite: Suite) -> list[str]:
     case = CASES[name]
     first = suite.late if case.late else suite.first
     begins = [f"from one of steps {first} to {first + suite.within - 1} on"] if case.plant and case.forked else []
-    setting = "".join(f", {part}" for part in [*begins, *(f"`{key}={value}`" for key, value in case.keys.items())])
+    keys = [(key, value) for key, value in case.keys.items() if key not in suite.keys]  # the set's go before its own
+    setting = "".join(f", {part}" for part in [*begins, *(f"`{key}={value}`" for key, value in keys)])
     causes = f" A right diagnosis: {' or '.join(sorted(case.causes))}." if case.fault else ""
     return [f"- **{case.name}**: {case.text.format(size=suite.size(case))}{setting}.{causes}"]
 
@@ -394,7 +399,7 @@ def as_json(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _sigmas(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.1f}" for value in values)
+    return " ".join("-" if math.isnan(value) else f"{value:.1f}" for value in values)
 
 
 def _of(share: Share) -> str:
