@@ -34,7 +34,10 @@ Score = Annotated[
     list[Path] | None,
     typer.Option(help="Raw files of results, of any trainer: score them, and train nothing.", show_default=False),
 ]
-Out = Annotated[Path | None, typer.Option(help="Folder for a dated report: Markdown, and every run as a JSON line.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for a dated report: Markdown, and every run as a JSON line (--score: Markdown alone)."),
+]
 
 
 def gauntlet(
@@ -71,9 +74,13 @@ def gauntlet(
     named |= {"--others": others or None, "--seeds": seeds, "--first": first, "--calibration": calibration}
     asked = {name: given for name, given in named.items() if given is not None}
     if score:
-        if more := [*asked, *(["--out"] if out else [])]:
-            raise UserError(f"{more[0]}: --score takes whatever is in its files", "leave it out")
-        _show(raw.read(score), json)
+        if asked:
+            raise UserError(f"{next(iter(asked))}: --score takes whatever is in its files", "leave it out")
+        results = raw.read(score)
+        if out:
+            command = " ".join(["lumina gauntlet", *(f"--score {shlex.quote(str(path))}" for path in score)])
+            _write(out / f"{score[-1].stem}.md", page.page(results, command, taken=raw.origin(score)))
+        _show(results, json)
         return
     names, kinds, modes = case or list(CASES), kind or list(KINDS), mode or ["act"]
     for given, there_are, what in (
@@ -118,8 +125,7 @@ def gauntlet(
     if path:
         command = " ".join(["lumina gauntlet", *_command(asked)])
         told = f"{len(frozen)} of the {len(arms)} runs, which nobody watched, are those of `{calibration}`."
-        with report.refusing(path):
-            path.write_text(page.page(results, command, told if frozen else ""), encoding="utf-8")
+        _write(path, page.page(results, command, told if frozen else ""))
     _show(results, json)
     if path and not json:
         typer.echo(f"wrote  {path} and .jsonl")
@@ -130,6 +136,14 @@ def gauntlet(
     if suite is CI and (bad := page.wrong(scoring.scores(results))):
         typer.echo(f"! not as it has to be: {'; '.join(bad)}", err=True)
         raise typer.Exit(BUG)
+
+
+def _write(path: Path, page: str) -> None:
+    from lumina.verify.report import refusing
+
+    with refusing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
 
 
 def _command(asked: Mapping[str, Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ import platform
 import shlex
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def earlier(path: Path | None) -> list[Event]:
         return []
     (first, *rest), now = rows or [{}], about()
     named = now["commit"] and not now["commit"].endswith("+")
-    same = all(first.get(name) == now[name] for name in ("commit", "machine", "torch"))
+    same = all(first.get(name) == now[name] for name in ("commit", "machine", "torch", "python"))
     return rest if named and same else []
 
 
@@ -175,9 +175,9 @@ def about() -> dict[str, Any]:
     }
 
 
-def circumstances() -> str:
-    """`about` in one sentence."""
-    facts = about()
+def circumstances(facts: Mapping[str, Any] | None = None) -> str:
+    """`about`, or these facts, in one sentence."""
+    facts = facts or about()
     code = f"lumina {facts['lumina']} at {facts['commit'] or 'no commit'}"
     return f"{facts['date']}, {facts['machine']}, {code}, torch {facts['torch']}, Python {facts['python']}"
 

@@ -106,7 +106,12 @@ def test_results_of_any_trainer_are_scored(tmp_path: Path, capsys: pytest.Captur
     path.write_text("\n".join([*(json.dumps(row) for row in rows), "", '{"case": "ju']))  # a kill has torn it
     assert main(["gauntlet", "--score", str(path)]) == 0
     capsys.readouterr()
-    for more in (["--out", str(tmp_path)], ["--mode", "act"], ["--others"], ["--subset", "ci"], ["--seeds", "2"]):
+    assert main(["gauntlet", "--score", str(path), "--out", str(tmp_path / "told")]) == 0
+    page = (tmp_path / "told" / "theirs.md").read_text()
+    assert f"lumina gauntlet --score {path}" in page
+    assert "| rescued | >= 90 % of at least 60 | 3 of 3 (44 to 100 %) | no |" in page
+    capsys.readouterr()
+    for more in (["--mode", "act"], ["--others"], ["--subset", "ci"], ["--seeds", "2"]):
         assert main(["gauntlet", "--score", str(path), *more]) == 2
         assert f"{more[0]}: --score takes whatever is in its files" in capsys.readouterr().err
 
@@ -117,6 +122,8 @@ def test_results_of_any_trainer_are_scored(tmp_path: Path, capsys: pytest.Captur
         ({"case": "mine"}, ":1: not a result of a gauntlet: mine: known are"),
         ({"loss": "much"}, ":1: not a result of a gauntlet: loss: "),
         ({"seed": None}, ":1: not a result of a gauntlet: seed: "),
+        ({"taken": 700.0}, ":1: not a result of a gauntlet: taken: what it is more than is not told: steps"),
+        ({"decisions": [{"step": 3, "kind": "rollback"}]}, ":1: not a result of a gauntlet: decisions.0.kind: "),
         ({"decisions": [{"kind": "act"}]}, ":1: not a result of a gauntlet: decisions.0.step: "),
         ([], ":1: not a result of a gauntlet: no JSON object"),
         ("{", ":1: not a result of a gauntlet: no JSON object"),
@@ -137,7 +144,11 @@ def test_a_line_that_is_no_result_is_named(
 
 def test_what_a_line_leaves_out_is_unknown_and_no_run_is_told_twice(tmp_path: Path) -> None:
     path, row = tmp_path / "theirs.jsonl", {"case": "junk", "kind": "dense", "seed": "1", "mode": "theirs"}
-    more = {"loss": math.nan, "decisions": [{"step": 3}], "trials": [{"winner": "half"}, {"kind": "refused"}]}
+    more = {
+        "loss": math.nan,
+        "decisions": [{"step": 3, "kind": "advise"}],
+        "trials": [{"winner": "half"}, {"kind": "refused"}],
+    }
     path.write_text(json.dumps(row | more))
     (one,) = raw.read([path])
     assert (one.arm.seed, one.loss, one.told, one.won) == (1, math.inf, True, ["half"])
@@ -160,7 +171,8 @@ def test_runs_of_another_machine_are_held_against_none(tmp_path: Path, monkeypat
         raw.frozen(path, [replace(arm, suite="held-out")])
     (tmp_path / "foreign.jsonl").write_text('[1]\n"no"\n')
     (tmp_path / "torn.jsonl").write_text("{\n")
-    monkeypatch.setattr(report, "about", lambda: {"commit": "abc1234", "machine": "a laptop", "torch": "9"})
+    there = report.about() | {"commit": "abc1234", "machine": "a laptop", "torch": "9"}
+    monkeypatch.setattr(report, "about", lambda: there)
     assert raw.earlier(tmp_path, [arm]) == []
     with pytest.raises(UserError, match="here it is a laptop, 9, and no run would be the same to the bit"):
         raw.frozen(path, [arm])

@@ -106,10 +106,21 @@ def test_the_best_other_policy_is_held_against_the_same_runs() -> None:
     assert "| above the best other, rewind | more | 2 of 3 against 2 of 3 | no |" in page.page(results, "")
 
 
+def test_of_a_healthy_run_of_which_nothing_is_known_nothing_is_said() -> None:
+    """No decisions and no run alone: it was not left alone for that. What crashed while it was watched was not."""
+    results = [made("cosine", 1, 2.2, "theirs", told=False), made("cosine", 2, 2.2, "theirs", crashed="planted")]
+    (one,) = measures(scores(results))
+    assert (one.touched, one.exact) == ((1, 1), (0, 0))
+    assert "| healthy runs acted on | 0 of at least 60 | 1 of 1 (21 to 100 %) | no |" in page.page(results, "")
+    (one,) = measures(scores(results[:1]))
+    assert one.touched == (0, 0)
+    assert "| healthy runs acted on | 0 of at least 60 | not measured | - |" in page.page(results[:1], "")
+
+
 def test_long_runs_are_judged_by_what_they_cost() -> None:
     def run(case: str, taken: float) -> Result:
         arm = Arm(case, "dense", 1, "act", "long")
-        return Result(arm, 1.0, steps=40_000, taken=taken - arm.root.steps)
+        return Result(arm, 1.0, steps=40_000, taken=taken - arm.root.steps, shared=arm.root.steps)
 
     text = page.page([run("lr high", 41_900), run("healthy", 40_000)], "")
     assert "| steps beyond, long runs, broken | <= 5 % | 4.75 % at most, 1 runs | yes |" in text

@@ -103,7 +103,8 @@ class Result:
     digest: str = ""  # of the loss and the gradient norm of every step that counts
     fault: int | None = None  # step at which it began, if not that of `arm`
     seconds: float = 0.0
-    told: bool = True  # whether decisions are known
+    told: bool = True  # whether decisions, and so diagnoses, are known
+    shared: int = 0  # steps before the fork, of those that it came to
 
     @property
     def began(self) -> int:
@@ -147,7 +148,7 @@ class Result:
     @property
     def extra(self) -> float | None:
         """Steps that were computed beyond those of the run, over these: trials, replays, and what was taken again."""
-        return (self.taken + self.arm.root.steps - self.steps) / self.steps if self.taken else None
+        return (self.taken + self.shared - self.steps) / self.steps if self.taken else None
 
     @property
     def delay(self) -> int | None:
@@ -335,6 +336,8 @@ def result(arm: Arm, told: Sequence[Event], since: int, stopped: str, taken: flo
         taken,
         xxh3_64_hexdigest(repr([(e["step"], e["loss"], e["grad_norm"]) for e in events if e["t"] == "step"]).encode()),
         seconds=round(seconds, 1),
+        told=watcher(arm.mode).mode != "off",
+        shared=arm.root.steps,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import Any
@@ -51,7 +51,8 @@ MEANING = {
     "rescued": f"of the runs that are hurt, how many ended at most {SIGMAS:g} above; of shifted targets, which "
     "nothing mends, how many were stopped with a right diagnosis.",
     "avoided": "1 - above / alone, median of the runs that are hurt.",
-    "heard, met": "steps from the fault to the first decision about it, and to the first that did something, medians.",
+    "heard, acted on": "steps from the fault to the first decision about it, and to the first that did something, "
+    "medians.",
     "diagnosed": "the causes that were named, of the decision that was acted on if there was one.",
     "done": "what changed the run, without what the guard skipped.",
     "something won": "runs in which an intervention won a trial and was kept.",
@@ -80,7 +81,7 @@ def faults(found: Sequence[Score]) -> Table:
             said = said if all(run.told for run in one.runs) else ["-"] * len(said)
             rows.append([one.case.name, one.kind, one.mode, *cells, *said, _done(one)])
     header = ["fault", "kind", "mode", "above healthy, sigma", "most, nats", f"within {SIGMAS:g} sigma", "alone, sigma"]
-    return [*header, "rescued", "avoided", "heard", "met", "diagnosed", "right", "done"], rows
+    return [*header, "rescued", "avoided", "heard", "acted on", "diagnosed", "right", "done"], rows
 
 
 def traps(found: Sequence[Score]) -> Table:
@@ -246,20 +247,22 @@ def confusion(found: Sequence[Score], mode: str = "act") -> Table:
     return ["right", *columns], rows
 
 
-def page(results: Sequence[Result], command: str, calibration: str = "") -> str:
-    """The dated report. `calibration` says where the runs alone are from, if not taken with the others."""
+def page(results: Sequence[Result], command: str, calibration: str = "", taken: Mapping[str, Any] | None = None) -> str:
+    """The dated report. `calibration` says where the runs alone are from, if not taken with the others; `taken` when
+    and where these were, if not here and now."""
     found, runs = scores(results), sound(results)
     spread = ", ".join(f"{' '.join(of)} {value:.4f} ({len(runs[of])} runs)" for of, value in sigmas(results).items())
     suites = [SUITES[name] for name in dict.fromkeys(result.arm.suite for result in results)]
     title = "# The gauntlet" + "".join(f": {suite.name}" for suite in suites)
     said = summary(found)
-    lines = [title, "", *([f"**{said}** {circumstances()}."] if said else [f"{circumstances()}."]), "", RUN, ""]
+    lines = [title, "", *([f"**{said}**"] if said else []), f"{circumstances(taken)}.", "", RUN, ""]
     lines += [f"The runs: {suite.text}{_keys(suite)}." for suite in suites]
     lines += ["", calibration] if calibration else []
     lines += ["", f"Sigma, nats: {spread}.", ""] if spread else [""]
     hours = sum(result.seconds for result in results) / 3600
     took = f" Together they took {hours:.1f} hours of one core, without the healthy beginnings." if hours >= 0.1 else ""
-    lines += [f"    {command}", "", f"Raw: every run is a line of the file beside this.{took}"]
+    raw = "the file beside this" if taken is None else "these files"
+    lines += [f"    {command}", "", f"Raw: every run is a line of {raw}.{took}"]
     planted = ["", "## What was planted", ""]
     for name in dict.fromkeys(result.arm.case for result in results if result.arm.case not in SOUND):
         for suite in suites:
@@ -350,8 +353,9 @@ def wrong(found: Sequence[Score]) -> list[str]:
 
 
 def summary(found: Sequence[Score]) -> str:
-    """What each mode did, with Wilson's 95 % intervals."""
-    parts = [part for one in measures(found) for part in _summary(one)]
+    """What each mode did that is judged, or if none is, each, with Wilson's 95 % intervals."""
+    modes = judged(found) or [one.mode for one in found]
+    parts = [part for one in measures(found) if one.mode in modes for part in _summary(one)]
     return "; ".join(parts) + "." if parts else ""
 
 

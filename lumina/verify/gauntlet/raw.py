@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -14,9 +14,10 @@ from lumina.errors import UserError
 from lumina.verify import report
 from lumina.verify.gauntlet.arms import Arm, Result
 from lumina.verify.gauntlet.cases import CASES, SUITES, TUNED
+from lumina.verify.gauntlet.policies import POLICIES
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # who stopped a run that has to be taken again
-PLACE = ("machine", "torch")  # what equal bits need
+PLACE = ("machine", "torch", "python")  # what equal bits need; the text is Python's own
 
 
 class _Read(BaseModel):
@@ -25,7 +26,7 @@ class _Read(BaseModel):
 
 class _Decision(_Read):
     step: int
-    kind: str = ""
+    kind: Literal["act", "advise"]
     rule: str = ""
     action: str = ""
     cause: str = ""
@@ -49,6 +50,8 @@ class _Row(_Read):
     digest: str = ""
     fault: int | None = None
     seconds: float = 0.0
+    told: bool = True
+    shared: int | None = None
 
 
 def result(row: Any) -> Result:
@@ -60,11 +63,17 @@ def result(row: Any) -> Result:
     for name, known in ((one.case, CASES), (one.suite, SUITES)):
         if name not in known:
             raise ValueError(f"{name}: known are {', '.join(known)}")
+    if one.taken and not one.steps:
+        raise ValueError("taken: what it is more than is not told: steps")
+    arm = Arm(one.case, one.kind, one.seed, one.mode, one.suite)
+    watches = one.mode not in POLICIES or POLICIES[one.mode].mode != "off"
+    ours = "terms" in row  # before `shared` was written
     return Result(
-        Arm(one.case, one.kind, one.seed, one.mode, one.suite),
+        arm,
         math.inf if one.loss is None or math.isnan(one.loss) else one.loss,
         decisions=[said.model_dump() for said in one.decisions or ()],
-        told=one.decisions is not None,
+        told=one.decisions is not None and one.told and watches,
+        shared=one.shared if one.shared is not None else arm.root.steps if ours else 0,
         trials=[{"kind": "", "undone": False, "reason": ""} | trial for trial in one.trials],
         **one.model_dump(include={"steps", "stopped", "crashed", "failed", "taken", "digest", "fault", "seconds"}),
     )
@@ -87,6 +96,11 @@ def read(paths: Sequence[Path]) -> list[Result]:
                     raise UserError(wrong, "leave one of them out")
                 found[one.arm] = one
     return list(found.values())
+
+
+def origin(paths: Sequence[Path]) -> dict[str, Any]:
+    """Where and when the last runs of these files were taken, as far as they say."""
+    return [{}, *(row for path in paths for _, row in _rows(path) if row.get("t") == "about")][-1]
 
 
 def frozen(path: Path, wanted: Sequence[Arm]) -> dict[Arm, Result]:

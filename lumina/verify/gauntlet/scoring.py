@@ -82,10 +82,9 @@ class Score:
         return [1 - excess / away if math.isfinite(away) else float(excess <= SIGMAS) for excess, away in pairs]
 
     @property
-    def touched(self) -> list[bool]:
-        """Whether anything was done to it: decided, or seen by its losses."""
-        pairs = zip(self.runs, self.alone, strict=True)
-        return [bool(run.acted or run.stopped or (alone and not run.same(alone))) for run, alone in pairs]
+    def touched(self) -> list[bool | None]:
+        """Whether anything was done to it: decided, or seen by its losses. None if neither can be known."""
+        return [_touched(run, alone) for run, alone in zip(self.runs, self.alone, strict=True)]
 
     @property
     def causes(self) -> list[str]:
@@ -110,6 +109,14 @@ class Score:
     def refused(self) -> list[str]:
         """Why trials were not held."""
         return [one["reason"] for run in self.runs for one in run.trials if one["kind"] == "refused"]
+
+
+def _touched(run: Result, alone: Result | None) -> bool | None:
+    if run.acted or run.stopped or run.crashed:
+        return True
+    if alone is None:
+        return False if run.told else None
+    return not run.same(alone)
 
 
 def _less(run: Result | None, base: Result | None) -> float:
@@ -217,29 +224,29 @@ def _measures(mode: str, mine: Sequence[Score]) -> Measures:
     trials = [trial for one in healthy for run in one.runs for trial in run.trials if trial["kind"] == "verdict"]
     stopped = [bool(one.good[run]) for one, run in hurt if one.case.stops]
     harmless = [one for one in mine if one.hurts is False and one.case.fault]
-    ends = [(one.case, *end) for one in harmless for end in zip(one.touched, one.good, one.causes, strict=True)]
-    restored = [bool(good) and cause in case.causes for case, touched, good, cause in ends if touched]
-    touched = [run for one in healthy for run in one.touched]
-    by_letter = [*touched, *(touched for _, touched, *_ in ends)]
+    ends = [(one, *end) for one in harmless for end in zip(one.runs, one.touched, one.good, one.causes, strict=True)]
+    restored = [bool(good) and cause in one.case.causes for one, run, hit, good, cause in ends if hit and run.told]
+    touched = [run for one in healthy for run in one.touched if run is not None]
+    by_letter = [*touched, *(hit for _, _, hit, *_ in ends if hit is not None)]
     exact = [good for one in mine if not one.case.fault for good in one.good if good is not None]
     named = Counter((" or ".join(sorted(one.case.causes)), one.causes[run] or "none") for one, run in told)
     delays: dict[Heard, list[float]] = {}
     for one, run in told:
         delays.setdefault(one.case.heard, []).append(one.delays[run])
     return Measures(
-        mode,
-        (sum(rescued), len(rescued)),
-        statistics.median(avoided) if avoided else None,
-        (sum(stopped), len(stopped)),
-        (sum(restored), len(restored)),
-        (sum(touched), len(touched)),
-        (sum(by_letter), len(by_letter)),
-        (sum(exact), len(exact)),
-        (sum(bool(trial.get("winner")) for trial in trials), len(trials)),
-        (sum(one.causes[run] in one.case.causes for one, run in told), len(told)),
-        named,
-        delays,
-        [extra for one, run in hurt if (extra := one.runs[run].extra) is not None],
+        mode=mode,
+        rescued=(sum(rescued), len(rescued)),
+        avoided=statistics.median(avoided) if avoided else None,
+        stopped=(sum(stopped), len(stopped)),
+        restored=(sum(restored), len(restored)),
+        touched=(sum(touched), len(touched)),
+        by_letter=(sum(by_letter), len(by_letter)),
+        exact=(sum(exact), len(exact)),
+        kept=(sum(bool(trial.get("winner")) for trial in trials), len(trials)),
+        right=(sum(one.causes[run] in one.case.causes for one, run in told), len(told)),
+        named=named,
+        delays=delays,
+        extra=[extra for one, run in hurt if (extra := one.runs[run].extra) is not None],
     )
 
 
