@@ -88,6 +88,25 @@ def test_its_results_are_those_of_the_raw_files() -> None:
     assert held_out.by_letter[1] - held_out.touched[1] == 21
 
 
+def test_its_table_of_policies_is_that_of_the_raw_files() -> None:
+    rows: dict[str, list[list[str]]] = {}
+    for names in (
+        (TUNED_FILES[0], "2026-11-27-tuned-1451586"),
+        (*HELD_OUT_FILES, "2026-11-27-held-out-others-a4b0f3f"),
+    ):
+        results = raw.read([ROOT / "benchmarks/gauntlet" / f"{name}.jsonl" for name in names])
+        for mode, *cells in page.watchers(scoring.scores(results, alone=True))[1]:
+            rows.setdefault(mode, []).append([cell.split(" (")[0] for cell in cells])
+        known = scoring.regret(scoring.scores(results))
+        assert known is not None
+        assert known.best == "rewind"
+        assert f"{max(known.against):.2f}" in PAGE
+    for mode in ("act", *policies.POLICIES):
+        tuned, held_out = rows[mode]
+        shown = [f"`{mode}`" if mode == "act" else mode, tuned[0], held_out[0], f"{tuned[1]}, {held_out[1]}", tuned[3]]
+        assert f"| {' | '.join(shown)} |" in PAGE
+
+
 TUNED_FILES = ("2026-11-26-tuned-alone", "2026-11-26-tuned-d4b910c")
 HELD_OUT_FILES = ("2026-11-27-held-out-alone", "2026-11-27-held-out-a4b0f3f")
 
