@@ -76,11 +76,7 @@ def gauntlet(
     if score:
         if asked:
             raise UserError(f"{next(iter(asked))}: --score takes whatever is in its files", "leave it out")
-        results = raw.read(score)
-        if out:
-            command = " ".join(["lumina gauntlet", *(f"--score {shlex.quote(str(path))}" for path in score)])
-            _write(out / f"{score[-1].stem}.md", page.page(results, command, taken=raw.origin(score)))
-        _show(results, json)
+        _score(score, out, json)
         return
     names, kinds, modes = case or list(CASES), kind or list(KINDS), mode or ["act"]
     for given, there_are, what in (
@@ -136,6 +132,20 @@ def gauntlet(
     if suite is CI and (bad := page.wrong(scoring.scores(results))):
         typer.echo(f"! not as it has to be: {'; '.join(bad)}", err=True)
         raise typer.Exit(BUG)
+
+
+def _score(files: Sequence[Path], out: Path | None, json: bool) -> None:
+    """Of runs that were taken already; the page is named as the last file."""
+    from lumina.verify.gauntlet import page, raw
+
+    results = raw.read(files)
+    path = out / f"{files[-1].stem}.md" if out else None
+    if path:
+        command = " ".join(["lumina gauntlet", *(f"--score {shlex.quote(str(file))}" for file in files)])
+        _write(path, page.page(results, command, taken=raw.origins(files)))
+    _show(results, json)
+    if path and not json:
+        typer.echo(f"wrote  {path}")
 
 
 def _write(path: Path, page: str) -> None:

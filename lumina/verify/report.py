@@ -176,10 +176,11 @@ def about() -> dict[str, Any]:
 
 
 def circumstances(facts: Mapping[str, Any] | None = None) -> str:
-    """`about`, or these facts, in one sentence."""
-    facts = facts or about()
-    code = f"lumina {facts['lumina']} at {facts['commit'] or 'no commit'}"
-    return f"{facts['date']}, {facts['machine']}, {code}, torch {facts['torch']}, Python {facts['python']}"
+    """`about`, or what is known of these facts, in one sentence."""
+    facts = about() if facts is None else facts
+    code = {"lumina": f"{facts['lumina']} at {facts.get('commit') or 'no commit'}"} if "lumina" in facts else {}
+    known = {"date": "", "machine": "", "lumina": "lumina ", "torch": "torch ", "python": "Python "}
+    return ", ".join(f"{word}{(dict(facts) | code)[name]}" for name, word in known.items() if name in facts)
 
 
 def _way(kill: Event) -> str:

@@ -110,7 +110,14 @@ def test_results_of_any_trainer_are_scored(tmp_path: Path, capsys: pytest.Captur
     page = (tmp_path / "told" / "theirs.md").read_text()
     assert f"lumina gauntlet --score {path}" in page
     assert "| rescued | >= 90 % of at least 60 | 3 of 3 (44 to 100 %) | no |" in page
-    capsys.readouterr()
+    assert "lumina 0" not in page  # nothing is said of where another trainer's runs were taken, and of what is ours
+    assert "What was planted" not in page
+    assert capsys.readouterr().out.endswith("theirs.md\n")
+    ended = [row | {"stopped": "a person"} if row["mode"] == "theirs" else row for row in rows]
+    path.write_text("\n".join(json.dumps(row) for row in ended))
+    assert main(["gauntlet", "--score", str(path)]) == 0
+    assert "theirs: 0 of 3 runs that faults hurt rescued" in capsys.readouterr().out
+    path.write_text("\n".join(json.dumps(row) for row in rows))
     for more in (["--mode", "act"], ["--others"], ["--subset", "ci"], ["--seeds", "2"]):
         assert main(["gauntlet", "--score", str(path), *more]) == 2
         assert f"{more[0]}: --score takes whatever is in its files" in capsys.readouterr().err

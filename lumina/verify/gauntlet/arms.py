@@ -231,7 +231,9 @@ def take(arm: Arm, healthy: Path | None = None) -> Result:
         return _take(arm, healthy, start)
     except Exception as error:  # one run that breaks is a result, and no reason to lose the others
         said = f"{type(error).__name__}: {error}"
-        return Result(arm, math.inf, crashed=said, seconds=round(time.perf_counter() - start, 1))
+        return Result(
+            arm, math.inf, crashed=said, seconds=round(time.perf_counter() - start, 1), told=watches(arm.mode)
+        )
 
 
 def watcher(mode: str) -> Policy:
@@ -257,6 +259,11 @@ def watcher(mode: str) -> Policy:
     if not isinstance(found, Policy) and not callable(found):
         raise UserError(f"{mode}: is {type(found).__name__}, which is no policy", fix)
     return found if isinstance(found, Policy) else Policy(found)
+
+
+def watches(mode: str) -> bool:
+    """Whether it hears and decides, so that it has diagnoses."""
+    return watcher(mode).mode != "off"
 
 
 def begin(arm: Arm, healthy: Path | None, folder: Path, listeners: Sequence[Listener] = ()) -> Session:
@@ -336,7 +343,7 @@ def result(arm: Arm, told: Sequence[Event], since: int, stopped: str, taken: flo
         taken,
         xxh3_64_hexdigest(repr([(e["step"], e["loss"], e["grad_norm"]) for e in events if e["t"] == "step"]).encode()),
         seconds=round(seconds, 1),
-        told=watcher(arm.mode).mode != "off",
+        told=watches(arm.mode),
         shared=arm.root.steps,
     )
 

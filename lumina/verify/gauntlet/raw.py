@@ -55,7 +55,8 @@ class _Row(_Read):
 
 
 def result(row: Any) -> Result:
-    """The run of a line. Only case, kind, seed, mode and loss have to be there; a loss of null or NaN is infinite.
+    """The run of a line. Only case, kind, seed, mode and loss have to be there; a loss of null or NaN is infinite, and
+    that of a run that did not come to its end.
 
     Raises `ValueError` where something is missing, of another type, or of a case that nobody knows.
     """
@@ -66,11 +67,12 @@ def result(row: Any) -> Result:
     if one.taken and not one.steps:
         raise ValueError("taken: what it is more than is not told: steps")
     arm = Arm(one.case, one.kind, one.seed, one.mode, one.suite)
-    watches = one.mode not in POLICIES or POLICIES[one.mode].mode != "off"
+    watches = one.mode != "off" and (one.mode not in POLICIES or POLICIES[one.mode].mode != "off")
+    ended = one.loss is not None and not (math.isnan(one.loss) or one.stopped or one.crashed)
     ours = "terms" in row  # before `shared` was written
     return Result(
         arm,
-        math.inf if one.loss is None or math.isnan(one.loss) else one.loss,
+        one.loss if one.loss is not None and ended else math.inf,
         decisions=[said.model_dump() for said in one.decisions or ()],
         told=one.decisions is not None and one.told and watches,
         shared=one.shared if one.shared is not None else arm.root.steps if ours else 0,
@@ -98,15 +100,15 @@ def read(paths: Sequence[Path]) -> list[Result]:
     return list(found.values())
 
 
-def origin(paths: Sequence[Path]) -> dict[str, Any]:
-    """Where and when the last runs of these files were taken, as far as they say."""
-    return [{}, *(row for path in paths for _, row in _rows(path) if row.get("t") == "about")][-1]
+def origins(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Where and when the runs of these files were taken, as far as they say."""
+    return [row for path in paths for _, row in _rows(path) if row.get("t") == "about"]
 
 
 def frozen(path: Path, wanted: Sequence[Arm]) -> dict[Arm, Result]:
     """The runs alone of a file that are `wanted`, taken as they are.
 
-    Raises `UserError` if they are of another machine or another torch, where no run is the same to the bit, if what
+    Raises `UserError` if they are of another machine, torch or Python, where no run is the same to the bit, if what
     is done to a run is not what it was, or if none is wanted.
     """
     found, here, asked = dict[Arm, Result](), report.about(), set(wanted)
@@ -134,7 +136,7 @@ def frozen(path: Path, wanted: Sequence[Arm]) -> dict[Arm, Result]:
 
 
 def earlier(out: Path, wanted: Sequence[Arm]) -> list[Result]:
-    """The results of these arms in raw files of this commit and machine; what crashed, was stopped by a signal, or is
+    """The results of these arms in raw files of this commit and place; what crashed, was stopped by a signal, or is
     another policy's, which may be another by now, is taken again."""
     found: dict[Arm, Result] = {}
     for log in sorted(out.glob("*.jsonl")):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina.errors import UserError
-from lumina.verify.gauntlet.arms import Arm, Result, Root, lead, take
+from lumina.verify.gauntlet.arms import Arm, Result, Root, lead, take, watches
 from lumina.verify.gauntlet.cases import CASES, SOUND, Case, Suite
 from lumina.verify.gauntlet.policies import POLICIES
 
@@ -86,7 +86,7 @@ def take_all(
                     if error:
                         said = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                         for arm in mine:
-                            done(Result(arm, math.inf, crashed=said))
+                            done(Result(arm, math.inf, crashed=said, told=watches(arm.mode)))
                     else:
                         running |= {pool.submit(take, arm, healthy.result()) for arm in mine}
                 under_way: list[Future[Any]] = [*leads, *running]
