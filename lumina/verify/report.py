@@ -25,6 +25,7 @@ from lumina.verify.configurations import EVERY, STEPS
 from lumina.verify.moments import PLACES
 from lumina.verify.resume import Event, Outcome
 
+PLACE = ("machine", "torch", "python")  # what equal bits need; the sample text is that of Python's own library
 Table = tuple[list[str], list[list[str]]]
 ORDER = [*(place.name for place in PLACES), "between", "preparing"]
 
@@ -106,7 +107,7 @@ def page(outcome: Outcome) -> str:
 
 
 def earlier(path: Path | None) -> list[Event]:
-    """What a raw log holds already, if it is of this commit, machine and torch; nothing otherwise."""
+    """What a raw log holds already, if it is of this commit and `PLACE`; nothing otherwise."""
     if path is None or not path.exists():
         return []
     with refusing(path):
@@ -119,7 +120,7 @@ def earlier(path: Path | None) -> list[Event]:
         return []
     (first, *rest), now = rows or [{}], about()
     named = now["commit"] and not now["commit"].endswith("+")
-    same = all(first.get(name) == now[name] for name in ("commit", "machine", "torch", "python"))
+    same = all(first.get(name) == now[name] for name in ("commit", *PLACE))
     return rest if named and same else []
 
 

@@ -129,7 +129,7 @@ def test_results_of_any_trainer_are_scored(tmp_path: Path, capsys: pytest.Captur
         ({"case": "mine"}, ":1: not a result of a gauntlet: mine: known are"),
         ({"loss": "much"}, ":1: not a result of a gauntlet: loss: "),
         ({"seed": None}, ":1: not a result of a gauntlet: seed: "),
-        ({"taken": 700.0}, ":1: not a result of a gauntlet: taken: what it is more than is not told: steps"),
+        ({"taken": 700.0}, ":1: not a result of a gauntlet: taken: is compared with steps, which are missing"),
         ({"decisions": [{"step": 3, "kind": "rollback"}]}, ":1: not a result of a gauntlet: decisions.0.kind: "),
         ({"decisions": [{"kind": "act"}]}, ":1: not a result of a gauntlet: decisions.0.step: "),
         ([], ":1: not a result of a gauntlet: no JSON object"),

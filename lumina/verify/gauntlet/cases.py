@@ -207,9 +207,9 @@ CI = Suite(
         ("moments lost", "moe"),
     ),
     files=topics,  # of which little is held out: to evaluate all of the sample's takes as long as 130 steps
-    sigma={"dense": 0.010, "moe": 0.012, "mod": 0.009},  # of wider ones, 600 steps: held-out
+    sigma={"dense": 0.010, "moe": 0.012, "mod": 0.009},  # of the held-out set: wider, 600 steps
 )  # fmt: skip
-# What interventions cost of a run that is long enough to afford them: a trial takes 1,870 steps' worth.
+# What interventions cost of a run that can afford them: a trial and its probation take 1,870 steps' worth.
 LONG_RUNS = Suite(
     "long",
     "runs in which a trial takes the share that it may",

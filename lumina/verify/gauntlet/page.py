@@ -254,14 +254,15 @@ def page(
     and where these were, if not here and now: what is ours is told of our runs alone."""
     found, runs = scores(results), sound(results)
     spread = ", ".join(f"{' '.join(of)} {value:.4f} ({len(runs[of])} runs)" for of, value in sigmas(results).items())
-    suites = [SUITES[name] for name in dict.fromkeys(result.arm.suite for result in results)]
-    title = "# The gauntlet" + "".join(f": {suite.name}" for suite in suites)
+    names = dict.fromkeys(result.arm.suite for result in results)
+    title = "# The gauntlet" + "".join(f": {name}" for name in names)
     said = summary(found)
     ours = taken is None or any("lumina" in one for one in taken)
+    suites = [SUITES[name] for name in names if ours]
     places = [circumstances()] if taken is None else list(dict.fromkeys(map(circumstances, taken)))
     lines = [title, "", *([f"**{said}**", ""] if said else []), *(f"{place}.  " for place in places if place), ""]
     lines += [RUN, ""] if ours else []
-    lines += [f"The runs: {suite.text}{_keys(suite)}." for suite in suites if ours]
+    lines += [f"The runs: {suite.text}{_keys(suite)}." for suite in suites]
     lines += ["", calibration] if calibration else []
     lines += ["", f"Sigma, nats: {spread}.", ""] if spread else [""]
     hours = sum(result.seconds for result in results) / 3600
@@ -269,7 +270,7 @@ def page(
     raw = "the file beside this" if taken is None else "these files"
     lines += [f"    {command}", "", f"Raw: every run is a line of {raw}.{took}"]
     planted = ["", "## What was planted", ""] if ours else []
-    for name in dict.fromkeys(result.arm.case for result in results if ours and result.arm.case not in SOUND):
+    for name in dict.fromkeys(result.arm.case for result in results if result.arm.case not in SOUND):
         for suite in suites:
             planted += _told(name, suite)
     shown = [table(title, *made) for title, made in tables(found, results) if made[1]]

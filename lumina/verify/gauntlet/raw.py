@@ -17,7 +17,6 @@ from lumina.verify.gauntlet.cases import CASES, SUITES, TUNED
 from lumina.verify.gauntlet.policies import POLICIES
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # who stopped a run that has to be taken again
-PLACE = ("machine", "torch", "python")  # what equal bits need; the text is Python's own
 
 
 class _Read(BaseModel):
@@ -65,17 +64,16 @@ def result(row: Any) -> Result:
         if name not in known:
             raise ValueError(f"{name}: known are {', '.join(known)}")
     if one.taken and not one.steps:
-        raise ValueError("taken: what it is more than is not told: steps")
+        raise ValueError("taken: is compared with steps, which are missing")
     arm = Arm(one.case, one.kind, one.seed, one.mode, one.suite)
-    watches = one.mode != "off" and (one.mode not in POLICIES or POLICIES[one.mode].mode != "off")
-    ended = one.loss is not None and not (math.isnan(one.loss) or one.stopped or one.crashed)
-    ours = "terms" in row  # before `shared` was written
+    deaf = {"off", *(name for name, policy in POLICIES.items() if policy.mode == "off")}  # `told` came later
+    shared = arm.root.steps if "terms" in row else 0  # ours, written before `shared` was
     return Result(
         arm,
-        one.loss if one.loss is not None and ended else math.inf,
+        math.inf if one.loss is None or math.isnan(one.loss) or one.stopped or one.crashed else one.loss,
         decisions=[said.model_dump() for said in one.decisions or ()],
-        told=one.decisions is not None and one.told and watches,
-        shared=one.shared if one.shared is not None else arm.root.steps if ours else 0,
+        told=one.decisions is not None and one.told and one.mode not in deaf,
+        shared=shared if one.shared is None else one.shared,
         trials=[{"kind": "", "undone": False, "reason": ""} | trial for trial in one.trials],
         **one.model_dump(include={"steps", "stopped", "crashed", "failed", "taken", "digest", "fault", "seconds"}),
     )
@@ -113,7 +111,7 @@ def frozen(path: Path, wanted: Sequence[Arm]) -> dict[Arm, Result]:
     """
     found, here, asked = dict[Arm, Result](), report.about(), set(wanted)
     for number, row in _rows(path):
-        if row.get("t") == "about" and (other := [name for name in PLACE if row.get(name) != here[name]]):
+        if row.get("t") == "about" and (other := [name for name in report.PLACE if row.get(name) != here[name]]):
             there = ", ".join(f"{name} {row.get(name)}" for name in other)
             raise UserError(
                 f"{path}:{number}: its runs were taken with {there}; here it is "
